@@ -1,0 +1,92 @@
+"""What the checkpoint is, what the user chose, what the plan answered: frozen and validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_offload.errors import ConfigError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+PREFILL_CHUNK_TOKENS = 512  # a constant, never derived from the budget: it decides rounding
+DECODE_STEP_MAX_TOKENS = 16  # steps of more tokens stream past the decode cache
+DEFAULT_CONTEXT_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of a checkpoint in Hugging Face's terms; aliases are resolved when it is made."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_experts: int  # 0 for a dense model
+    top_k: int
+    moe_intermediate_size: int
+    moe_layers: tuple[int, ...]  # indices of the decoder layers that have experts
+    kv_elements_per_token: tuple[int, ...]  # by layer: cached key and value elements of one token
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What the user chose. ``None`` means "decide for me" and is resolved by placement."""
+
+    ram_bytes: int | None = None  # everything that the process holds; None = auto
+    experts: str | int | None = None  # "25%", 96, "all": cap on experts in memory; None = bytes decide
+    context_tokens: int | None = None
+    policy: str = "ewma"
+    predictor: str = "cross_layer_gate"
+    prefetch: bool = True
+    num_threads: int | None = None
+    allow_dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes is not None and self.ram_bytes <= 0:
+            raise ConfigError(f"ram must be positive, got {self.ram_bytes} bytes")
+        if self.context_tokens is not None and self.context_tokens <= 0:
+            raise ConfigError(f"context must be a positive number of tokens, got {self.context_tokens}")
+        if self.num_threads is not None and self.num_threads <= 0:
+            raise ConfigError(f"num_threads must be positive, got {self.num_threads}")
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Slots of one byte size, shared by the layers whose experts have that size.
+
+    Of ``num_slots`` slots, ``num_staging`` are kept for reads in flight: a step's misses and
+    prefetched experts land there, and a slot becomes staging when its expert is evicted. Zero
+    staging means that every expert of the layers has a slot of its own.
+    """
+
+    slot_bytes: int
+    layers: tuple[int, ...]
+    num_experts: int  # over all the layers
+    num_slots: int
+    num_staging: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.slot_bytes * self.num_slots
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Where the budget goes, in bytes. The parts add up to ``total_bytes`` <= ``ram_bytes``."""
+
+    ram_bytes: int
+    base_bytes: int  # interpreter and libraries, measured
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int  # activations of one prefill chunk, logits, reader buffers
+    context_tokens: int
+    pools: tuple[PoolPlan, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(pool.num_bytes for pool in self.pools)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_bytes + self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.expert_bytes

@@ -1,0 +1,15 @@
+"""The three errors that a user can cause; broken invariants are assertions instead."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """An argument or a use of the model object that cannot work; the message says what would."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: names the file, the tensor, what was found and wanted."""
+
+
+class BudgetError(MemoryError):
+    """A memory budget that cannot hold what was asked; carries the numbers and the remedy."""

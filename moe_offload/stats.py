@@ -1,0 +1,51 @@
+"""Counters of a run: what was found in memory, what was read, what was waited for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class OffloadStats:
+    """Counters since load or the last ``reset``; bytes are file bytes, not padded slot bytes.
+
+    Decode counts every (layer, expert) that a step needs once: it is a ``hit`` when it was
+    resident, a ``prefetch_hit`` when a finished prefetch held it, and a ``miss`` otherwise (also
+    while its prefetch is still in flight: that prefetch is ``late``).
+    """
+
+    hits: int = 0
+    prefetch_hits: int = 0
+    misses: int = 0
+    demand_bytes: int = 0
+    prefetch_useful_bytes: int = 0
+    prefetch_late_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_cancelled: int = 0
+    stream_bytes: int = 0  # read for prompts, past the decode cache
+    stall_s: float = 0.0  # compute waited for reads
+    evictions: int = 0
+    slots_given_back: int = 0
+    decode_steps: int = 0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    peak_bytes: int = 0
+    ram_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of decode's needs met without waiting for a demand read; 0 when there were none."""
+        needs = self.hits + self.prefetch_hits + self.misses
+        return (self.hits + self.prefetch_hits) / needs if needs else 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of experts read from storage, speculation included."""
+        prefetched = self.prefetch_useful_bytes + self.prefetch_late_bytes + self.prefetch_wasted_bytes
+        return self.demand_bytes + prefetched + self.stream_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every counter and the two derived figures, ready for JSON."""
+        return {**asdict(self), "hit_rate": self.hit_rate, "bytes_read": self.bytes_read}
