@@ -1,0 +1,112 @@
+"""From a path to everything that can be known without reading a weight: spec, spans, config.
+
+``open_checkpoint`` reads headers only and imports neither torch nor transformers, so that
+``inspect`` and a refusal come within a second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_offload.config import ModelSpec
+from moe_offload.errors import CheckpointError
+from moe_offload.storage.expert_format import ExpertIndex, GgmlType, Span
+from moe_offload.storage.header_reader import read_json_object
+from moe_offload.storage.hf_config import model_spec
+from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder
+from moe_offload.storage.safetensors_experts import index_experts
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One dense tensor. ``name`` is the transformers parameter (GGUF) or the file's key (safetensors)."""
+
+    name: str
+    ggml_type: GgmlType
+    shape: tuple[int, ...]  # torch order: (rows, cols)
+    span: Span
+    unpermute_heads: int | None = None  # rows are llama.cpp's rotary order of so many heads: put them back
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds and where; weights are read by span, later."""
+
+    path: Path
+    source: str  # "safetensors" | "gguf"
+    files: tuple[Path, ...]
+    spec: ModelSpec
+    config: Mapping[str, Any]  # as a Hugging Face config.json
+    generation_config: Mapping[str, Any] | None
+    experts: ExpertIndex  # without layouts for a dense model
+    dense: Mapping[str, TensorInfo]  # every tensor that is not a routed expert's weight
+    gguf: Any = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """File bytes of everything that is not a routed expert."""
+        return sum(info.span.num_bytes for info in self.dense.values())
+
+    def bytes_by_type(self) -> dict[GgmlType, int]:
+        """File bytes of all weights, dense and experts, by block format, largest first."""
+        totals: Counter[GgmlType] = Counter()
+        for info in self.dense.values():
+            totals[info.ggml_type] += info.span.num_bytes
+        for layout in self.experts.layouts.values():
+            for matrix in layout.matrices:
+                totals[matrix.ggml_type] += matrix.num_bytes * layout.num_experts
+        return dict(totals.most_common())
+
+
+def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoint:
+    """Read the headers at ``path``: a Hugging Face folder with safetensors, or a GGUF file.
+
+    Raises:
+        CheckpointError: nothing readable is there, it is corrupt or unsupported, or it has no
+            experts and ``allow_dense`` is False.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; a Hugging Face folder or a .gguf file is wanted"
+        )
+    checkpoint = _open_folder(path)
+    if not checkpoint.spec.moe_layers and not allow_dense:
+        raise CheckpointError(
+            f"{path}: this {checkpoint.spec.model_type} model is dense: it has no experts to offload; "
+            "pass allow_dense=True to run it wholly in memory"
+        )
+    return checkpoint
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config_path = folder / "config.json"
+    config = read_json_object(config_path)
+    spec = model_spec(config, str(config_path))
+    shards = read_folder(folder)
+    found = index_experts(shards, spec)
+    generation_path = folder / "generation_config.json"
+    return Checkpoint(
+        path=folder,
+        source="safetensors",
+        files=shards.files,
+        spec=spec,
+        config=config,
+        generation_config=read_json_object(generation_path) if generation_path.exists() else None,
+        experts=found.index,
+        dense={name: _dense_tensor(shards, name) for name in found.dense_names},
+    )
+
+
+def _dense_tensor(folder: SafetensorsFolder, name: str) -> TensorInfo:
+    tensor = folder.tensors[name]
+    if tensor.dtype not in WEIGHT_TYPES:
+        raise CheckpointError(
+            f"{folder.files[tensor.span.file_id]}: tensor {name!r} has dtype {tensor.dtype}; "
+            f"{', '.join(WEIGHT_TYPES)} are supported: use an unquantized checkpoint"
+        )
+    return TensorInfo(name, WEIGHT_TYPES[tensor.dtype], tensor.shape, tensor.span)
