@@ -1,0 +1,363 @@
+#include "io/direct_read.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <limits>
+#include <system_error>
+#include <utility>
+
+#include <unistd.h>
+
+#include "io/errors.h"
+
+namespace moe_offload {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kMaxPieceBytes = 1 << 20;
+constexpr int64_t kBounceChunkBytes = kBounceBytes / 2 - 2 * kAlignment;  // two regions; see Segment
+constexpr double kMaxWaitSeconds = 0.1;
+constexpr int kMaxThreads = 64;
+
+void check_span(const std::string& caller, int64_t offset, int64_t num_bytes) {
+    constexpr int64_t max_end = std::numeric_limits<int64_t>::max() - kAlignment;
+    if (offset < 0 || num_bytes < 0 || num_bytes > max_end || offset > max_end - num_bytes) {
+        throw UsageError(caller + ": " + std::to_string(num_bytes) + " bytes at offset " + std::to_string(offset));
+    }
+}
+
+void check_segment(const Segment& segment, int64_t num_files) {
+    if (segment.file_id < 0 || segment.file_id >= num_files) {
+        throw UsageError("DirectReader.submit: file_id " + std::to_string(segment.file_id) + " of " +
+                         std::to_string(num_files) + " files");
+    }
+    check_span("DirectReader.submit", segment.offset, segment.num_bytes);
+    if (segment.region <= 0 || segment.region % kAlignment != 0) {
+        throw UsageError("DirectReader.submit: region address " + std::to_string(segment.region) +
+                         " is not a multiple of 4096");
+    }
+}
+
+}  // namespace
+
+DirectReader::DirectReader(int num_threads, const std::string& io_mode)
+    : direct_(io_mode == "direct"), owner_pid_(getpid()) {
+    if (io_mode != "direct" && io_mode != "buffered") {
+        throw UsageError("DirectReader: io_mode must be \"direct\" or \"buffered\", got \"" + io_mode + "\"");
+    }
+    if (num_threads < 1 || num_threads > kMaxThreads) {
+        throw UsageError("DirectReader: num_threads must be from 1 to " + std::to_string(kMaxThreads) + ", got " +
+                         std::to_string(num_threads));
+    }
+    state_ = std::make_unique<State>();
+    // Signals belong to the caller's thread, where Python's handlers expect them.
+    sigset_t all, previous;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &previous);
+    try {
+        for (int i = 0; i < num_threads; ++i) state_->threads.emplace_back([state = state_.get()] { work(*state); });
+    } catch (const std::system_error&) {  // no more threads: those that did start must be joined
+        pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+        close();
+        throw;
+    }
+    pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+}
+
+DirectReader::~DirectReader() {
+    if (getpid() != owner_pid_) {
+        state_.release();
+        return;
+    }
+    close();
+}
+
+void DirectReader::check_usable() const {
+    if (getpid() == owner_pid_) return;
+    throw UsageError("DirectReader: it was made in process " + std::to_string(owner_pid_) +
+                     " and its threads do not exist in the forked process " + std::to_string(getpid()) +
+                     "; load the model in the process that uses it (multiprocessing start method \"spawn\")");
+}
+
+int64_t DirectReader::add_file(const std::string& path) {
+    check_usable();
+    auto file = std::make_unique<DirectFile>(state_->syscalls, path, direct_);
+    std::lock_guard lock(state_->mutex);
+    if (state_->closed) throw UsageError("DirectReader.add_file: the reader is closed");
+    state_->files.push_back(std::move(file));
+    return static_cast<int64_t>(state_->files.size()) - 1;
+}
+
+const DirectFile& DirectReader::file(int64_t file_id) const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    if (file_id < 0 || file_id >= static_cast<int64_t>(state_->files.size())) {
+        throw UsageError("DirectReader: file_id " + std::to_string(file_id) + " of " +
+                         std::to_string(state_->files.size()) + " files");
+    }
+    return *state_->files[static_cast<size_t>(file_id)];
+}
+
+// Cuts segments into pieces of equal size, on page boundaries of the file. Called with the lock held.
+DirectReader::RequestPtr DirectReader::make_request(const std::vector<Segment>& segments, bool speculative) {
+    auto request = std::make_shared<Request>();
+    request->speculative = speculative;
+    request->pieces.reserve(segments.size());
+    for (const Segment& segment : segments) {
+        check_segment(segment, static_cast<int64_t>(state_->files.size()));
+        if (segment.num_bytes == 0) continue;
+        DirectFile* const file = state_->files[static_cast<size_t>(segment.file_id)].get();
+        std::byte* const region = reinterpret_cast<std::byte*>(segment.region);
+        const int64_t first = floor_aligned(segment.offset), end = segment.offset + segment.num_bytes;
+        const int64_t num_pieces = (end - first + kMaxPieceBytes - 1) / kMaxPieceBytes;
+        const int64_t step = ceil_aligned((end - first + num_pieces - 1) / num_pieces);
+        for (int64_t begin = first; begin < end; begin += step) {
+            const Window window{std::max(begin, segment.offset), std::min(begin + step, end), region + (begin - first)};
+            request->pieces.push_back({file, window, segment.file_id, segment.offset});
+        }
+    }
+    if (request->pieces.empty()) request->state = TicketState::kDone;
+    return request;
+}
+
+// Called with the lock held.
+void DirectReader::enqueue(const RequestPtr& request) {
+    if (request->is_finished()) return;
+    (request->speculative ? state_->speculation : state_->demand).push_back(request);
+    if (request->pieces.size() == 1) {
+        state_->work_added.notify_one();
+    } else {
+        state_->work_added.notify_all();
+    }
+}
+
+DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, bool speculative) {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    if (state_->closed) throw UsageError("DirectReader.submit: the reader is closed");
+    const RequestPtr request = make_request(segments, speculative);
+    const Ticket ticket = state_->next_ticket++;
+    state_->requests.emplace(ticket, request);
+    enqueue(request);
+    return ticket;
+}
+
+// Called with the lock held.
+DirectReader::RequestPtr DirectReader::find(Ticket ticket) const {
+    const auto found = state_->requests.find(ticket);
+    if (found == state_->requests.end()) {
+        throw UsageError("DirectReader: ticket " + std::to_string(ticket) + " is unknown or forgotten");
+    }
+    return found->second;
+}
+
+bool DirectReader::promote(Ticket ticket) {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    const RequestPtr request = find(ticket);
+    if (std::erase(state_->speculation, request) == 0) return false;
+    request->speculative = false;
+    enqueue(request);
+    return true;
+}
+
+bool DirectReader::cancel(Ticket ticket) {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    const RequestPtr request = find(ticket);
+    if (request->state == TicketState::kCancelled) return true;
+    if (request->state != TicketState::kQueued) return false;
+    std::erase(request->speculative ? state_->speculation : state_->demand, request);
+    request->state = TicketState::kCancelled;
+    state_->request_finished.notify_all();
+    return true;
+}
+
+TicketState DirectReader::state(Ticket ticket) const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    return find(ticket)->state;
+}
+
+bool DirectReader::wait(Ticket ticket, double timeout_s, const CheckInterrupt& check_interrupt) const {
+    check_usable();
+    std::unique_lock lock(state_->mutex);
+    const RequestPtr request = find(ticket);
+    lock.unlock();
+    return wait_for(request, timeout_s, check_interrupt);
+}
+
+bool DirectReader::wait_for(const RequestPtr& request, double timeout_s, const CheckInterrupt& check_interrupt) const {
+    const auto seconds = [](double s) { return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s)); };
+    const double bounded_s = std::clamp(timeout_s, 0.0, 1e9);  // NaN and infinity fit no clock
+    const Clock::time_point deadline = Clock::now() + seconds(bounded_s);
+    while (true) {
+        {
+            std::unique_lock lock(state_->mutex);
+            const auto until = std::min(deadline, Clock::now() + seconds(kMaxWaitSeconds));
+            if (state_->request_finished.wait_until(lock, until, [&] { return request->is_finished(); })) return true;
+        }
+        if (Clock::now() >= deadline) return false;
+        check_interrupt();
+    }
+}
+
+std::optional<ReadError> DirectReader::error(Ticket ticket) const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    return find(ticket)->error;
+}
+
+bool DirectReader::forget(Ticket ticket) {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    if (!find(ticket)->is_finished()) return false;
+    state_->requests.erase(ticket);
+    return true;
+}
+
+ReadCounters DirectReader::counters() const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    ReadCounters counters = state_->counters;
+    if (state_->pieces_in_flight > 0) {
+        counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state_->busy_since).count();
+    }
+    return counters;
+}
+
+void DirectReader::read_into(int64_t file_id, int64_t offset, int64_t num_bytes, std::byte* out,
+                             const CheckInterrupt& check_interrupt) {
+    check_usable();
+    check_span("DirectReader.read_into", offset, num_bytes);
+    std::unique_lock bounce_lock(state_->bounce_mutex, std::defer_lock);
+    while (!bounce_lock.try_lock()) {
+        // Another thread reads a tensor: rare (two models that load at once), so polling is enough.
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        check_interrupt();
+    }
+    if (!state_->bounce) state_->bounce = std::make_shared<Arena>(kBounceBytes);
+    // Until the last piece has arrived the buffers are not ours to reuse: taken, given back at the end.
+    const std::shared_ptr<Arena> bounce = std::exchange(state_->bounce, nullptr);
+
+    struct Chunk {
+        RequestPtr request;
+        int64_t offset, num_bytes;
+        std::byte* region;
+    };
+    std::deque<Chunk> chunks;  // at most two: one arrives while the other is copied out
+    int64_t next = 0, half = 0;
+    const auto submit_next = [&] {
+        const int64_t chunk_bytes = std::min(kBounceChunkBytes, num_bytes - next);
+        const int64_t region = bounce->address() + half * (kBounceBytes / 2);
+        std::lock_guard lock(state_->mutex);
+        if (state_->closed) throw UsageError("DirectReader.read_into: the reader is closed");
+        const RequestPtr request = make_request({{file_id, offset + next, chunk_bytes, region}}, false);
+        request->keep_alive = bounce;
+        enqueue(request);
+        chunks.push_back({request, offset + next, chunk_bytes, reinterpret_cast<std::byte*>(region)});
+        next += chunk_bytes;
+        half = 1 - half;
+    };
+    for (int64_t done = 0; done < num_bytes;) {
+        while (chunks.size() < 2 && next < num_bytes) submit_next();
+        const Chunk chunk = chunks.front();
+        wait_for(chunk.request, std::numeric_limits<double>::infinity(), check_interrupt);
+        chunks.pop_front();
+        check_interrupt();
+        if (chunk.request->state != TicketState::kDone) {
+            const auto& error = chunk.request->error;
+            throw FileError(error ? error->error_number : ECANCELED, error ? error->message : "the reader was closed");
+        }
+        std::memcpy(out + done, chunk.region + chunk.offset % kAlignment, static_cast<size_t>(chunk.num_bytes));
+        done += chunk.num_bytes;
+    }
+    state_->bounce = bounce;
+}
+
+void DirectReader::work(State& state) {
+    while (true) {
+        Piece piece;
+        const RequestPtr request = take_piece(state, &piece);
+        if (!request) return;
+        std::optional<ReadError> error;
+        int64_t disk_bytes = 0, requests = 0;
+        try {
+            disk_bytes = piece.file->read(piece.window, &requests);
+        } catch (const FileError& failure) {
+            error = ReadError{piece.file_id, piece.segment_offset, failure.error_number, failure.what()};
+        }
+        std::lock_guard lock(state.mutex);
+        state.counters.disk_bytes += disk_bytes;
+        state.counters.requests += requests;
+        finish_piece(state, *request, piece, std::move(error));
+    }
+}
+
+// Waits for a piece; null when the reader closes.
+DirectReader::RequestPtr DirectReader::take_piece(State& state, Piece* piece) {
+    std::unique_lock lock(state.mutex);
+    state.work_added.wait(lock, [&] { return state.closed || !state.demand.empty() || !state.speculation.empty(); });
+    if (state.closed) return nullptr;
+    auto& queue = state.demand.empty() ? state.speculation : state.demand;
+    const RequestPtr request = queue.front();
+    *piece = request->pieces[request->next_piece++];
+    request->state = TicketState::kReading;
+    ++request->in_flight;
+    if (request->next_piece == request->pieces.size()) queue.pop_front();
+    if (state.pieces_in_flight++ == 0) state.busy_since = Clock::now();
+    return request;
+}
+
+// Called with the lock held.
+void DirectReader::finish_piece(State& state, Request& request, const Piece& piece, std::optional<ReadError> error) {
+    if (--state.pieces_in_flight == 0) {
+        state.counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state.busy_since).count();
+    }
+    --request.in_flight;
+    if (error) {
+        if (!request.error) request.error = std::move(error);
+        if (request.next_piece < request.pieces.size()) {  // the rest of a failed expert is of no use
+            std::erase_if(request.speculative ? state.speculation : state.demand,
+                          [&](const RequestPtr& queued) { return queued.get() == &request; });
+            request.next_piece = request.pieces.size();
+        }
+    } else {
+        state.counters.bytes_read += piece.window.end - piece.window.begin;
+    }
+    if (request.in_flight > 0 || request.next_piece < request.pieces.size()) return;
+    request.state = request.error ? TicketState::kFailed : TicketState::kDone;
+    state.request_finished.notify_all();
+}
+
+void DirectReader::close() {
+    check_usable();
+    std::lock_guard close_lock(state_->close_mutex);  // nobody closes a file under a thread not yet joined
+    {
+        std::lock_guard lock(state_->mutex);
+        state_->closed = true;
+        for (auto* queue : {&state_->demand, &state_->speculation}) {
+            for (const RequestPtr& request : *queue) {
+                request->next_piece = request->pieces.size();
+                if (request->in_flight > 0 && !request->error) {
+                    request->error = ReadError{0, 0, ECANCELED, "the reader was closed"};
+                }
+                if (request->in_flight == 0) request->state = TicketState::kCancelled;
+            }
+            queue->clear();
+        }
+        state_->work_added.notify_all();
+        state_->request_finished.notify_all();
+    }
+    state_->syscalls.stop();
+    for (std::thread& thread : state_->threads) thread.join();
+    state_->threads.clear();
+    std::lock_guard lock(state_->mutex);
+    for (auto& file : state_->files) file->close();
+}
+
+}  // namespace moe_offload
