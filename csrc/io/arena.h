@@ -4,17 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace moe_offload {
+namespace moe {
 
 class Arena {
   public:
-    // Reserves num_bytes, rounded up to whole pages. Throws UsageError, std::bad_alloc.
+    // Reserves num_bytes, rounded up to whole pages. Throws ConfigError, std::bad_alloc.
     explicit Arena(int64_t num_bytes);
     ~Arena() { close(); }
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    int64_t address() const;  // throws UsageError once closed
+    int64_t address() const;  // throws ConfigError once closed
     int64_t num_bytes() const { return num_bytes_; }
 
     // Returns the whole pages inside [offset, offset + num_bytes) to the system; they read as zeros
@@ -29,4 +29,4 @@ class Arena {
     std::byte* data_ = nullptr;
 };
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -1,23 +1,23 @@
 // What Python sees of csrc/io. Types and one line each; the contracts stand in the headers.
-#include <cerrno>
-#include <cstring>
-#include <map>
-
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <map>
 
 #include "io/arena.h"
 #include "io/direct_read.h"
 #include "io/errors.h"
 
 namespace py = pybind11;
-using moe_offload::Arena;
-using moe_offload::DirectReader;
-using moe_offload::Fault;
-using moe_offload::FileError;
-using moe_offload::Segment;
-using moe_offload::UsageError;
+using moe::Arena;
+using moe::ConfigError;
+using moe::DirectReader;
+using moe::Fault;
+using moe::FileError;
+using moe::Segment;
 
 namespace {
 
@@ -31,7 +31,7 @@ void check_signals() {
 
 int64_t submit(DirectReader& reader, const SegmentArray& array, bool speculative, int64_t base_address) {
     if (array.ndim() != 2 || array.shape(1) != 4) {
-        throw UsageError("DirectReader.submit: segments must be (n, 4): file_id, offset, num_bytes, region");
+        throw ConfigError("DirectReader.submit: segments must be (n, 4): file_id, offset, num_bytes, region");
     }
     const auto rows = array.unchecked<2>();
     std::vector<Segment> segments(static_cast<size_t>(rows.shape(0)));
@@ -72,19 +72,25 @@ py::dict counters(const DirectReader& reader) {
     return out;
 }
 
-void inject(DirectReader& reader, const std::string& kind, int64_t after_reads, int64_t times, int error_number,
-            double delay_s, int64_t num_bytes, const std::string& path_substring) {
+void inject(DirectReader& reader, const std::string& kind, int64_t after_reads, int64_t times,
+            int error_number, double delay_s, int64_t num_bytes, const std::string& path_substring) {
     static const std::map<std::string, Fault::Kind> kinds = {
-        {"error", Fault::Kind::kError},           {"open_error", Fault::Kind::kOpenError},
-        {"open_direct", Fault::Kind::kOpenDirect}, {"einval_direct", Fault::Kind::kPreadDirect},
-        {"short", Fault::Kind::kShort},           {"eof", Fault::Kind::kEof},
-        {"delay", Fault::Kind::kDelay},           {"hang", Fault::Kind::kHang},
+        {"error", Fault::Kind::kError},
+        {"open_error", Fault::Kind::kOpenError},
+        {"open_direct", Fault::Kind::kOpenDirect},
+        {"einval_direct", Fault::Kind::kPreadDirect},
+        {"short", Fault::Kind::kShort},
+        {"eof", Fault::Kind::kEof},
+        {"delay", Fault::Kind::kDelay},
+        {"hang", Fault::Kind::kHang},
     };
     const auto found = kinds.find(kind);
-    if (found == kinds.end()) throw UsageError("DirectReader.inject: unknown kind \"" + kind + "\"");
-    const bool direct_only = found->second == Fault::Kind::kPreadDirect || found->second == Fault::Kind::kOpenDirect;
+    if (found == kinds.end()) throw ConfigError("DirectReader.inject: unknown kind \"" + kind + "\"");
+    const bool direct_only =
+        found->second == Fault::Kind::kPreadDirect || found->second == Fault::Kind::kOpenDirect;
     if (error_number == 0) error_number = direct_only ? EINVAL : EIO;
-    reader.syscalls().inject({found->second, after_reads, times, error_number, delay_s, num_bytes, path_substring});
+    reader.syscalls().inject(
+        {found->second, after_reads, times, error_number, delay_s, num_bytes, path_substring});
 }
 
 void set_file_error(const FileError& error) {
@@ -96,7 +102,7 @@ void register_errors() {
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
-        } catch (const UsageError& error) {
+        } catch (const ConfigError& error) {
             py::set_error(py::module_::import("moe_offload.errors").attr("ConfigError"), error.what());
         } catch (const FileError& error) {
             set_file_error(error);
@@ -111,41 +117,50 @@ void register_arena(py::module_& m) {
         .def_property_readonly("num_bytes", &Arena::num_bytes)
         .def("give_back", &Arena::give_back, py::arg("offset"), py::arg("num_bytes"),
              py::call_guard<py::gil_scoped_release>(), "Return the whole pages inside to the system.")
-        .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>(), "Unmap; no read may be in flight.");
+        .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>(),
+             "Unmap; no read may be in flight.");
 }
 
 void register_reader(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     py::class_<DirectReader>(m, "DirectReader", "Threads that read spans of files into memory, demand first.")
         .def(py::init<int, const std::string&>(), py::arg("num_threads"), py::arg("io_mode"))
-        .def("add_file", &DirectReader::add_file, py::arg("path"), unlocked, "Open a file; returns its file_id.")
+        .def("add_file", &DirectReader::add_file, py::arg("path"), unlocked,
+             "Open a file; returns its file_id.")
         .def("file_mode", &file_mode, py::arg("file_id"), "(\"direct\" | \"buffered\", why).")
-        .def("file_bytes", [](const DirectReader& r, int64_t id) { return r.file(id).num_bytes(); },
-             py::arg("file_id"), "Size when it was opened.")
+        .def(
+            "file_bytes", [](const DirectReader& r, int64_t id) { return r.file(id).num_bytes(); },
+            py::arg("file_id"), "Size when it was opened.")
         .def("submit", &submit, py::arg("segments"), py::arg("speculative"), py::arg("base_address") = 0,
              "Queue reads of (n, 4) int64 file_id, offset, num_bytes, region; returns a ticket.")
-        .def("promote", &DirectReader::promote, py::arg("ticket"), "Make a queued speculative ticket a demand.")
+        .def("promote", &DirectReader::promote, py::arg("ticket"),
+             "Make a queued speculative ticket a demand.")
         .def("cancel", &DirectReader::cancel, py::arg("ticket"), "True when nothing of it was issued.")
-        .def("state", [](const DirectReader& r, int64_t ticket) { return static_cast<int>(r.state(ticket)); },
-             py::arg("ticket"), "QUEUED, READING, DONE, FAILED or CANCELLED.")
+        .def(
+            "state", [](const DirectReader& r, int64_t ticket) { return static_cast<int>(r.state(ticket)); },
+            py::arg("ticket"), "QUEUED, READING, DONE, FAILED or CANCELLED.")
         .def("wait", &wait, py::arg("ticket"), py::arg("timeout_s"), "False if not finished after timeout_s.")
         .def("error", &error, py::arg("ticket"), "(file_id, offset, errno, message) or None.")
-        .def("forget", &DirectReader::forget, py::arg("ticket"), "Drop a finished ticket; False if it is not.")
+        .def("forget", &DirectReader::forget, py::arg("ticket"),
+             "Drop a finished ticket; False if it is not.")
         .def("read_into", &read_into, py::arg("file_id"), py::arg("offset"), py::arg("num_bytes"),
              py::arg("address"), "Read now, into memory of any alignment.")
         .def("counters", &counters, "bytes_read, disk_bytes, requests, busy_seconds.")
-        .def("inject", &inject, py::arg("kind"), py::kw_only(), py::arg("after_reads") = 0, py::arg("times") = -1,
-             py::arg("error_number") = 0, py::arg("delay_s") = 0.0, py::arg("num_bytes") = 0,
-             py::arg("path_substring") = "", "Tests: add a fault to open or pread (csrc/io/syscalls.h).")
-        .def("release", [](DirectReader& r, int64_t reads) { r.syscalls().release(reads); }, py::arg("reads"),
-             "Tests: let that many hanging reads go on.")
-        .def("close", &DirectReader::close, unlocked, "Cancel what is queued, join the threads, close the files.");
-    m.attr("QUEUED") = static_cast<int>(moe_offload::TicketState::kQueued);
-    m.attr("READING") = static_cast<int>(moe_offload::TicketState::kReading);
-    m.attr("DONE") = static_cast<int>(moe_offload::TicketState::kDone);
-    m.attr("FAILED") = static_cast<int>(moe_offload::TicketState::kFailed);
-    m.attr("CANCELLED") = static_cast<int>(moe_offload::TicketState::kCancelled);
-    m.attr("BOUNCE_BYTES") = moe_offload::kBounceBytes;
+        .def("inject", &inject, py::arg("kind"), py::kw_only(), py::arg("after_reads") = 0,
+             py::arg("times") = -1, py::arg("error_number") = 0, py::arg("delay_s") = 0.0,
+             py::arg("num_bytes") = 0, py::arg("path_substring") = "",
+             "Tests: add a fault to open or pread (csrc/io/syscalls.h).")
+        .def(
+            "release", [](DirectReader& r, int64_t reads) { r.syscalls().release(reads); }, py::arg("reads"),
+            "Tests: let that many hanging reads go on.")
+        .def("close", &DirectReader::close, unlocked,
+             "Cancel what is queued, join the threads, close the files.");
+    m.attr("QUEUED") = static_cast<int>(moe::TicketState::kQueued);
+    m.attr("READING") = static_cast<int>(moe::TicketState::kReading);
+    m.attr("DONE") = static_cast<int>(moe::TicketState::kDone);
+    m.attr("FAILED") = static_cast<int>(moe::TicketState::kFailed);
+    m.attr("CANCELLED") = static_cast<int>(moe::TicketState::kCancelled);
+    m.attr("BOUNCE_BYTES") = moe::kBounceBytes;
 }
 
 }  // namespace

@@ -1,28 +1,35 @@
 #include "io/direct_file.h"
 
-#include <algorithm>
-#include <cerrno>
-#include <cstring>
-
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
 #include "io/errors.h"
 
-namespace moe_offload {
+namespace moe {
 
 namespace {
 
-std::string error_text(int error_number) { return std::strerror(error_number); }
+std::string error_text(int error_number) {
+    return std::strerror(error_number);
+}
 
 // What a file system or device answers when it cannot read around the page cache.
-bool refuses_direct(int error_number) { return error_number == EINVAL || error_number == EOPNOTSUPP; }
+bool refuses_direct(int error_number) {
+    return error_number == EINVAL || error_number == EOPNOTSUPP;
+}
 
 }  // namespace
 
 DirectFile::DirectFile(Syscalls& syscalls, std::string path, bool direct)
-    : syscalls_(syscalls), path_(std::move(path)), direct_(direct), reason_(direct ? "O_DIRECT accepted" : "asked to") {
+    : syscalls_(syscalls),
+      path_(std::move(path)),
+      direct_(direct),
+      reason_(direct ? "O_DIRECT accepted" : "asked to") {
     const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // O_NONBLOCK: a named pipe must not hang here
     fd_ = syscalls_.open(path_, direct ? flags | O_DIRECT : flags);
     if (fd_ < 0 && direct && refuses_direct(errno)) {
@@ -37,7 +44,8 @@ DirectFile::DirectFile(Syscalls& syscalls, std::string path, bool direct)
         throw FileError(error_number ? error_number : EINVAL, "is not a regular file");
     }
     num_bytes_ = status.st_size;
-    if (is_direct() && !supports_direct_alignment()) fall_back("the device needs another alignment than 4096 bytes");
+    if (is_direct() && !supports_direct_alignment())
+        fall_back("the device needs another alignment than 4096 bytes");
     // Read-ahead would fill the page cache with experts that nobody asked for.
     if (!is_direct()) posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
 }
@@ -111,8 +119,9 @@ int64_t DirectFile::read_buffered(const Window& window, int64_t* requests) {
     int64_t position = window.begin;
     while (position < window.end) {
         ++*requests;
-        const ssize_t got = syscalls_.pread(fd_, path_, out + (position - window.begin),
-                                            static_cast<size_t>(window.end - position), position, /*direct=*/false);
+        const ssize_t got =
+            syscalls_.pread(fd_, path_, out + (position - window.begin),
+                            static_cast<size_t>(window.end - position), position, /*direct=*/false);
         if (got < 0) fail_read(position, errno);
         if (got == 0) fail_end_of_file(window, position);
         position += got;
@@ -129,15 +138,16 @@ int64_t DirectFile::size_now() const {
 }
 
 void DirectFile::fail_read(int64_t position, int error_number) const {
-    throw FileError(error_number, "read at offset " + std::to_string(position) + " failed: " + error_text(error_number));
+    throw FileError(error_number,
+                    "read at offset " + std::to_string(position) + " failed: " + error_text(error_number));
 }
 
 void DirectFile::fail_end_of_file(const Window& window, int64_t found_end) const {
     throw FileError(0, "read at offset " + std::to_string(window.begin) + " wanted " +
                            std::to_string(window.end - window.begin) + " bytes, found " +
-                           std::to_string(std::max<int64_t>(0, found_end - window.begin)) + ": the file ends at " +
-                           std::to_string(found_end) + ", it had " + std::to_string(num_bytes_) +
-                           " bytes when it was opened");
+                           std::to_string(std::max<int64_t>(0, found_end - window.begin)) +
+                           ": the file ends at " + std::to_string(found_end) + ", it had " +
+                           std::to_string(num_bytes_) + " bytes when it was opened");
 }
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -9,12 +9,16 @@
 
 #include "io/syscalls.h"
 
-namespace moe_offload {
+namespace moe {
 
 inline constexpr int64_t kAlignment = 4096;  // of regions, and of offsets in direct reads
 
-inline int64_t floor_aligned(int64_t value) { return value / kAlignment * kAlignment; }
-inline int64_t ceil_aligned(int64_t value) { return floor_aligned(value + kAlignment - 1); }
+inline int64_t floor_aligned(int64_t value) {
+    return value / kAlignment * kAlignment;
+}
+inline int64_t ceil_aligned(int64_t value) {
+    return floor_aligned(value + kAlignment - 1);
+}
 
 // Bytes [begin, end) of a file are wanted; byte p goes to window + (p - floor_aligned(begin)), window
 // aligned. A direct read also writes the rest of the pages that hold them.
@@ -60,4 +64,4 @@ class DirectFile {
     std::string reason_;
 };
 
-}  // namespace moe_offload
+}  // namespace moe

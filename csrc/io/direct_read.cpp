@@ -1,5 +1,7 @@
 #include "io/direct_read.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
@@ -8,11 +10,9 @@
 #include <system_error>
 #include <utility>
 
-#include <unistd.h>
-
 #include "io/errors.h"
 
-namespace moe_offload {
+namespace moe {
 
 namespace {
 
@@ -26,19 +26,20 @@ constexpr int kMaxThreads = 64;
 void check_span(const std::string& caller, int64_t offset, int64_t num_bytes) {
     constexpr int64_t max_end = std::numeric_limits<int64_t>::max() - kAlignment;
     if (offset < 0 || num_bytes < 0 || num_bytes > max_end || offset > max_end - num_bytes) {
-        throw UsageError(caller + ": " + std::to_string(num_bytes) + " bytes at offset " + std::to_string(offset));
+        throw ConfigError(caller + ": " + std::to_string(num_bytes) + " bytes at offset " +
+                          std::to_string(offset));
     }
 }
 
 void check_segment(const Segment& segment, int64_t num_files) {
     if (segment.file_id < 0 || segment.file_id >= num_files) {
-        throw UsageError("DirectReader.submit: file_id " + std::to_string(segment.file_id) + " of " +
-                         std::to_string(num_files) + " files");
+        throw ConfigError("DirectReader.submit: file_id " + std::to_string(segment.file_id) + " of " +
+                          std::to_string(num_files) + " files");
     }
     check_span("DirectReader.submit", segment.offset, segment.num_bytes);
     if (segment.region <= 0 || segment.region % kAlignment != 0) {
-        throw UsageError("DirectReader.submit: region address " + std::to_string(segment.region) +
-                         " is not a multiple of 4096");
+        throw ConfigError("DirectReader.submit: region address " + std::to_string(segment.region) +
+                          " is not a multiple of 4096");
     }
 }
 
@@ -47,11 +48,12 @@ void check_segment(const Segment& segment, int64_t num_files) {
 DirectReader::DirectReader(int num_threads, const std::string& io_mode)
     : direct_(io_mode == "direct"), owner_pid_(getpid()) {
     if (io_mode != "direct" && io_mode != "buffered") {
-        throw UsageError("DirectReader: io_mode must be \"direct\" or \"buffered\", got \"" + io_mode + "\"");
+        throw ConfigError("DirectReader: io_mode must be \"direct\" or \"buffered\", got \"" + io_mode +
+                          "\"");
     }
     if (num_threads < 1 || num_threads > kMaxThreads) {
-        throw UsageError("DirectReader: num_threads must be from 1 to " + std::to_string(kMaxThreads) + ", got " +
-                         std::to_string(num_threads));
+        throw ConfigError("DirectReader: num_threads must be from 1 to " + std::to_string(kMaxThreads) +
+                          ", got " + std::to_string(num_threads));
     }
     state_ = std::make_unique<State>();
     // Signals belong to the caller's thread, where Python's handlers expect them.
@@ -59,7 +61,8 @@ DirectReader::DirectReader(int num_threads, const std::string& io_mode)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &previous);
     try {
-        for (int i = 0; i < num_threads; ++i) state_->threads.emplace_back([state = state_.get()] { work(*state); });
+        for (int i = 0; i < num_threads; ++i)
+            state_->threads.emplace_back([state = state_.get()] { work(*state); });
     } catch (const std::system_error&) {  // no more threads: those that did start must be joined
         pthread_sigmask(SIG_SETMASK, &previous, nullptr);
         close();
@@ -78,16 +81,17 @@ DirectReader::~DirectReader() {
 
 void DirectReader::check_usable() const {
     if (getpid() == owner_pid_) return;
-    throw UsageError("DirectReader: it was made in process " + std::to_string(owner_pid_) +
-                     " and its threads do not exist in the forked process " + std::to_string(getpid()) +
-                     "; load the model in the process that uses it (multiprocessing start method \"spawn\")");
+    throw ConfigError(
+        "DirectReader: it was made in process " + std::to_string(owner_pid_) +
+        " and its threads do not exist in the forked process " + std::to_string(getpid()) +
+        "; load the model in the process that uses it (multiprocessing start method \"spawn\")");
 }
 
 int64_t DirectReader::add_file(const std::string& path) {
     check_usable();
     auto file = std::make_unique<DirectFile>(state_->syscalls, path, direct_);
     std::lock_guard lock(state_->mutex);
-    if (state_->closed) throw UsageError("DirectReader.add_file: the reader is closed");
+    if (state_->closed) throw ConfigError("DirectReader.add_file: the reader is closed");
     state_->files.push_back(std::move(file));
     return static_cast<int64_t>(state_->files.size()) - 1;
 }
@@ -96,8 +100,8 @@ const DirectFile& DirectReader::file(int64_t file_id) const {
     check_usable();
     std::lock_guard lock(state_->mutex);
     if (file_id < 0 || file_id >= static_cast<int64_t>(state_->files.size())) {
-        throw UsageError("DirectReader: file_id " + std::to_string(file_id) + " of " +
-                         std::to_string(state_->files.size()) + " files");
+        throw ConfigError("DirectReader: file_id " + std::to_string(file_id) + " of " +
+                          std::to_string(state_->files.size()) + " files");
     }
     return *state_->files[static_cast<size_t>(file_id)];
 }
@@ -116,7 +120,8 @@ DirectReader::RequestPtr DirectReader::make_request(const std::vector<Segment>& 
         const int64_t num_pieces = (end - first + kMaxPieceBytes - 1) / kMaxPieceBytes;
         const int64_t step = ceil_aligned((end - first + num_pieces - 1) / num_pieces);
         for (int64_t begin = first; begin < end; begin += step) {
-            const Window window{std::max(begin, segment.offset), std::min(begin + step, end), region + (begin - first)};
+            const Window window{std::max(begin, segment.offset), std::min(begin + step, end),
+                                region + (begin - first)};
             request->pieces.push_back({file, window, segment.file_id, segment.offset});
         }
     }
@@ -138,7 +143,7 @@ void DirectReader::enqueue(const RequestPtr& request) {
 DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, bool speculative) {
     check_usable();
     std::lock_guard lock(state_->mutex);
-    if (state_->closed) throw UsageError("DirectReader.submit: the reader is closed");
+    if (state_->closed) throw ConfigError("DirectReader.submit: the reader is closed");
     const RequestPtr request = make_request(segments, speculative);
     const Ticket ticket = state_->next_ticket++;
     state_->requests.emplace(ticket, request);
@@ -150,7 +155,7 @@ DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, 
 DirectReader::RequestPtr DirectReader::find(Ticket ticket) const {
     const auto found = state_->requests.find(ticket);
     if (found == state_->requests.end()) {
-        throw UsageError("DirectReader: ticket " + std::to_string(ticket) + " is unknown or forgotten");
+        throw ConfigError("DirectReader: ticket " + std::to_string(ticket) + " is unknown or forgotten");
     }
     return found->second;
 }
@@ -191,15 +196,19 @@ bool DirectReader::wait(Ticket ticket, double timeout_s, const CheckInterrupt& c
     return wait_for(request, timeout_s, check_interrupt);
 }
 
-bool DirectReader::wait_for(const RequestPtr& request, double timeout_s, const CheckInterrupt& check_interrupt) const {
-    const auto seconds = [](double s) { return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s)); };
+bool DirectReader::wait_for(const RequestPtr& request, double timeout_s,
+                            const CheckInterrupt& check_interrupt) const {
+    const auto seconds = [](double s) {
+        return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s));
+    };
     const double bounded_s = std::clamp(timeout_s, 0.0, 1e9);  // NaN and infinity fit no clock
     const Clock::time_point deadline = Clock::now() + seconds(bounded_s);
     while (true) {
         {
             std::unique_lock lock(state_->mutex);
             const auto until = std::min(deadline, Clock::now() + seconds(kMaxWaitSeconds));
-            if (state_->request_finished.wait_until(lock, until, [&] { return request->is_finished(); })) return true;
+            if (state_->request_finished.wait_until(lock, until, [&] { return request->is_finished(); }))
+                return true;
         }
         if (Clock::now() >= deadline) return false;
         check_interrupt();
@@ -255,7 +264,7 @@ void DirectReader::read_into(int64_t file_id, int64_t offset, int64_t num_bytes,
         const int64_t chunk_bytes = std::min(kBounceChunkBytes, num_bytes - next);
         const int64_t region = bounce->address() + half * (kBounceBytes / 2);
         std::lock_guard lock(state_->mutex);
-        if (state_->closed) throw UsageError("DirectReader.read_into: the reader is closed");
+        if (state_->closed) throw ConfigError("DirectReader.read_into: the reader is closed");
         const RequestPtr request = make_request({{file_id, offset + next, chunk_bytes, region}}, false);
         request->keep_alive = bounce;
         enqueue(request);
@@ -271,9 +280,11 @@ void DirectReader::read_into(int64_t file_id, int64_t offset, int64_t num_bytes,
         check_interrupt();
         if (chunk.request->state != TicketState::kDone) {
             const auto& error = chunk.request->error;
-            throw FileError(error ? error->error_number : ECANCELED, error ? error->message : "the reader was closed");
+            throw FileError(error ? error->error_number : ECANCELED,
+                            error ? error->message : "the reader was closed");
         }
-        std::memcpy(out + done, chunk.region + chunk.offset % kAlignment, static_cast<size_t>(chunk.num_bytes));
+        std::memcpy(out + done, chunk.region + chunk.offset % kAlignment,
+                    static_cast<size_t>(chunk.num_bytes));
         done += chunk.num_bytes;
     }
     state_->bounce = bounce;
@@ -301,7 +312,8 @@ void DirectReader::work(State& state) {
 // Waits for a piece; null when the reader closes.
 DirectReader::RequestPtr DirectReader::take_piece(State& state, Piece* piece) {
     std::unique_lock lock(state.mutex);
-    state.work_added.wait(lock, [&] { return state.closed || !state.demand.empty() || !state.speculation.empty(); });
+    state.work_added.wait(
+        lock, [&] { return state.closed || !state.demand.empty() || !state.speculation.empty(); });
     if (state.closed) return nullptr;
     auto& queue = state.demand.empty() ? state.speculation : state.demand;
     const RequestPtr request = queue.front();
@@ -314,7 +326,8 @@ DirectReader::RequestPtr DirectReader::take_piece(State& state, Piece* piece) {
 }
 
 // Called with the lock held.
-void DirectReader::finish_piece(State& state, Request& request, const Piece& piece, std::optional<ReadError> error) {
+void DirectReader::finish_piece(State& state, Request& request, const Piece& piece,
+                                std::optional<ReadError> error) {
     if (--state.pieces_in_flight == 0) {
         state.counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state.busy_since).count();
     }
@@ -360,4 +373,4 @@ void DirectReader::close() {
     for (auto& file : state_->files) file->close();
 }
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -22,7 +22,7 @@
 #include "io/direct_file.h"
 #include "io/syscalls.h"
 
-namespace moe_offload {
+namespace moe {
 
 enum class TicketState : int { kQueued = 0, kReading = 1, kDone = 2, kFailed = 3, kCancelled = 4 };
 
@@ -133,7 +133,8 @@ class DirectReader {
     bool wait_for(const RequestPtr& request, double timeout_s, const CheckInterrupt& check_interrupt) const;
     static void work(State& state);
     static RequestPtr take_piece(State& state, Piece* piece);
-    static void finish_piece(State& state, Request& request, const Piece& piece, std::optional<ReadError> error);
+    static void finish_piece(State& state, Request& request, const Piece& piece,
+                             std::optional<ReadError> error);
 
     std::unique_ptr<State> state_;  // leaked in a forked child: its mutexes belong to threads that are gone
     const bool direct_;
@@ -143,4 +144,4 @@ class DirectReader {
 // Bytes of the buffers that read_into keeps while a reader is open; part of a budget's workspace.
 inline constexpr int64_t kBounceBytes = 8 << 20;
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -1,15 +1,12 @@
-// What csrc/io throws; bindings_io.cpp translates it.
+// A failed read or open; wrong arguments and misuse are moe::ConfigError (common/errors.h).
 #pragma once
 
 #include <stdexcept>
 #include <string>
 
-namespace moe_offload {
+#include "common/errors.h"
 
-// A wrong argument, a closed or forked reader: moe_offload.errors.ConfigError in Python.
-struct UsageError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
+namespace moe {
 
 // A file that cannot be opened or read: OSError(errno, message) in Python. error_number is 0 where the
 // system reported none (a file that ends too early).
@@ -19,4 +16,4 @@ struct FileError : std::runtime_error {
     int error_number;
 };
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -1,13 +1,13 @@
 #include "io/syscalls.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
 
-#include <fcntl.h>
-#include <unistd.h>
-
-namespace moe_offload {
+namespace moe {
 
 namespace {
 
@@ -62,7 +62,8 @@ bool Syscalls::pass_faults(const std::string& path, int64_t offset, bool direct,
                 *limit = std::min(*limit, std::max<int64_t>(0, fault.num_bytes - offset));
                 break;
             case Fault::Kind::kDelay:
-                changed_.wait_for(lock, std::chrono::duration<double>(fault.delay_s), [this] { return stopped_; });
+                changed_.wait_for(lock, std::chrono::duration<double>(fault.delay_s),
+                                  [this] { return stopped_; });
                 break;
             case Fault::Kind::kHang:
                 changed_.wait(lock, [this] { return stopped_ || permits_ > 0; });
@@ -110,4 +111,4 @@ void Syscalls::stop() {
     changed_.notify_all();
 }
 
-}  // namespace moe_offload
+}  // namespace moe

@@ -1,6 +1,8 @@
 // open() and pread() with a seam where tests inject faults; one relaxed load when there are none.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -8,9 +10,7 @@
 #include <string>
 #include <vector>
 
-#include <sys/types.h>
-
-namespace moe_offload {
+namespace moe {
 
 struct Fault {
     enum class Kind {
@@ -36,7 +36,8 @@ class Syscalls {
   public:
     int open(const std::string& path, int flags);
     // As pread(2), EINTR retried; sets errno. ECANCELED after stop().
-    ssize_t pread(int fd, const std::string& path, void* buffer, size_t num_bytes, int64_t offset, bool direct);
+    ssize_t pread(int fd, const std::string& path, void* buffer, size_t num_bytes, int64_t offset,
+                  bool direct);
 
     void inject(Fault fault);
     void release(int64_t reads);  // let that many hanging (or yet to hang) reads go on
@@ -54,4 +55,4 @@ class Syscalls {
     bool stopped_ = false;
 };
 
-}  // namespace moe_offload
+}  // namespace moe

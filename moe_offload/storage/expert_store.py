@@ -1,0 +1,149 @@
+"""Reads experts from the files of a checkpoint into slots, and dense tensors into their memory.
+
+Owns the translation from ``ExpertKey`` to bytes on disk and from read errors to ``CheckpointError``.
+It knows no policy: which slot, when, and whether a read is a demand or speculation is the cache's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_offload.errors import CheckpointError
+from moe_offload.storage.expert_format import DIRECT_IO_ALIGNMENT_BYTES, ExpertIndex, ExpertKey, Span
+from moe_offload.storage.io import DirectReader, TicketState, add_file
+
+WAIT_S = 3600.0  # per native call; the native side looks for Ctrl-C every 100 ms
+
+
+class ExpertStore:
+    """The experts of one checkpoint behind tickets.
+
+    A ticket is an int; whoever calls ``read`` calls ``forget`` once the ticket is finished. The slot
+    belongs to the read from ``read`` until the ticket is finished: not to be touched, reused or unmapped
+    before. After ``close`` every ticket is finished.
+    """
+
+    def __init__(self, index: ExpertIndex, files: Sequence[Path], reader: DirectReader) -> None:
+        """Open ``files`` (``Span.file_id`` counts in them) in ``reader``, which the store then owns.
+
+        Raises:
+            CheckpointError: a file cannot be opened.
+        """
+        self.reader = reader
+        self._index = index
+        self._files = tuple(files)
+        self._reader_ids = [add_file(reader, path) for path in files]
+        self._slot_bytes = {layer_idx: layout.slot_bytes for layer_idx, layout in index.layouts.items()}
+        self._expert_bytes = {layer_idx: layout.expert_bytes for layer_idx, layout in index.layouts.items()}
+        self._segments: dict[ExpertKey, npt.NDArray[np.int64]] = {}
+        self._first_bytes: dict[ExpertKey, tuple[int, ...]] = {}  # of each matrix, from the slot's start
+        self._keys: dict[int, ExpertKey] = {}  # of tickets not yet forgotten, for error messages
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Fill the tables that keep ``read`` and ``addresses`` at a few microseconds."""
+        rows: list[tuple[int, int, int, int]] = []
+        starts: dict[ExpertKey, tuple[int, int]] = {}
+        for key, spans in self._index.spans.items():
+            regions = self._index.layouts[key.layer_idx].region_offsets
+            starts[key] = (len(rows), len(rows) + len(spans))
+            for span, region in zip(spans, regions, strict=True):
+                rows.append((self._reader_ids[span.file_id], span.offset, span.num_bytes, region))
+            self._first_bytes[key] = tuple(
+                region + span.offset % DIRECT_IO_ALIGNMENT_BYTES
+                for span, region in zip(spans, regions, strict=True)
+            )
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        self._segments = {key: table[start:end] for key, (start, end) in starts.items()}
+
+    def slot_bytes(self, layer_idx: int) -> int:
+        """Bytes of a slot that holds any expert of the layer."""
+        return self._slot_bytes[layer_idx]
+
+    def expert_bytes(self, key: ExpertKey) -> int:
+        """Bytes of the expert in the files."""
+        return self._expert_bytes[key.layer_idx]
+
+    def addresses(self, key: ExpertKey, slot_address: int) -> tuple[int, ...]:
+        """First byte of each matrix of the expert in a slot, in the layout's order; aligned to nothing."""
+        return tuple([slot_address + first for first in self._first_bytes[key]])
+
+    def read(self, key: ExpertKey, slot_address: int, speculative: bool) -> int:
+        """Queue the expert's bytes into the slot at ``slot_address`` (4096-aligned); returns a ticket."""
+        ticket = self.reader.submit(self._segments[key], speculative, slot_address)
+        self._keys[ticket] = key
+        return ticket
+
+    def done(self, ticket: int) -> bool:
+        """Whether the read is finished: its bytes are there, or it failed, or it was cancelled."""
+        return self.reader.state(ticket) >= TicketState.DONE
+
+    def state(self, ticket: int) -> int:
+        """The ``TicketState`` of the read."""
+        return self.reader.state(ticket)
+
+    def wait(self, ticket: int) -> None:
+        """Wait until the expert's bytes are in the slot.
+
+        Raises:
+            CheckpointError: they could not be read, or the store was closed meanwhile.
+            KeyboardInterrupt: within 100 ms of Ctrl-C; the read goes on, the ticket stays valid.
+        """
+        while not self.reader.wait(ticket, WAIT_S):
+            pass
+        state = self.reader.state(ticket)
+        if state != TicketState.DONE:
+            raise CheckpointError(self._failure(ticket, state))
+
+    def promote(self, ticket: int) -> None:
+        """Let a speculative read go ahead as a demand (what is not issued yet)."""
+        self.reader.promote(ticket)
+
+    def cancel(self, ticket: int) -> bool:
+        """Drop a read of which nothing was issued; False when it will run to its end."""
+        return self.reader.cancel(ticket)
+
+    def forget(self, ticket: int) -> None:
+        """Drop the record of a finished read."""
+        assert self.reader.forget(ticket), f"the read of {self._keys[ticket]} is not finished"
+        del self._keys[ticket]
+
+    def read_bytes(self, span: Span) -> npt.NDArray[np.uint8]:
+        """Read ``span`` into new memory, now; (span.num_bytes,)."""
+        out = np.empty(span.num_bytes, dtype=np.uint8)
+        self.read_into(span, out.ctypes.data)
+        return out
+
+    def read_into(self, span: Span, address: int) -> None:
+        """Read ``span`` to ``address`` (any alignment), now.
+
+        Raises:
+            CheckpointError: the bytes could not be read.
+            KeyboardInterrupt: within 100 ms of Ctrl-C; the memory is the caller's again.
+        """
+        try:
+            self.reader.read_into(self._reader_ids[span.file_id], span.offset, span.num_bytes, address)
+        except OSError as error:
+            raise CheckpointError(f"{self._files[span.file_id]}: {error.strerror}{_REMEDY}") from error
+
+    def close(self) -> None:
+        """Cancel what is queued, join the reader's threads, close the files. May be called twice."""
+        self.reader.close()
+
+    def _failure(self, ticket: int, state: int) -> str:
+        key = self._keys[ticket]
+        expert = f"expert {key.expert_id} of layer {key.layer_idx}"
+        error = self.reader.error(ticket)
+        if error is None:
+            assert state == TicketState.CANCELLED, f"{expert}: a failed read without an error"
+            return f"{expert}: its read was cancelled before it began; the model is closed"
+        file_id, _, _, message = error
+        path = self._files[self._reader_ids.index(file_id)]
+        return f"{path}: {expert}: {message}{_REMEDY}"
+
+
+_REMEDY = "; check the disk and that no other program writes to the file, then load the model again"

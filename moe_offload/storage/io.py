@@ -1,0 +1,68 @@
+"""Door to the native reader and arena: environment, files, errors in the checkpoint's words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+from moe_offload import _native
+from moe_offload._native import BOUNCE_BYTES, Arena, DirectReader
+from moe_offload.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "BOUNCE_BYTES",
+    "DEFAULT_NUM_IO_THREADS",
+    "Arena",
+    "DirectReader",
+    "TicketState",
+    "add_file",
+    "io_mode_from_env",
+    "open_reader",
+]
+
+DEFAULT_NUM_IO_THREADS = 4  # each has one pread in flight; the threads sleep in the kernel
+IO_MODES = ("direct", "buffered")
+
+
+class TicketState(IntEnum):
+    """Life of a read: QUEUED → READING → DONE | FAILED, or QUEUED → CANCELLED."""
+
+    QUEUED = _native.QUEUED
+    READING = _native.READING
+    DONE = _native.DONE
+    FAILED = _native.FAILED
+    CANCELLED = _native.CANCELLED
+
+
+def io_mode_from_env() -> str:
+    """Return ``MOE_OFFLOAD_IO``: ``direct`` (around the page cache; the default) or ``buffered``."""
+    io_mode = os.environ.get("MOE_OFFLOAD_IO", "") or "direct"
+    if io_mode not in IO_MODES:
+        raise ConfigError(f"MOE_OFFLOAD_IO must be one of {', '.join(IO_MODES)}, got {io_mode!r}")
+    return io_mode
+
+
+def open_reader(num_threads: int = DEFAULT_NUM_IO_THREADS, io_mode: str | None = None) -> DirectReader:
+    """Start a reader; ``io_mode`` None asks the environment. Its owner calls ``close``."""
+    return DirectReader(num_threads, io_mode_from_env() if io_mode is None else io_mode)
+
+
+def add_file(reader: DirectReader, path: Path) -> int:
+    """Open a file of the checkpoint; returns its file_id in ``reader``.
+
+    Raises:
+        CheckpointError: the file is missing, not a regular file, or may not be read.
+    """
+    try:
+        return reader.add_file(os.fspath(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}; check that the file exists and may be read"
+        ) from error
+
+
+def add_files(reader: DirectReader, paths: Sequence[Path]) -> list[int]:
+    """Open all files of a checkpoint, in its order."""
+    return [add_file(reader, path) for path in paths]
