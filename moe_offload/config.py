@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moe_offload.errors import ConfigError
 
@@ -11,6 +14,54 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFILL_CHUNK_TOKENS = 512  # a constant, never derived from the budget: it decides rounding
 DECODE_STEP_MAX_TOKENS = 16  # steps of more tokens stream past the decode cache
 DEFAULT_CONTEXT_TOKENS = 4096
+
+# Binary for KiB and for the bare letter (as llama.cpp and docker read "2G"), decimal for KB, MB, GB.
+_UNIT_BYTES = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNIT_BYTES |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the bytes that ``text`` names: "2GiB", "1.5G" (binary), "500MB" (decimal) or a number.
+
+    Raises:
+        ConfigError: nothing of the kind, or less than one byte.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]{0,3})\s*", str(text))
+    unit_bytes = _UNIT_BYTES.get(match[2].upper()) if match and not isinstance(text, bool) else None
+    num_bytes = math.floor(Fraction(match[1]) * unit_bytes) if match and unit_bytes else 0
+    if num_bytes < 1:
+        raise ConfigError(
+            f"{text!r} is not an amount of memory; accepted are 2GiB or 2G (binary), 2GB (decimal), "
+            "512MiB, 1.5GiB, or a positive number of bytes"
+        )
+    return num_bytes
+
+
+def resolve_expert_cap(experts: str | int | None, total_experts: int) -> int | None:
+    """Return how many of the model's ``total_experts`` may be in memory; None when bytes alone decide.
+
+    Args:
+        experts: "25%" (rounded down, at least one), a count, "all", or None. A count above the
+            model's own is all of them.
+
+    Raises:
+        ConfigError: zero, negative, above 100%, or nothing of the kind.
+    """
+    if experts is None:
+        return None
+    text = str(experts).strip()
+    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%", text)
+    if text.lower() == "all":
+        return total_experts
+    if percent and 0 < float(percent[1]) <= 100:
+        return max(1, math.floor(total_experts * Fraction(percent[1]) / 100))
+    if re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0:
+        return min(int(text), total_experts)
+    raise ConfigError(
+        f"experts={experts!r} is not a share of the model's {total_experts} experts; accepted are "
+        'a percentage above 0% and up to 100% ("25%"), a positive count (96), or "all"'
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""What things cost, in bytes: the arithmetic of the budget, beside what it describes.
+
+Pure functions on ints. Legend: T tokens, H hidden_size, I an MLP's intermediate size, K top_k.
+"""
+
+from __future__ import annotations
+
+from moe_offload.config import PREFILL_CHUNK_TOKENS, ModelSpec
+
+FLOAT32_BYTES = 4
+ATTENTION_WIDTH_IN_HIDDEN_SIZES = 12  # query, key, value before and after rotary, context, its projection
+RESIDUAL_WIDTH_IN_HIDDEN_SIZES = 6  # residual, normed, router input, float32 copy, sum of experts, result
+MLP_INTERMEDIATES = 3  # gate, up, their product
+LOGITS_COPIES = 3  # as computed, float32 for sampling, sorted or softmaxed
+
+
+def kv_bytes(spec: ModelSpec, *, context_tokens: int, batch_size: int, bytes_per_element: int) -> int:
+    """Return the bytes of a KV cache that holds ``context_tokens`` for every sequence of the batch."""
+    return sum(spec.kv_elements_per_token) * context_tokens * batch_size * bytes_per_element
+
+
+def activation_bytes(
+    spec: ModelSpec,
+    *,
+    context_tokens: int,
+    batch_size: int = 1,
+    dense_intermediate_size: int = 0,
+    num_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> int:
+    """Return the bytes of activations while one chunk of ``num_tokens`` passes a layer, in float32.
+
+    Conservative: everything that a layer makes is taken to be alive at once, and bf16 models are
+    counted as float32, since expert rows and logits are float32 anyway.
+
+    Args:
+        dense_intermediate_size: of the widest dense or shared MLP; 0 when there is none.
+    """
+    residual = RESIDUAL_WIDTH_IN_HIDDEN_SIZES * num_tokens * spec.hidden_size
+    attention = ATTENTION_WIDTH_IN_HIDDEN_SIZES * num_tokens * spec.hidden_size
+    mask = num_tokens * context_tokens  # one row of the causal mask for every token
+    dense_mlp = MLP_INTERMEDIATES * num_tokens * dense_intermediate_size
+    expert_rows = num_tokens * (spec.hidden_size + MLP_INTERMEDIATES * spec.moe_intermediate_size)
+    routing = LOGITS_COPIES * num_tokens * (spec.num_experts + 2 * spec.top_k)
+    logits = LOGITS_COPIES * batch_size * spec.vocab_size
+    return FLOAT32_BYTES * (residual + attention + mask + dense_mlp + expert_rows + routing + logits)
+
+
+def attention_bytes(*, num_heads: int, head_dim: int, context_tokens: int, stores_scores: bool) -> int:
+    """Return what attention over a full context makes beside the cache, in float32.
+
+    Keys and values of grouped heads are repeated for every head before a masked attention, and an
+    expanded latent (MLA) has that size too. Eager attention also stores its scores: as computed,
+    masked and after softmax.
+    """
+    expanded = 2 * num_heads * head_dim * context_tokens
+    scores = 3 * num_heads * PREFILL_CHUNK_TOKENS * context_tokens if stores_scores else 0
+    return FLOAT32_BYTES * (expanded + scores)

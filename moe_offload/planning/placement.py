@@ -1,0 +1,233 @@
+"""Where a memory budget goes: fixed parts first, then slots for experts, or a refusal with the numbers.
+
+Pure: ints in, a PlacementPlan out. Layers whose experts have one slot size share a pool. Slots are
+granted one at a time in an order that does not depend on the budget (every pool keeps the same share
+of its experts), so more memory never means fewer slots anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_offload.config import GIB, ModelSpec, PlacementPlan, PoolPlan
+from moe_offload.errors import BudgetError
+from moe_offload.planning.cost_model import kv_bytes
+from moe_offload.storage.expert_format import ExpertLayout
+
+
+@dataclass(frozen=True)
+class FixedCosts:
+    """Everything in memory that is not an expert; the same under every budget."""
+
+    base_bytes: int  # interpreter and libraries, measured
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    context_tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_bytes + self.dense_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """What one budget would hold, for `moe-offload inspect`."""
+
+    ram_bytes: int
+    fits: bool
+    num_slots: int  # experts in memory, 0 when it does not fit
+    expert_share: float  # of all experts, 0..1
+    smallest_ram_bytes: int
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A pool before its slots are counted."""
+
+    slot_bytes: int
+    layers: tuple[int, ...]
+    num_experts: int
+    min_slots: int
+
+
+def plan_placement(
+    spec: ModelSpec,
+    layouts: Mapping[int, ExpertLayout],
+    *,
+    ram_bytes: int,
+    base_bytes: int,
+    dense_bytes: int,
+    context_tokens: int,
+    kv_bytes_per_element: int,
+    batch_size: int = 1,
+    expert_cap: int | None = None,
+    reader_bytes: int = 0,
+    activation_bytes: int = 0,
+) -> PlacementPlan:
+    """Divide ``ram_bytes`` among libraries, dense weights, KV cache, workspace and expert slots.
+
+    Args:
+        expert_cap: most experts in memory at all, staging included (config.resolve_expert_cap).
+        reader_bytes: buffers of the reader.
+        activation_bytes: of one prefill chunk (cost_model.activation_bytes).
+
+    Raises:
+        BudgetError: the budget or the cap is below the least that works; names that least.
+    """
+    fixed = FixedCosts(
+        base_bytes=base_bytes,
+        dense_bytes=dense_bytes,
+        kv_bytes=kv_bytes(
+            spec,
+            context_tokens=context_tokens,
+            batch_size=batch_size,
+            bytes_per_element=kv_bytes_per_element,
+        ),
+        workspace_bytes=reader_bytes + activation_bytes,
+        context_tokens=context_tokens,
+    )
+    pools = _group_layers(layouts, spec.top_k)
+    _refuse_what_cannot_fit(fixed, pools, ram_bytes, expert_cap)
+    slots = _grant_slots(pools, ram_bytes - fixed.total_bytes, expert_cap)
+    return PlacementPlan(
+        ram_bytes=ram_bytes,
+        base_bytes=base_bytes,
+        dense_bytes=dense_bytes,
+        kv_bytes=fixed.kv_bytes,
+        workspace_bytes=fixed.workspace_bytes,
+        context_tokens=context_tokens,
+        pools=tuple(
+            PoolPlan(
+                slot_bytes=pool.slot_bytes,
+                layers=pool.layers,
+                num_experts=pool.num_experts,
+                num_slots=num_slots,
+                num_staging=staging_slots(num_slots, pool.num_experts, spec.top_k),
+            )
+            for pool, num_slots in zip(pools, slots, strict=True)
+        ),
+    )
+
+
+def staging_slots(num_slots: int, num_experts: int, top_k: int) -> int:
+    """Return how many of a pool's slots are kept for reads in flight.
+
+    None when every expert has a slot of its own. Otherwise one step's misses and as many prefetched
+    experts (2 * top_k) where there is room: a step's misses always fit (top_k), and above that half
+    of the slots stay for residents. With top_k slots or fewer everything streams.
+    """
+    if num_slots >= num_experts:
+        return 0
+    if num_slots <= top_k:
+        return num_slots
+    return min(2 * top_k, top_k + (num_slots - top_k) // 2)
+
+
+def smallest_ram_bytes(fixed: FixedCosts, layouts: Mapping[int, ExpertLayout], top_k: int) -> int:
+    """Return the least budget that would do: the fixed parts and one token's experts per pool."""
+    return fixed.total_bytes + _least_expert_bytes(_group_layers(layouts, top_k))
+
+
+def cold_cache_warning(plan: PlacementPlan, spec: ModelSpec, policy: str) -> str | None:
+    """Return what to tell a user whose cache hits almost nothing; None when there is nothing to tell.
+
+    Under LRU every token walks through all layers, so that an expert is gone before its layer comes
+    again unless a whole token's experts stay resident.
+    """
+    wanted = spec.top_k * len(spec.moe_layers)
+    resident = sum(pool.num_slots - pool.num_staging for pool in plan.pools)
+    if policy != "lru" or resident >= wanted:
+        return None
+    return (
+        f"policy lru hits almost nothing with {resident} resident experts: one token uses {wanted} "
+        f"(top_k {spec.top_k} x {len(spec.moe_layers)} layers); use policy ewma or a larger ram"
+    )
+
+
+def budgets_table(
+    spec: ModelSpec, layouts: Mapping[int, ExpertLayout], budgets: Sequence[int], fixed: FixedCosts
+) -> list[BudgetRow]:
+    """Return what each budget of ``budgets`` (bytes) would hold."""
+    pools = _group_layers(layouts, spec.top_k)
+    smallest = fixed.total_bytes + _least_expert_bytes(pools)
+    total_experts = sum(pool.num_experts for pool in pools)
+    rows = []
+    for ram_bytes in budgets:
+        fits = ram_bytes >= smallest
+        num_slots = sum(_grant_slots(pools, ram_bytes - fixed.total_bytes, None)) if fits else 0
+        share = num_slots / total_experts if total_experts else float(fits)
+        rows.append(BudgetRow(ram_bytes, fits, num_slots, share, smallest))
+    return rows
+
+
+def _group_layers(layouts: Mapping[int, ExpertLayout], top_k: int) -> list[_Pool]:
+    """Return one pool per slot size, in the order of its first layer."""
+    by_size: dict[int, list[ExpertLayout]] = {}
+    for _, layout in sorted(layouts.items()):
+        by_size.setdefault(layout.slot_bytes, []).append(layout)
+    return [
+        _Pool(
+            slot_bytes=slot_bytes,
+            layers=tuple(layout.layer_idx for layout in group),
+            num_experts=sum(layout.num_experts for layout in group),
+            min_slots=min(top_k, max(layout.num_experts for layout in group)),
+        )
+        for slot_bytes, group in by_size.items()
+    ]
+
+
+def _least_expert_bytes(pools: Sequence[_Pool]) -> int:
+    return sum(pool.min_slots * pool.slot_bytes for pool in pools)
+
+
+def _grant_slots(pools: Sequence[_Pool], room_bytes: int, expert_cap: int | None) -> list[int]:
+    """Return the slots of each pool: the least, then one at a time to the pool with the smallest share.
+
+    Stops at the first grant that does not fit: skipping it for a smaller slot of another pool would
+    use a few bytes more, but then a larger budget could take that slot away again.
+    """
+    slots = [pool.min_slots for pool in pools]
+    room_bytes -= _least_expert_bytes(pools)
+    room_slots = sum(pool.num_experts for pool in pools) if expert_cap is None else expert_cap
+    grants = sorted(
+        (count / pool.num_experts, position)
+        for position, pool in enumerate(pools)
+        for count in range(pool.min_slots + 1, pool.num_experts + 1)
+    )
+    for _, position in grants[: max(0, room_slots - sum(slots))]:
+        room_bytes -= pools[position].slot_bytes
+        if room_bytes < 0:
+            break
+        slots[position] += 1
+    return slots
+
+
+def _refuse_what_cannot_fit(
+    fixed: FixedCosts, pools: Sequence[_Pool], ram_bytes: int, expert_cap: int | None
+) -> None:
+    least_experts = sum(pool.min_slots for pool in pools)
+    if expert_cap is not None and expert_cap < least_experts:
+        raise BudgetError(
+            f"experts={expert_cap} is fewer than one token needs in one layer: the least is {least_experts} "
+            f"({len(pools)} sizes of experts); ask for that many or for a larger percentage"
+        )
+    expert_bytes = _least_expert_bytes(pools)
+    smallest = fixed.total_bytes + expert_bytes
+    if ram_bytes >= smallest:
+        return
+    raise BudgetError(
+        f"ram={ram_bytes / GIB:.2f} GiB ({ram_bytes} bytes) cannot hold the model: "
+        f"libraries {_gib(fixed.base_bytes)} + dense weights {_gib(fixed.dense_bytes)} + "
+        f"KV cache ({fixed.context_tokens} tokens) {_gib(fixed.kv_bytes)} + "
+        f"workspace {_gib(fixed.workspace_bytes)} + at least {least_experts} experts {_gib(expert_bytes)} "
+        f"= {_gib(smallest)} GiB; the smallest ram that would do is {_gib(smallest)} GiB "
+        f"({smallest} bytes), or lower context"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    """Print GiB rounded up, so that a smallest budget typed back from the message is enough."""
+    hundredths = -(-num_bytes * 100 // GIB)
+    return f"{hundredths // 100}.{hundredths % 100:02d}"
