@@ -1,0 +1,418 @@
+"""Which experts are in memory, for whom, and until when.
+
+The life of a slot::
+
+                 read                   finish               end(): admitted
+        free ───────────► in flight ──────────► staged ─────────────────────► resident ◄──┐
+         ▲                    │                   │                             │    │    │
+         │   cancelled,       │                   │  end(): chosen as victim,   │    └──► pinned
+         │   failed, drained  │                   │  or speculation overwritten │   begin()  end()
+         └────────────────────┴───────────────────┴──────── evicted ◄───────────┘
+
+Slots are uniform: of ``num_slots``, at most ``num_slots - num_staging`` hold residents, so that reads
+always find room. A staged expert becomes resident by book-keeping; the victim's slot is the new
+staging slot. No bytes are copied.
+
+A step is event-atomic: ``begin`` classifies all ids of a step against one snapshot and pins them,
+``end`` shows the policy the whole step and only then chooses victims. One thread calls; one step or
+one stream is open at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moe_offload.config import PoolPlan
+from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.placement import staging_slots
+from moe_offload.residency.slot_pool import Entry, ExpertSource, SlotPool, SlotState
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
+
+
+class SlotMemory(Protocol):
+    """Page-aligned memory of all slots (storage/io.py: Arena)."""
+
+    @property
+    def address(self) -> int:
+        """First byte."""
+
+    def give_back(self, offset: int, num_bytes: int) -> None:
+        """Let the system take these pages."""
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """The experts of one layer and step, pinned from ``begin`` to ``end`` or ``abort``.
+
+    Attributes:
+        ready: expert ids whose bytes were there at ``begin``, ascending.
+        pending: expert ids being read, ascending; ``cache.wait`` for each before its use.
+    """
+
+    layer_idx: int
+    expert_ids: Sequence[int]
+    weights: Sequence[float] | None
+    entries: list[Entry]
+    ready: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+
+
+class ExpertCache:
+    """Experts in the slots of an arena, read from ``store`` as steps and prefetches ask for them.
+
+    Args:
+        pools: laid out in the arena one after the other.
+        layouts: by layer index, of every layer of the pools.
+        arena: holds all the slots.
+        policy_factory: makes one policy per pool.
+        top_k: no pool shrinks below the experts of one token.
+        clock: seconds, for stats.stall_s.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[PoolPlan],
+        layouts: Mapping[int, ExpertLayout],
+        store: ExpertSource,
+        arena: SlotMemory,
+        policy_factory: Callable[[], EvictionPolicy],
+        stats: OffloadStats,
+        *,
+        top_k: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._arena, self._top_k, self._stats, self._clock = arena, top_k, stats, clock
+        self._pools: list[SlotPool] = []
+        self._pool_of: dict[int, SlotPool] = {}
+        self._open: Step | int | None = None  # the open step, or the layer of the open stream
+        address = arena.address
+        for plan in pools:
+            pool = SlotPool(plan, layouts, store, policy_factory(), stats, address)
+            address += plan.num_bytes
+            self._pools.append(pool)
+            self._pool_of |= dict.fromkeys(plan.layers, pool)
+
+    # One token, or a few: everything in memory at once.
+
+    def begin(
+        self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Step | None:
+        """Pin a step's experts and start reading those that are missing.
+
+        Misses beyond the staging slots evict first, by policy, what the step does not need.
+
+        Args:
+            expert_ids: the union over the step's tokens, ascending.
+            weights: the router's, one for each of ``expert_ids``; policies may use them.
+
+        Returns:
+            None when the step needs more experts than the pool has slots: use ``stream``.
+        """
+        assert self._open is None, "end or abort the open step, or close the open stream, first"
+        pool = self._pool_of[layer_idx]
+        if len(expert_ids) > pool.num_slots:
+            return None
+        step = Step(layer_idx, expert_ids, weights, [])
+        try:
+            missing = self._pin_what_is_there(pool, step)
+            if missing:
+                self._read_missing(pool, step, missing)
+        except BaseException:
+            self._release(pool, step)
+            raise
+        self._open = step
+        return step
+
+    def wait(self, step: Step, expert_id: int) -> None:
+        """Block until an expert of the step can be used.
+
+        Raises:
+            CheckpointError: its read failed; abort the step, a later one reads again.
+        """
+        pool = self._pool_of[step.layer_idx]
+        entry = pool.table[step.layer_idx][expert_id]
+        assert entry is not None and entry.pins, f"expert {expert_id} is not part of this step"
+        self._wait(pool, entry)
+
+    def addresses(self, layer_idx: int, expert_id: int) -> tuple[int, ...]:
+        """Return the first byte of each matrix of an expert of the open step or stream."""
+        entry = self._pool_of[layer_idx].table[layer_idx][expert_id]
+        assert entry is not None and entry.pins and entry.state is not SlotState.IN_FLIGHT, (
+            f"layer {layer_idx} expert {expert_id} is not in memory for an open step"
+        )
+        return entry.addresses
+
+    def end(self, step: Step) -> None:
+        """Unpin, show the policy the step, make its misses residents, then evict what is too many."""
+        assert self._open is step, "this step is not open"
+        pool = self._pool_of[step.layer_idx]
+        for entry in step.entries:
+            if entry.state is not SlotState.RESIDENT:
+                pool.admit(entry)
+        for entry in step.entries:
+            entry.pins -= 1
+        self._open = None
+        pool.policy.on_route(step.layer_idx, step.expert_ids, step.weights)
+        excess = len(pool.residents) - pool.capacity
+        if excess > 0:
+            pool.evict(excess, pool.residents.keys())
+
+    def abort(self, step: Step) -> None:
+        """Give up a step after an error or an interrupt; never blocks, the cache stays usable."""
+        self._release(self._pool_of[step.layer_idx], step)
+        if self._open is step:
+            self._open = None
+
+    # A prompt: expert after expert, past the residents.
+
+    def stream(
+        self, layer_idx: int, expert_ids: Sequence[int]
+    ) -> Generator[tuple[int, tuple[int, ...]], None, None]:
+        """Yield (expert_id, matrix addresses) for ``expert_ids`` in their (ascending) order.
+
+        Residents are used in place; the others are read once each through the free slots, as many
+        ahead as there are. An address is good until the next one is asked for. Read experts become
+        residents only where there is room, and no more than the layer's share of it: nothing is
+        evicted. Closing the generator early leaves the cache consistent without blocking.
+
+        Raises:
+            CheckpointError: a read failed.
+        """
+        assert self._open is None, "end or abort the open step, or close the open stream, first"
+        pool = self._pool_of[layer_idx]
+        self._open = layer_idx
+        held: dict[int, Entry] = {}  # pinned, by expert id
+        try:
+            self._hold_what_is_there(pool, layer_idx, expert_ids, held)
+            unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
+            for expert_id in expert_ids:
+                self._read_ahead(pool, layer_idx, unread, held, expert_id)
+                entry = held[expert_id]
+                self._wait(pool, entry)
+                yield expert_id, entry.addresses
+                del held[expert_id]
+                entry.pins -= 1
+                if entry.state is SlotState.STAGED:
+                    self._keep_or_discard(pool, entry)
+        finally:
+            self._open = None
+            for entry in held.values():
+                entry.pins -= 1
+                if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
+                    pool.discard(entry)
+
+    # Hints.
+
+    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
+        """Start speculative reads, in order of ``keys``, into staging slots that no step claims.
+
+        Drops what is in memory or on its way, and the rest when there is no room. The oldest
+        finished speculation that nobody claimed makes room (wasted), never a resident.
+        """
+        if isinstance(self._open, int):
+            return  # a stream uses all the slots
+        wanted = dict.fromkeys(keys)
+        for key in wanted:
+            pool = self._pool_of[key.layer_idx]
+            if pool.find(key) is None and self._has_room_for_hint(pool, wanted):
+                pool.read(key, speculative=True)
+
+    def contradict(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """Cancel queued speculation of a layer whose router chose ``expert_ids`` instead."""
+        chosen = set(expert_ids)
+        pool = self._pool_of[layer_idx]
+        for entry in pool.unclaimed():
+            is_other = entry.key.layer_idx == layer_idx and entry.key.expert_id not in chosen
+            if is_other and entry.state is SlotState.IN_FLIGHT:
+                pool.cancel(entry)
+
+    @property
+    def has_every_expert(self) -> bool:
+        """Whether a prefetch could find nothing to do."""
+        return all(len(pool.residents) == pool.num_experts for pool in self._pools)
+
+    # Memory.
+
+    def give_back(self, num_bytes: int) -> int:
+        """Evict by policy and return slots to the system; the cache stays smaller from then on.
+
+        Never below one token's experts, and nothing while a step or stream is open.
+
+        Returns:
+            Bytes given back: whole slots, so perhaps more than asked, or less at the minimum.
+        """
+        given = 0
+        while self._pools and self._open is None and given < num_bytes:
+            pool = max(self._pools, key=lambda pool: self._spare_slots(pool) * pool.slot_bytes)
+            count = min(-(-(num_bytes - given) // pool.slot_bytes), self._spare_slots(pool))
+            if count <= 0:
+                break
+            self._shrink(pool, count)
+            given += count * pool.slot_bytes
+        return given
+
+    def close(self) -> None:
+        """Cancel what has not begun and wait for what has: after that nothing writes to the arena."""
+        for pool in self._pools:
+            for entry in list(pool.staged.values()):
+                pool.discard(entry)
+        for pool in self._pools:
+            pool.drain()
+
+    def residents(self) -> list[ExpertKey]:
+        """Return the resident experts, sorted; for tests and reports."""
+        return sorted(key for pool in self._pools for key in pool.residents)
+
+    def check(self) -> None:
+        """Assert the invariants of every pool; only between steps."""
+        assert self._open is None, "a step or stream is open"
+        for pool in self._pools:
+            pool.check()
+
+    def _pin_what_is_there(self, pool: SlotPool, step: Step) -> list[int]:
+        """Classify the step's ids against one snapshot, pin those with a slot, return the others."""
+        row = pool.table[step.layer_idx]
+        missing = []
+        for expert_id in step.expert_ids:
+            entry = row[expert_id]
+            if entry is not None and entry.state is not SlotState.RESIDENT:
+                entry = pool.settle(entry)
+            if entry is None:
+                missing.append(expert_id)
+                continue
+            entry.pins += 1
+            step.entries.append(entry)
+            if entry.state is SlotState.RESIDENT:
+                self._stats.hits += 1
+            else:
+                self._claim(pool, entry)
+            (step.pending if entry.state is SlotState.IN_FLIGHT else step.ready).append(expert_id)
+        return missing
+
+    def _claim(self, pool: SlotPool, entry: Entry) -> None:
+        """Count a prefetch that a step asked for: useful when its bytes are there, late otherwise."""
+        if entry.state is SlotState.IN_FLIGHT:
+            self._stats.misses += 1
+            self._stats.prefetch_late_bytes += entry.num_bytes
+            pool.store.promote(entry.ticket)
+        else:
+            self._stats.prefetch_hits += 1
+            self._stats.prefetch_useful_bytes += entry.num_bytes
+        entry.unclaimed = False
+
+    def _read_missing(self, pool: SlotPool, step: Step, missing: Sequence[int]) -> None:
+        if len(pool.free) < len(missing):
+            pool.make_room(len(missing))
+        for expert_id in missing:
+            entry = pool.read(ExpertKey(step.layer_idx, expert_id), speculative=False)
+            entry.pins += 1
+            step.entries.append(entry)
+            self._stats.misses += 1
+            self._stats.demand_bytes += entry.num_bytes
+        step.pending = sorted([*step.pending, *missing])
+
+    def _wait(self, pool: SlotPool, entry: Entry) -> None:
+        if entry.state is not SlotState.IN_FLIGHT:
+            return
+        started = self._clock()
+        try:
+            pool.finish(entry)
+        finally:
+            self._stats.stall_s += self._clock() - started
+
+    def _release(self, pool: SlotPool, step: Step) -> None:
+        """Unpin; free what is not resident (a failed read has freed its slot already)."""
+        for entry in step.entries:
+            entry.pins -= 1
+            if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
+                pool.discard(entry)
+        step.entries = []
+
+    def _hold_what_is_there(
+        self, pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], held: dict[int, Entry]
+    ) -> None:
+        """Pin residents and this layer's speculation; all other speculation leaves its slots."""
+        wanted = set(expert_ids)
+        for entry in pool.unclaimed():
+            if entry.key.layer_idx != layer_idx or entry.key.expert_id not in wanted:
+                pool.discard(entry)
+        row = pool.table[layer_idx]
+        found = [there for i in expert_ids if (there := row[i]) is not None and pool.settle(there)]
+        # One slot stays for what must be read, or a stream would wait for itself.
+        room = pool.num_slots - len(pool.residents) - (len(found) < len(expert_ids))
+        for entry in found:
+            if entry.state is not SlotState.RESIDENT:
+                if room == 0:
+                    pool.discard(entry)
+                    continue
+                room -= 1
+                self._claim_for_stream(pool, entry)
+            entry.pins += 1
+            held[entry.key.expert_id] = entry
+
+    def _claim_for_stream(self, pool: SlotPool, entry: Entry) -> None:
+        if entry.state is SlotState.IN_FLIGHT:
+            self._stats.prefetch_late_bytes += entry.num_bytes
+            pool.store.promote(entry.ticket)
+        else:
+            self._stats.prefetch_useful_bytes += entry.num_bytes
+        entry.unclaimed = False
+
+    def _read_ahead(
+        self, pool: SlotPool, layer_idx: int, unread: deque[int], held: dict[int, Entry], next_id: int
+    ) -> None:
+        """Fill the free slots with the next reads; ``next_id`` is held or being read afterwards."""
+        pool.reap()
+        if next_id not in held and not pool.free:
+            pool.drain()
+        while unread and pool.free:
+            entry = pool.read(ExpertKey(layer_idx, unread[0]), speculative=False)
+            entry.pins += 1
+            held[unread.popleft()] = entry
+            self._stats.stream_bytes += entry.num_bytes
+
+    def _keep_or_discard(self, pool: SlotPool, entry: Entry) -> None:
+        row = pool.table[entry.key.layer_idx]
+        layer_share = pool.capacity * len(row) // pool.num_experts
+        residents = sum(1 for other in row if other is not None and other.state is SlotState.RESIDENT)
+        if len(pool.residents) < pool.capacity and residents < layer_share:
+            pool.admit(entry)
+        else:
+            pool.discard(entry)
+
+    def _has_room_for_hint(self, pool: SlotPool, wanted: Mapping[ExpertKey, None]) -> bool:
+        pool.reap()
+        has_own_slot = pool.num_staging == 0  # then every expert has
+        if pool.free and (has_own_slot or len(pool.staged) + len(pool.draining) < pool.num_staging):
+            return True
+        for entry in pool.unclaimed():
+            settled = pool.settle(entry)
+            if settled is None:
+                return True
+            if entry.state is SlotState.STAGED and entry.key not in wanted:
+                pool.discard(entry)
+                return True
+        return False
+
+    def _spare_slots(self, pool: SlotPool) -> int:
+        least = min(self._top_k, max(len(row) for row in pool.table.values()))
+        return max(0, pool.num_slots - least)
+
+    def _shrink(self, pool: SlotPool, count: int) -> None:
+        """Take ``count`` slots out of a pool for good and hand their pages back."""
+        for entry in list(pool.staged.values()):
+            pool.discard(entry)
+        pool.drain()
+        num_slots = pool.num_slots - count
+        pool.num_staging = staging_slots(num_slots, pool.num_experts, self._top_k)
+        pool.num_slots = num_slots
+        pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
+        for _ in range(count):
+            slot = pool.free.pop()
+            self._arena.give_back(pool.slot_address(slot) - self._arena.address, pool.slot_bytes)
+        self._stats.slots_given_back += count

@@ -1,0 +1,260 @@
+"""Slots of one byte size: which expert is in which, and the reads that fill them.
+
+Owns the mechanism only (take a slot, read into it, free it); expert_cache.py decides when.
+One thread uses it: reads finish in the background, but a pool learns of it only when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from moe_offload.config import PoolPlan
+from moe_offload.errors import CheckpointError
+from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
+
+
+class ExpertSource(Protocol):
+    """What the cache asks of storage/expert_store.py; tests put a simulated disk here.
+
+    Every ticket ends in exactly one ``wait`` that returns or raises CheckpointError, or in one
+    ``cancel`` that returned True, followed by ``forget``.
+    """
+
+    def read(self, key: ExpertKey, slot_address: int, *, speculative: bool) -> int:
+        """Queue the reads of an expert; a demand read goes before every queued speculative one."""
+
+    def done(self, ticket: int) -> bool:
+        """Whether ``wait`` would not block: finished, well or not."""
+
+    def wait(self, ticket: int) -> None:
+        """Block until the bytes are in the slot and forget the ticket, also when it raises this.
+
+        Raises:
+            CheckpointError: the read failed.
+        """
+
+    def promote(self, ticket: int) -> bool:
+        """Turn a speculative read into a demand read, where it has not begun."""
+
+    def cancel(self, ticket: int) -> bool:
+        """Take back a read that has not begun; False when it has, and the slot is still written."""
+
+    def forget(self, ticket: int) -> bool:
+        """Drop the record of a read that was cancelled."""
+
+    def addresses(self, key: ExpertKey, slot_address: int) -> tuple[int, ...]:
+        """First byte of each of the expert's matrices in the slot."""
+
+    def expert_bytes(self, key: ExpertKey) -> int:
+        """Bytes of the expert in the file."""
+
+
+class SlotState(Enum):
+    """Of an expert that has a slot; drawn in expert_cache.py."""
+
+    IN_FLIGHT = "in flight"
+    STAGED = "staged"  # its bytes are there; not resident (yet)
+    RESIDENT = "resident"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An expert in a slot."""
+
+    key: ExpertKey
+    slot: int
+    addresses: tuple[int, ...]
+    num_bytes: int
+    ticket: int  # meaningful while in flight
+    state: SlotState
+    unclaimed: bool  # speculative, and no step has asked for it yet
+    pins: int = 0
+
+
+class SlotPool:
+    """``plan.num_slots`` slots from ``first_address`` on, shared by the experts of ``plan.layers``."""
+
+    def __init__(
+        self,
+        plan: PoolPlan,
+        layouts: Mapping[int, ExpertLayout],
+        store: ExpertSource,
+        policy: EvictionPolicy,
+        stats: OffloadStats,
+        first_address: int,
+    ) -> None:
+        self.slot_bytes, self.num_experts = plan.slot_bytes, plan.num_experts
+        self.num_slots, self.num_staging = plan.num_slots, plan.num_staging
+        self.store, self.policy, self.stats = store, policy, stats
+        self.first_address = first_address
+        self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
+        self.residents: dict[ExpertKey, Entry] = {}
+        self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
+        self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
+        self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
+        for layer_idx in plan.layers:
+            assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
+            self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
+
+    @property
+    def capacity(self) -> int:
+        """Most residents."""
+        return self.num_slots - self.num_staging
+
+    def slot_address(self, slot: int) -> int:
+        return self.first_address + slot * self.slot_bytes
+
+    def find(self, key: ExpertKey) -> Entry | None:
+        return self.table[key.layer_idx][key.expert_id]
+
+    def read(self, key: ExpertKey, *, speculative: bool) -> Entry:
+        """Start reading an expert into a free slot."""
+        assert self.find(key) is None, f"{key} has a slot already"
+        slot = self.free[-1]
+        address = self.slot_address(slot)
+        entry = Entry(
+            key=key,
+            slot=slot,
+            addresses=self.store.addresses(key, address),
+            num_bytes=self.store.expert_bytes(key),
+            ticket=self.store.read(key, address, speculative=speculative),
+            state=SlotState.IN_FLIGHT,
+            unclaimed=speculative,
+        )
+        self.free.pop()
+        self.table[key.layer_idx][key.expert_id] = entry
+        self.staged[key] = entry
+        return entry
+
+    def finish(self, entry: Entry) -> None:
+        """Wait for an entry's read.
+
+        Raises:
+            CheckpointError: it failed; the slot is free again and a later step reads anew.
+        """
+        try:
+            self.store.wait(entry.ticket)
+        except CheckpointError:
+            self._remove(entry)
+            raise
+        entry.state = SlotState.STAGED
+
+    def settle(self, entry: Entry) -> Entry | None:
+        """Take note of a read that finished meanwhile; None when it failed: a hint is never an error."""
+        if entry.state is SlotState.IN_FLIGHT and self.store.done(entry.ticket):
+            try:
+                self.finish(entry)
+            except CheckpointError:
+                return None
+        return entry
+
+    def admit(self, entry: Entry) -> None:
+        """Make a staged expert a resident: book-keeping only, its bytes stay where they are."""
+        assert entry.state is SlotState.STAGED, f"{entry.key} is {entry.state.value}, wait for it first"
+        del self.staged[entry.key]
+        entry.state = SlotState.RESIDENT
+        self.residents[entry.key] = entry
+        self.policy.on_insert(entry.key)
+
+    def evict(self, count: int, candidates: Collection[ExpertKey]) -> None:
+        """Free the slots of ``count`` residents that the policy chooses among ``candidates``."""
+        victims = self.policy.victims(candidates, count)
+        assert len(set(victims)) == count, f"{self.policy.name} chose {victims}, wanted {count} residents"
+        for key in victims:
+            entry = self.residents[key]
+            assert not entry.pins, f"{self.policy.name} chose {key}, which is pinned"
+            self.policy.on_evict(key)
+            self._remove(entry)
+        self.stats.evictions += count
+
+    def discard(self, entry: Entry) -> None:
+        """Free a staged expert's slot, or abandon its read: at once when it had not begun."""
+        if entry.state is SlotState.IN_FLIGHT:
+            self._abandon(entry)
+            return
+        if entry.unclaimed:
+            self.stats.prefetch_wasted_bytes += entry.num_bytes
+        self._remove(entry)
+
+    def cancel(self, entry: Entry) -> bool:
+        """Take back a read that has not begun; False leaves it in flight."""
+        if not self.store.cancel(entry.ticket):
+            return False
+        self.store.forget(entry.ticket)
+        self.stats.prefetch_cancelled += entry.unclaimed
+        self._remove(entry)
+        return True
+
+    def make_room(self, count: int) -> None:
+        """Free slots until there are ``count``, dearest last.
+
+        First abandoned reads that have finished, then speculation nobody claimed (oldest first, read
+        or still queued), then residents, then waiting for reads nobody wants any more.
+        """
+        self.reap()
+        for entry in self.unclaimed():
+            if len(self.free) >= count:
+                return
+            if self.settle(entry) and (entry.state is SlotState.STAGED or not self.cancel(entry)):
+                self.discard(entry)
+        if len(self.free) < count:
+            unpinned = {key for key, entry in self.residents.items() if not entry.pins}
+            self.evict(min(count - len(self.free), len(unpinned)), unpinned)
+        while len(self.free) < count:
+            assert self.draining, f"{count} slots wanted, {len(self.free)} free, the others pinned"
+            self._drain_one(self.draining[0])
+
+    def reap(self) -> None:
+        """Free the slots of abandoned reads that have finished."""
+        for pair in [pair for pair in self.draining if self.store.done(pair[0])]:
+            self._drain_one(pair)
+
+    def drain(self) -> None:
+        """Wait until no read is in flight that nobody wants."""
+        while self.draining:
+            self._drain_one(self.draining[0])
+
+    def unclaimed(self) -> list[Entry]:
+        """Return the speculative entries that no step has asked for, oldest first."""
+        return [entry for entry in self.staged.values() if entry.unclaimed]
+
+    def check(self) -> None:
+        """Assert what holds whenever no step or stream is open."""
+        assert len(self.residents) <= self.capacity, f"{len(self.residents)} residents of {self.capacity}"
+        entries = {**self.residents, **self.staged}
+        assert len(entries) == len(self.residents) + len(self.staged), "a key is resident and staged"
+        in_table = {entry.key: entry for row in self.table.values() for entry in row if entry is not None}
+        assert in_table == entries, "the table and the owners disagree"
+        slots = [*self.free, *(slot for _, slot in self.draining), *(e.slot for e in entries.values())]
+        assert len(slots) == len(set(slots)) == self.num_slots, f"slots {sorted(slots)} of {self.num_slots}"
+        for entry in entries.values():
+            assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
+            assert entry.pins == 0, f"{entry} is pinned by nobody"
+
+    def _abandon(self, entry: Entry) -> None:
+        if self.cancel(entry):
+            return
+        if entry.unclaimed:
+            self.stats.prefetch_wasted_bytes += entry.num_bytes
+        del self.staged[entry.key]
+        self.table[entry.key.layer_idx][entry.key.expert_id] = None
+        self.draining.append((entry.ticket, entry.slot))
+
+    def _drain_one(self, pair: tuple[int, int]) -> None:
+        ticket, slot = pair
+        with suppress(CheckpointError):  # nobody wants these bytes; who does reads again and is told
+            self.store.wait(ticket)
+        self.draining.remove(pair)
+        self.free.append(slot)
+
+    def _remove(self, entry: Entry) -> None:
+        owner = self.residents if entry.state is SlotState.RESIDENT else self.staged
+        del owner[entry.key]
+        self.table[entry.key.layer_idx][entry.key.expert_id] = None
+        self.free.append(entry.slot)
