@@ -1,0 +1,325 @@
+"""One prompt to one answer: encode, stream, stop, count. Built on transformers' ``generate()``.
+
+``generate()`` is the one call for a path and a prompt. ``run()`` underneath takes a loaded model and
+token ids; the command line and the chat use it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.runtime.text_stream import TextStream
+
+DEFAULT_MAX_NEW_TOKENS = 256
+CONTEXT_IDS = 4  # tokens of the prompt's end that the first new token's text may depend on
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; ``None`` leaves it to the model's generation config.
+
+    ``temperature=0`` is greedy. A positive temperature, ``top_p`` or ``top_k`` asks for sampling.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+
+    def apply(self, config: Any) -> None:
+        """Write the choice into a transformers GenerationConfig."""
+        if self.temperature == 0:
+            config.do_sample = False
+        elif (self.temperature, self.top_p, self.top_k) != (None, None, None):
+            config.do_sample = True
+        for name in ("temperature", "top_p", "top_k"):
+            if not config.do_sample:
+                setattr(config, name, None)  # transformers warns of settings that have no effect
+            elif getattr(self, name) is not None:
+                setattr(config, name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer. ``str(result)`` is its text."""
+
+    text: str  # without stop strings and special tokens
+    token_ids: list[int]  # all that were generated, the end-of-text token too
+    finish_reason: str  # "stop": by the model or a stop string | "length" | "interrupted"
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the key/value cache of the turn before
+    prefill_s: float  # until the first new token
+    decode_s: float  # from the first new token to the last
+    stats: dict[str, Any] = field(default_factory=dict)  # OffloadStats.as_dict() after the run
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Rate of the tokens after the first, which the prompt's pass yields; None without any."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def generate(
+    model: str | Path | Any,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    system: str | None = None,
+    raw: bool = False,
+    stream: bool | OnText = True,
+    tokenizer: Any = None,
+    **load_options: Any,
+) -> GenerationResult:
+    """Answer ``prompt`` and print the answer as it comes.
+
+    Args:
+        model: a path, or a model from ``from_pretrained`` (then with its ``tokenizer``).
+        max_new_tokens: default 256, or what the context has room for.
+        stop: texts that end the answer; they are not part of it.
+        system: system message for the chat template.
+        raw: continue ``prompt`` as it is; otherwise the chat template is applied, where there is one.
+        stream: True prints to stdout, False does not, a function is called with each piece of text.
+        **load_options: ``ram``, ``experts``, ``context`` and the rest of ``from_pretrained``.
+
+    Raises:
+        ConfigError, CheckpointError, BudgetError: see ``from_pretrained``; also for an empty prompt
+            and one beyond the context.
+    """
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    on_text = stream if callable(stream) else (_print_piece if stream else _discard)
+    path = model if isinstance(model, str | Path) else None
+    if path is not None:
+        from moe_offload.storage.tokenizer import load_tokenizer
+
+        tokenizer = tokenizer or load_tokenizer(path)
+    elif load_options:
+        raise ConfigError(f"{', '.join(load_options)}: for loading, but the model is loaded already")
+    elif tokenizer is None:
+        raise ConfigError(
+            "a loaded model needs its tokenizer: pass tokenizer=moe_offload.load_tokenizer(path)"
+        )
+    input_ids = encode_prompt(tokenizer, prompt, system=system, raw=raw)
+    loaded: Any = model if path is None else _load(path, load_options)
+    try:
+        result = run(
+            loaded, tokenizer, input_ids, sampling, on_text, max_new_tokens=max_new_tokens, stop=stop
+        )
+    finally:
+        if path is not None:
+            loaded.offload.close()
+    if stream is True:
+        print(flush=True)
+    if result.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+    return result
+
+
+def _load(path: str | Path, load_options: dict[str, Any]) -> Any:
+    from moe_offload.runtime.model import from_pretrained
+
+    return from_pretrained(path, **load_options)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
+    """Return the token ids of a prompt, through the chat template unless ``raw`` or there is none.
+
+    Raises:
+        ConfigError: the prompt is empty, or a system message has no template to go into.
+    """
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one character")
+    if not raw and tokenizer.chat_template:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
+    if system is not None:
+        why = "raw was asked for" if raw else "this model has no chat template"
+        raise ConfigError(
+            f"a system message goes into the chat template, but {why}; leave out one of the two"
+        )
+    input_ids: list[int] = tokenizer(prompt)["input_ids"]
+    if not input_ids:
+        raise ConfigError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}; give another one")
+    return input_ids
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation, up to where the model's answer begins.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "this model has no chat template, so it was not made for conversations; "
+            "use moe-offload generate --raw, which continues a text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
+    input_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return input_ids
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    input_ids: list[int],
+    sampling: Sampling,
+    on_text: OnText,
+    *,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    past_key_values: Any = None,
+) -> GenerationResult:
+    """Generate after ``input_ids`` and hand over the text piece by piece.
+
+    Ctrl-C ends it with what there is, ``finish_reason="interrupted"``. Tokens that
+    ``past_key_values`` holds already are the beginning of ``input_ids`` and are not computed again.
+
+    Raises:
+        BudgetError: prompt or new tokens are beyond the context.
+    """
+    config = copy.deepcopy(model.generation_config)
+    sampling.apply(config)
+    config.num_beams = config.num_return_sequences = 1  # a stream has one line
+    config.max_new_tokens = _room(model.offload.context_tokens, len(input_ids), max_new_tokens)
+    config.max_length = None
+    eos_ids = _eos_ids(config)
+    if config.pad_token_id is None and eos_ids:
+        config.pad_token_id = min(eos_ids)
+    watcher = _Watcher(
+        TextStream(tokenizer, stop, input_ids[-CONTEXT_IDS:]), len(input_ids), eos_ids, on_text
+    )
+    cached_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+    prompt = torch.tensor([input_ids], dtype=torch.long)
+    interrupted = False
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[], enabled=sampling.seed is not None):
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        try:
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                past_key_values=past_key_values,
+                stopping_criteria=StoppingCriteriaList([watcher]),
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    watcher.finish()
+    ended_by_model = watcher.stream.stopped or watcher.token_ids[-1:] in [[eos_id] for eos_id in eos_ids]
+    return GenerationResult(
+        text="".join(watcher.pieces),
+        token_ids=watcher.token_ids,
+        finish_reason="interrupted" if interrupted else ("stop" if ended_by_model else "length"),
+        prompt_tokens=len(input_ids),
+        cached_tokens=cached_tokens,
+        prefill_s=(watcher.first_token_at or time.perf_counter()) - started,
+        decode_s=watcher.last_token_at - watcher.first_token_at,
+        stats=model.offload.stats().as_dict(),
+    )
+
+
+def _room(context_tokens: int, prompt_tokens: int, max_new_tokens: int | None) -> int:
+    """Return how many tokens may be generated."""
+    room = context_tokens - prompt_tokens
+    if room < 1:
+        raise BudgetError(
+            f"the prompt has {prompt_tokens} tokens and leaves no room for an answer in the context of "
+            f"{context_tokens}; shorten it, or ask for context={prompt_tokens + DEFAULT_MAX_NEW_TOKENS}"
+        )
+    if max_new_tokens is None:
+        return min(DEFAULT_MAX_NEW_TOKENS, room)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > room:
+        raise BudgetError(
+            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are beyond the context of "
+            f"{context_tokens}; ask for at most {room}, or for context={prompt_tokens + max_new_tokens}"
+        )
+    return max_new_tokens
+
+
+def _eos_ids(config: Any) -> set[int]:
+    eos = config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+class _Watcher(StoppingCriteria):  # type: ignore[misc]
+    """Sees every token as transformers asks whether to stop: streams its text, and says.
+
+    (A transformers streamer would see a token only after that question.)
+    """
+
+    def __init__(self, stream: TextStream, prompt_tokens: int, eos_ids: set[int], on_text: OnText) -> None:
+        self.stream, self.pieces, self.token_ids = stream, list[str](), list[int]()
+        self.first_token_at = self.last_token_at = 0.0
+        self._seen, self._eos_ids, self._on_text = prompt_tokens, eos_ids, on_text
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new_ids = input_ids[0, self._seen :].tolist()
+        self._seen = input_ids.shape[1]
+        self.last_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or self.last_token_at
+        for token_id in new_ids:
+            self.token_ids.append(token_id)
+            if token_id not in self._eos_ids:  # printed by some vocabularies, part of none's answer
+                self._say(self.stream.push(token_id))
+        return torch.full((input_ids.shape[0],), self.stream.stopped, dtype=torch.bool)
+
+    def finish(self) -> None:
+        """Hand over what was held back."""
+        self._say(self.stream.finish())
+
+    def _say(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            self._on_text(piece)
+
+
+def _print_piece(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _discard(piece: str) -> None:
+    """Take a piece of text and show it to nobody."""
