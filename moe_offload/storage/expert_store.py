@@ -22,9 +22,9 @@ WAIT_S = 3600.0  # per native call; the native side looks for Ctrl-C every 100 m
 class ExpertStore:
     """The experts of one checkpoint behind tickets.
 
-    A ticket is an int; whoever calls ``read`` calls ``forget`` once the ticket is finished. The slot
-    belongs to the read from ``read`` until the ticket is finished: not to be touched, reused or unmapped
-    before. After ``close`` every ticket is finished.
+    A ticket is an int and ends in one ``wait``, or in one ``cancel`` that returned True and ``forget``.
+    The slot belongs to the read from ``read`` until the ticket is finished: not to be touched, reused
+    or unmapped before. After ``close`` every ticket is finished.
     """
 
     def __init__(self, index: ExpertIndex, files: Sequence[Path], reader: DirectReader) -> None:
@@ -72,7 +72,7 @@ class ExpertStore:
         """First byte of each matrix of the expert in a slot, in the layout's order; aligned to nothing."""
         return tuple([slot_address + first for first in self._first_bytes[key]])
 
-    def read(self, key: ExpertKey, slot_address: int, speculative: bool) -> int:
+    def read(self, key: ExpertKey, slot_address: int, *, speculative: bool) -> int:
         """Queue the expert's bytes into the slot at ``slot_address`` (4096-aligned); returns a ticket."""
         ticket = self.reader.submit(self._segments[key], speculative, slot_address)
         self._keys[ticket] = key
@@ -87,30 +87,34 @@ class ExpertStore:
         return self.reader.state(ticket)
 
     def wait(self, ticket: int) -> None:
-        """Wait until the expert's bytes are in the slot.
+        """Wait until the expert's bytes are in the slot; the ticket is forgotten then.
 
         Raises:
-            CheckpointError: they could not be read, or the store was closed meanwhile.
+            CheckpointError: they could not be read, or the store was closed meanwhile. The ticket is
+                forgotten then, too.
             KeyboardInterrupt: within 100 ms of Ctrl-C; the read goes on, the ticket stays valid.
         """
         while not self.reader.wait(ticket, WAIT_S):
             pass
-        state = self.reader.state(ticket)
-        if state != TicketState.DONE:
-            raise CheckpointError(self._failure(ticket, state))
+        failure = self._failure(ticket)
+        self.forget(ticket)
+        if failure is not None:
+            raise CheckpointError(failure)
 
-    def promote(self, ticket: int) -> None:
-        """Let a speculative read go ahead as a demand (what is not issued yet)."""
-        self.reader.promote(ticket)
+    def promote(self, ticket: int) -> bool:
+        """Let a speculative read go ahead as a demand; False when all of it is issued already."""
+        return self.reader.promote(ticket)
 
     def cancel(self, ticket: int) -> bool:
         """Drop a read of which nothing was issued; False when it will run to its end."""
         return self.reader.cancel(ticket)
 
-    def forget(self, ticket: int) -> None:
-        """Drop the record of a finished read."""
-        assert self.reader.forget(ticket), f"the read of {self._keys[ticket]} is not finished"
-        del self._keys[ticket]
+    def forget(self, ticket: int) -> bool:
+        """Drop the record of a finished read; False, and nothing happens, while it is not finished."""
+        forgotten = self.reader.forget(ticket)
+        if forgotten:
+            del self._keys[ticket]
+        return forgotten
 
     def read_bytes(self, span: Span) -> npt.NDArray[np.uint8]:
         """Read ``span`` into new memory, now; (span.num_bytes,)."""
@@ -134,13 +138,17 @@ class ExpertStore:
         """Cancel what is queued, join the reader's threads, close the files. May be called twice."""
         self.reader.close()
 
-    def _failure(self, ticket: int, state: int) -> str:
+    def _failure(self, ticket: int) -> str | None:
+        """Say why a finished read has no bytes; None when it has them."""
+        state = self.reader.state(ticket)
+        if state == TicketState.DONE:
+            return None
         key = self._keys[ticket]
         expert = f"expert {key.expert_id} of layer {key.layer_idx}"
         error = self.reader.error(ticket)
         if error is None:
-            assert state == TicketState.CANCELLED, f"{expert}: a failed read without an error"
-            return f"{expert}: its read was cancelled before it began; the model is closed"
+            assert state == TicketState.CANCELLED, f"the read of {expert} failed without an error"
+            return f"{expert}: its read was cancelled before it began, or the model was closed"
         file_id, _, _, message = error
         path = self._files[self._reader_ids.index(file_id)]
         return f"{path}: {expert}: {message}{_REMEDY}"
