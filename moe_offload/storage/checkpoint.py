@@ -15,7 +15,10 @@ from typing import Any
 from moe_offload.config import ModelSpec
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.expert_format import ExpertIndex, GgmlType, Span
-from moe_offload.storage.header_reader import read_json_object
+from moe_offload.storage.gguf import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
+from moe_offload.storage.gguf_config import gguf_config, gguf_generation_config
+from moe_offload.storage.gguf_tensors import map_tensors
+from moe_offload.storage.header_reader import HeaderReader, read_json_object
 from moe_offload.storage.hf_config import model_spec
 from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder
 from moe_offload.storage.safetensors_experts import index_experts
@@ -44,7 +47,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any] | None
     experts: ExpertIndex  # without layouts for a dense model
     dense: Mapping[str, TensorInfo]  # every tensor that is not a routed expert's weight
-    gguf: Any = None
+    gguf: GgufHeader | None = None  # tokenizer and other metadata
 
     @property
     def dense_bytes(self) -> int:
@@ -83,6 +86,45 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
     return checkpoint
 
 
+def _existing(path: str | Path) -> Path:
+    try:
+        path = Path(path).expanduser()
+        path.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"{path}: {reason}; a Hugging Face folder (config.json and safetensors) or a .gguf file is wanted"
+        ) from error
+    return path
+
+
+def _open(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return _open_folder(path) if (path / "config.json").exists() else _open_gguf(_only_gguf(path))
+    with HeaderReader(path) as file:
+        magic = file.read_up_to(0, len(MAGIC))
+        if not magic:
+            file.fail("is empty; fetch it again")
+        if path.suffix in (".safetensors", ".json") and magic != MAGIC:
+            file.fail(f"is one file of a Hugging Face folder; give the folder {path.parent}")
+    return _open_gguf(path)
+
+
+def _only_gguf(folder: Path) -> Path:
+    """A folder without config.json may hold one GGUF, whole or in parts."""
+    names = sorted(entry.name for entry in folder.glob("*.gguf"))
+    models = {SPLIT_NAME.sub(r"\g<prefix>", name): name for name in reversed(names)}
+    if len(models) == 1:
+        return folder / next(iter(models.values()))
+    found = (
+        f"found {len(models)} models: {', '.join(sorted(models.values())[:8])}" if models else "found neither"
+    )
+    raise CheckpointError(
+        f"{folder}: a folder with config.json and safetensors, or with one .gguf model is wanted; {found}. "
+        "Give the path of the model itself"
+    )
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     config = read_json_object(config_path)
@@ -110,3 +152,26 @@ def _dense_tensor(folder: SafetensorsFolder, name: str) -> TensorInfo:
             f"{', '.join(WEIGHT_TYPES)} are supported: use an unquantized checkpoint"
         )
     return TensorInfo(name, WEIGHT_TYPES[tensor.dtype], tensor.shape, tensor.span)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header = read_gguf(path)
+    config = gguf_config(header)
+    spec = model_spec(config, str(path))
+    dense, experts = map_tensors(header, spec, config)
+    return Checkpoint(
+        path=path,
+        source="gguf",
+        files=header.files,
+        spec=spec,
+        config=config,
+        generation_config=gguf_generation_config(header, config),
+        experts=experts,
+        dense={
+            item.name: TensorInfo(
+                item.name, item.tensor.ggml_type, item.tensor.shape, item.tensor.span, item.unpermute_heads
+            )
+            for item in dense
+        },
+        gguf=header,
+    )

@@ -103,9 +103,9 @@ class _Finder:
         if missing:
             expert_id, matrix = missing[0]
             raise CheckpointError(
-                f"{self.folder.files[0].parent}: layer {layer_idx} lacks {len(missing)} of {len(wanted)} expert "
-                f"matrices, first the {matrix} projection of expert {expert_id}; "
-                f"config.json has {spec.num_experts} experts: a shard is missing or the config is another model's"
+                f"{self.folder.files[0].parent}: layer {layer_idx} lacks {len(missing)} of {len(wanted)} "
+                f"expert matrices, first the {matrix} projection of expert {expert_id}; "
+                f"config.json has {spec.num_experts} experts: is a shard missing, or the config another model's?"
             )
         up, down = (
             (spec.moe_intermediate_size, spec.hidden_size),
@@ -129,8 +129,8 @@ class _Finder:
         missing = [matrix for matrix in _FUSED_ORDER if matrix not in found]
         if missing:
             raise CheckpointError(
-                f"{self.folder.files[0].parent}: layer {layer_idx} has {next(iter(found.values())).name!r} but not "
-                f"its {missing[0]}_proj; a shard is missing: fetch it"
+                f"{self.folder.files[0].parent}: layer {layer_idx} has {next(iter(found.values())).name!r} "
+                f"but not its {missing[0]}_proj; a shard is missing: fetch it"
             )
         transposed = spec.model_type == "gpt_oss"
         sizes = {
@@ -163,7 +163,7 @@ class _Finder:
         if self.weight_type(tensor) is not weight_type:
             self.fail(
                 tensor,
-                f"is {tensor.dtype}, the layer's other experts are {weight_type.name}; save them in one dtype",
+                f"is {tensor.dtype}, the layer's others are {weight_type.name}; save them in one dtype",
             )
 
     def fail(self, tensor: SafetensorsTensor, message: str) -> NoReturn:
