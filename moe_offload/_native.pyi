@@ -48,3 +48,59 @@ class DirectReader:
     ) -> None: ...
     def release(self, reads: int) -> None: ...
     def close(self) -> None: ...
+
+# csrc/cpu/bindings_ops.cpp; tensors cross as addresses, 0 is "none"
+
+class ExpertKernel:
+    def __init__(
+        self,
+        matrices: list[tuple[int, int, int, bool]],
+        row_order: int,
+        num_experts: int,
+        activation_kind: int,
+        alpha: float,
+        limit: float,
+        gate_up_bias: int,
+        down_bias: int,
+    ) -> None: ...
+    def rows(
+        self,
+        hidden: int,
+        num_tokens: int,
+        expert_ids: npt.NDArray[np.int32],
+        addresses: npt.NDArray[np.uint64],
+        pair_offsets: npt.NDArray[np.int32],
+        pair_tokens: npt.NDArray[np.int32],
+        out: int,
+    ) -> None: ...
+
+def linear(
+    x: int,
+    num_tokens: int,
+    weight: int,
+    weight_bytes: int,
+    ggml_type: int,
+    rows: int,
+    cols: int,
+    transposed: bool,
+    bias: int,
+    out: int,
+) -> None: ...
+def embedding_rows(
+    ids: int, num_ids: int, weight: int, weight_bytes: int, ggml_type: int, rows: int, cols: int, out: int
+) -> None: ...
+def weighted_sum(
+    out: int,
+    num_tokens: int,
+    hidden_size: int,
+    rows: int,
+    pair_tokens: npt.NDArray[np.int32],
+    pair_weights: npt.NDArray[np.float32],
+) -> None: ...
+def set_grid(ggml_type: int, grid: npt.NDArray[np.int8]) -> None: ...
+def set_num_threads(num_threads: int) -> None: ...
+def num_threads() -> int: ...
+def usable_cores(root: str) -> int: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def force_isa(name: str) -> None: ...

@@ -1,0 +1,22 @@
+// Quantized activations of one operation. Grown when needed, kept between operations; whoever uses
+// one holds ThreadPool::Operation.
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace moe {
+
+class ActivationBuffer {
+public:
+    // x (num_tokens, cols) stays where it is; q, d and sums are made if ``quantized``.
+    Activations prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols, bool quantized);
+
+private:
+    std::vector<int16_t> q_;
+    std::vector<float> d_;
+    std::vector<int32_t> sums_;
+};
+
+}  // namespace moe

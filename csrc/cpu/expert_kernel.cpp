@@ -1,0 +1,146 @@
+// The fused expert FFN: gate and up rows, activation, down rows; rows shared out over the pool.
+#include <algorithm>
+
+#include "common/errors.h"
+#include "cpu/activation_buffer.h"
+#include "cpu/isa.h"
+#include "cpu/matrix_checks.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+
+namespace moe {
+
+namespace {
+
+constexpr const char* kOp = "ExpertKernel";
+constexpr int64_t kUnitTile = kRowTile / 2;  // a unit is one gate row and one up row
+
+// Kept between operations, guarded by ThreadPool::Operation.
+ActivationBuffer hidden_inputs, down_inputs;
+std::vector<float> intermediate;  // (num_pairs, intermediate_size)
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string range_error(const char* array, int64_t index, int64_t end, int64_t got) {
+    return std::string(array) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(end) + "), got " +
+           std::to_string(got);
+}
+
+}  // namespace
+
+struct ExpertKernel::Step {
+    const ExpertPairs& pairs;
+    Activations gate_up_inputs, down_inputs;
+    float* h;    // (num_pairs, intermediate_size)
+    float* out;  // (num_pairs, hidden_size)
+};
+
+ExpertKernel::ExpertKernel(std::vector<Matrix> matrices, RowOrder row_order, int64_t num_experts, Activation activation,
+                           const float* gate_up_bias, const float* down_bias)
+    : matrices_(std::move(matrices)),
+      row_order_(row_order),
+      num_experts_(num_experts),
+      activation_(activation),
+      gate_up_bias_(gate_up_bias),
+      down_bias_(down_bias) {
+    const bool split = row_order == RowOrder::SPLIT;
+    check_equal(kOp, "number of matrices", split ? 3 : 2, int64_t(matrices_.size()));
+    const char* names[] = {split ? "gate" : "gate_up", split ? "up" : "down", "down"};
+    for (size_t i = 0; i < matrices_.size(); ++i) check_matrix(kOp, names[i], matrices_[i]);
+    const int64_t rows = (split ? 1 : 2) * intermediate_size();
+    for (size_t i = 0; i + 1 < matrices_.size(); ++i) {
+        check_equal(kOp, (std::string("rows of ") + names[i]).c_str(), rows, matrices_[i].rows);
+        check_equal(kOp, (std::string("columns of ") + names[i]).c_str(), hidden_size(), matrices_[i].cols);
+    }
+}
+
+void ExpertKernel::check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const {
+    for (int64_t i = 0; i < pairs.num_experts; ++i) {
+        check(pairs.expert_ids[i] >= 0 && pairs.expert_ids[i] < num_experts_, kOp,
+              range_error("expert_ids", i, num_experts_, pairs.expert_ids[i]));
+        check(pairs.pair_offsets[i] <= pairs.pair_offsets[i + 1], kOp, "pair_offsets must not decrease");
+        for (int64_t m = 0; m < num_matrices(); ++m)
+            check(pairs.addresses[i * num_matrices() + m] != 0, kOp,
+                  "addresses[" + std::to_string(i) + ", " + std::to_string(m) + "] is null");
+    }
+    check_equal(kOp, "pair_offsets[0]", 0, pairs.pair_offsets[0]);
+    check_equal(kOp, "last of pair_offsets", pairs.num_pairs, pairs.pair_offsets[pairs.num_experts]);
+    for (int64_t p = 0; p < pairs.num_pairs; ++p)
+        check(pairs.pair_tokens[p] >= 0 && pairs.pair_tokens[p] < num_tokens, kOp,
+              range_error("pair_tokens", p, num_tokens, pairs.pair_tokens[p]));
+}
+
+void ExpertKernel::rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const {
+    check_pairs(pairs, num_tokens);
+    ThreadPool& pool = ThreadPool::instance();
+    ThreadPool::Operation operation(pool);
+    const int64_t num_units = intermediate_size();
+    if (int64_t(intermediate.size()) < pairs.num_pairs * num_units) intermediate.resize(pairs.num_pairs * num_units);
+    Step step{pairs, {}, {}, intermediate.data(), out};
+    bool quantized = false;
+    for (size_t i = 0; i + 1 < matrices_.size(); ++i) quantized |= !is_float(matrices_[i].type);
+    step.gate_up_inputs = hidden_inputs.prepare(kernels(), hidden, num_tokens, hidden_size(), quantized);
+    const int64_t unit_tiles = ceil_div(num_units, kUnitTile);
+    pool.run(pairs.num_experts * unit_tiles,
+             [&](int64_t chunk) { gate_up_units(step, chunk / unit_tiles, chunk % unit_tiles * kUnitTile); });
+    step.down_inputs =
+        down_inputs.prepare(kernels(), step.h, pairs.num_pairs, num_units, !is_float(matrices_.back().type));
+    const int64_t row_tiles = ceil_div(hidden_size(), kRowTile);
+    pool.run(pairs.num_experts * row_tiles,
+             [&](int64_t chunk) { down_rows(step, chunk / row_tiles, chunk % row_tiles * kRowTile); });
+}
+
+// h of units [first_unit, first_unit + kUnitTile) for every pair of an expert.
+void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const {
+    const ExpertPairs& pairs = step.pairs;
+    const int64_t num_units = intermediate_size();
+    const int64_t last_unit = std::min(num_units, first_unit + kUnitTile), n = last_unit - first_unit;
+    const auto* address = pairs.addresses + expert * num_matrices();
+    const auto weights = [&](int64_t m) { return reinterpret_cast<const uint8_t*>(address[m]); };
+    const float* bias = gate_up_bias_ ? gate_up_bias_ + pairs.expert_ids[expert] * 2 * num_units : nullptr;
+    const bool interleaved = row_order_ == RowOrder::INTERLEAVED;
+    alignas(32) float y[kTokenTile][kRowTile];  // interleaved, or gate units then up units
+    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
+        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
+        const auto compute = [&](int64_t m, int64_t row, int64_t num_rows, int64_t bias_row, float* to) {
+            const Matrix& matrix = matrices_[m];
+            rows_of(matrix)({weights(m), matrix.rows, matrix.cols, row, row + num_rows, &step.gate_up_inputs,
+                             pairs.pair_tokens + p, tile, to, kRowTile});
+            if (!bias) return;
+            for (int t = 0; t < tile; ++t)
+                for (int64_t r = 0; r < num_rows; ++r) to[t * kRowTile + r] = to[t * kRowTile + r] + bias[bias_row + r];
+        };
+        if (interleaved) {
+            compute(0, 2 * first_unit, 2 * n, 2 * first_unit, y[0]);
+        } else {
+            const bool split = row_order_ == RowOrder::SPLIT;
+            compute(0, first_unit, n, first_unit, y[0]);
+            compute(split ? 1 : 0, (split ? 0 : num_units) + first_unit, n, num_units + first_unit, y[0] + kUnitTile);
+        }
+        for (int t = 0; t < tile; ++t)
+            kernels().activate(activation_, y[t], y[t] + (interleaved ? 1 : kUnitTile), interleaved ? 2 : 1,
+                               step.h + (p + t) * num_units + first_unit, n);
+    }
+}
+
+void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row) const {
+    const ExpertPairs& pairs = step.pairs;
+    const Matrix& matrix = matrices_.back();
+    const int64_t last_row = std::min(matrix.rows, first_row + kRowTile);
+    const auto* weights = reinterpret_cast<const uint8_t*>(pairs.addresses[(expert + 1) * num_matrices() - 1]);
+    const float* bias = down_bias_ ? down_bias_ + pairs.expert_ids[expert] * matrix.rows : nullptr;
+    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
+        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
+        int32_t tokens[kTokenTile];
+        for (int i = 0; i < tile; ++i) tokens[i] = p + i;
+        float* y = step.out + p * matrix.rows + first_row;
+        rows_of(matrix)({weights, matrix.rows, matrix.cols, first_row, last_row, &step.down_inputs, tokens, tile, y,
+                         matrix.rows});
+        if (!bias) continue;
+        for (int t = 0; t < tile; ++t)
+            for (int64_t r = first_row; r < last_row; ++r)
+                y[t * matrix.rows + r - first_row] = y[t * matrix.rows + r - first_row] + bias[r];
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,84 @@
+// What a kernel sees and what an ISA offers: shapes, blocks of activations, one table per ISA.
+//
+// kernels.inc is compiled once per ISA (kernels_*.cpp); every table gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+constexpr int kBlock = 32;        // activations share a scale in blocks of 32
+constexpr int kSuperblock = 256;  // 8 blocks: one step of the 8 chains
+constexpr int kTokenTile = 32;    // tokens that one call of a rows kernel serves at most
+constexpr int kRowTile = 32;      // rows that one call computes at most
+
+// ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType.
+enum GgmlType : int {
+    F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
+    Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
+    IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23,
+    IQ1_M = 29, BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, NVFP4 = 40,
+};
+constexpr int kNumTypes = 41;
+
+constexpr bool is_float(int type) { return type == F32 || type == F16 || type == BF16; }
+
+// The inputs of a matrix, by token. Quantized weights read q, d and sums; float weights read x.
+struct Activations {
+    const float* x = nullptr;       // (num_tokens, cols)
+    const int16_t* q = nullptr;     // (num_tokens, padded_cols), int8 values, zero beyond cols
+    const float* d = nullptr;       // (num_tokens, padded_cols / 32)
+    const int32_t* sums = nullptr;  // (num_tokens, padded_cols / 16), sums of q
+    int64_t cols = 0;
+    int64_t padded_cols = 0;  // cols rounded up to whole superblocks
+};
+
+struct RowsArgs {
+    const uint8_t* weights;  // first byte of the matrix; aligned to nothing
+    int64_t rows, cols;      // of the matrix as used; transposed ones are stored (cols, rows)
+    int64_t row_begin, row_end;  // at most kRowTile
+    const Activations* activations;
+    const int32_t* tokens;  // (num_tokens,) which activations; at most kTokenTile
+    int num_tokens;
+    float* out;          // out[i * out_stride + row - row_begin]
+    int64_t out_stride;
+};
+
+enum class ActivationKind : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2, RELU = 3, GPT_OSS_SWIGLU = 4 };
+
+struct Activation {
+    ActivationKind kind;
+    float alpha, limit;  // of GPT_OSS_SWIGLU
+};
+
+using RowsFn = void (*)(const RowsArgs&);
+using DequantizeFn = void (*)(const uint8_t* row, int64_t cols, float* out);
+
+struct Kernels {
+    const char* name;
+    int block_elements[kNumTypes];      // 0 where there is no such type
+    int block_bytes[kNumTypes];
+    RowsFn rows[kNumTypes];             // nullptr where there is no such type
+    RowsFn rows_transposed[kNumTypes];  // float types only
+    DequantizeFn dequantize[kNumTypes];
+    // x (cols) -> q, d, sums of one token, zero beyond cols
+    void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int32_t* sums);
+    // h[i] = act(gate[i * stride]) * up[i * stride]
+    void (*activate)(const Activation&, const float* gate, const float* up, int64_t stride, float* h, int64_t n);
+    // out[i] = out[i] + weight * y[i], two roundings
+    void (*add_weighted)(float* out, const float* y, float weight, int64_t n);
+};
+
+// Codebooks of the IQ types, set once from gguf-py: (entries, width) int8; nullptr until then.
+struct Grids {
+    const int8_t* of[kNumTypes] = {};
+};
+extern Grids grids;
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace moe

@@ -1,0 +1,14 @@
+// Kernels for AVX-512 (F, BW, DQ, VL, VNNI: Ice Lake, Zen 4 and later).
+#if defined(__x86_64__)
+#include "cpu/kernels.h"
+
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+namespace moe {
+#define KERNELS kernels_avx512
+#define KERNELS_NAME "avx512"
+#include "cpu/kernels.inc"
+}  // namespace moe
+#endif

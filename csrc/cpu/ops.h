@@ -1,0 +1,76 @@
+// The operations that Python sees, on raw pointers; each holds the thread pool while it runs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace moe {
+
+struct Matrix {
+    int type;  // GgmlType
+    int64_t rows, cols;
+    bool transposed;  // stored (cols, rows); float types only
+};
+
+// out[t] = weight @ x[t] + bias
+void linear(const float* x,         // (num_tokens, cols)
+            int64_t num_tokens,
+            const uint8_t* weight,  // rows * row_bytes bytes, aligned to nothing
+            int64_t weight_bytes,
+            const Matrix& matrix,
+            const float* bias,      // (rows,) or nullptr
+            float* out);            // (num_tokens, rows)
+
+// out[i] = dequantized row ids[i]; the bits are gguf-py's
+void embedding_rows(const int64_t* ids, int64_t num_ids,
+                    const uint8_t* weight, int64_t weight_bytes, const Matrix& matrix,
+                    float* out);    // (num_ids, cols)
+
+// out[pair_tokens[p]] += weights[p] * rows[p], p ascending, two roundings
+void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size,  // (num_tokens, hidden_size)
+                  const float* rows,                                    // (num_pairs, hidden_size)
+                  const int32_t* pair_tokens, const float* pair_weights, int64_t num_pairs);
+
+enum class RowOrder : int { GATE_UP = 0, INTERLEAVED = 1, SPLIT = 2 };
+
+// The (token, expert) pairs of a step, grouped by expert.
+struct ExpertPairs {
+    const int32_t* expert_ids;    // (num_experts,)
+    const uint64_t* addresses;    // (num_experts, num_matrices)
+    const int32_t* pair_offsets;  // (num_experts + 1,): pairs of expert i are [i], [i + 1]
+    const int32_t* pair_tokens;   // (num_pairs,)
+    int64_t num_experts, num_pairs;
+};
+
+// down(act(gate x) * up x) of one layer's experts.
+class ExpertKernel {
+public:
+    ExpertKernel(std::vector<Matrix> matrices,  // gate_up | gate, up; then down
+                 RowOrder row_order, int64_t num_experts, Activation activation,
+                 const float* gate_up_bias,     // (num_experts, 2 * intermediate) in stored order, or nullptr
+                 const float* down_bias);       // (num_experts, hidden_size), or nullptr
+
+    void rows(const float* hidden, int64_t num_tokens,  // (num_tokens, hidden_size)
+              const ExpertPairs& pairs,
+              float* out) const;                        // (num_pairs, hidden_size)
+
+    int64_t num_matrices() const { return int64_t(matrices_.size()); }
+    int64_t hidden_size() const { return matrices_.back().rows; }
+    int64_t intermediate_size() const { return matrices_.back().cols; }
+
+private:
+    struct Step;
+    void check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const;
+    void gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const;
+    void down_rows(const Step& step, int64_t expert, int64_t first_row) const;
+
+    std::vector<Matrix> matrices_;
+    RowOrder row_order_;
+    int64_t num_experts_;
+    Activation activation_;
+    const float *gate_up_bias_, *down_bias_;
+};
+
+}  // namespace moe

@@ -1,0 +1,90 @@
+// The pool of arithmetic v1: the calling thread and N - 1 workers share out chunks of rows.
+//
+// One operation at a time. Workers spin briefly after an operation, then sleep. Not fork-safe: an
+// operation in a forked child raises ConfigError, since the workers did not come along.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "common/errors.h"
+
+namespace moe {
+
+// Threads clear FTZ and DAZ and round to nearest; the caller gets its own state back.
+class FloatEnvironment {
+public:
+    FloatEnvironment();
+    ~FloatEnvironment();
+    FloatEnvironment(const FloatEnvironment&) = delete;
+    FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+
+private:
+    uint64_t saved_;
+};
+
+class ThreadPool {
+public:
+    using Chunk = std::function<void(int64_t)>;
+    using InterruptCheck = bool (*)();  // true: stop, a Python exception is set
+
+    static ThreadPool& instance();
+
+    void set_num_threads(int num_threads);
+    int num_threads();
+    void set_interrupt_check(InterruptCheck check) { interrupted_ = check; }
+
+    // Run chunk(0) .. chunk(num_chunks - 1), in any order, on any thread. The calling thread checks
+    // for signals between chunks; Interrupted is thrown after every worker has stopped.
+    void run(int64_t num_chunks, const Chunk& chunk);
+
+    // Joins the workers; the next operation starts them again.
+    void shutdown();
+
+    // Holds the pool for one operation of several run() calls.
+    class Operation {
+    public:
+        explicit Operation(ThreadPool& pool);
+
+    private:
+        std::unique_lock<std::timed_mutex> lock_;
+        FloatEnvironment environment_;
+    };
+
+private:
+    void start_workers();
+    void stop_workers();
+    void work(uint64_t seen);
+    void finish_job();
+    bool join_job();
+    void leave_job();
+    void take_chunks(bool is_caller);
+    void poll_signals();
+
+    std::timed_mutex operation_;
+    std::vector<std::thread> workers_;
+    int num_threads_ = 0;  // 0: not decided yet
+    int owner_pid_ = 0;
+    InterruptCheck interrupted_ = nullptr;
+    int64_t last_poll_ns_ = 0;
+
+    // The job. A worker takes part only between join_job and leave_job, so a worker that wakes late
+    // delays nobody and never sees a job that has ended.
+    const Chunk* chunk_ = nullptr;
+    int64_t num_chunks_ = 0;
+    bool job_open_ = false;  // under sleep_
+    std::atomic<int> active_workers_{0};
+    std::atomic<int64_t> next_chunk_{0};
+    std::atomic<bool> cancelled_{false};
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<bool> stopping_{false};
+    std::mutex sleep_;
+    std::condition_variable wake_, done_;
+};
+
+}  // namespace moe
