@@ -72,12 +72,7 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
         CheckpointError: nothing readable is there, it is corrupt or unsupported, or it has no
             experts and ``allow_dense`` is False.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; a Hugging Face folder or a .gguf file is wanted"
-        )
-    checkpoint = _open_folder(path)
+    checkpoint = _open(_existing(path))
     if not checkpoint.spec.moe_layers and not allow_dense:
         raise CheckpointError(
             f"{path}: this {checkpoint.spec.model_type} model is dense: it has no experts to offload; "

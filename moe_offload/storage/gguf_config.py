@@ -45,7 +45,7 @@ class MetadataView(ConfigView):
             raise CheckpointError(
                 f"{self.where}: {self.key(name)} must be a positive number, found {value!r:.80}"
             )
-        return float(value)
+        return _shortest(value)
 
     def vocab_size(self) -> int:
         tokens = self.config.get("tokenizer.ggml.tokens")
@@ -253,3 +253,12 @@ def _dtype(header: GgufHeader) -> str:
     if types <= FLOAT_TYPES and GgmlType.BF16 in types:
         return "bfloat16"
     return "float16" if types <= FLOAT_TYPES and GgmlType.F16 in types else "float32"
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that the file's float32 can mean: 1e-06, not 9.999999974752427e-07."""
+    for digits in range(6, 9):
+        candidate = float(f"{value:.{digits}g}")
+        if struct.pack("<f", candidate) == struct.pack("<f", value):
+            return candidate
+    return float(value)

@@ -105,7 +105,7 @@ class _Finder:
             raise CheckpointError(
                 f"{self.folder.files[0].parent}: layer {layer_idx} lacks {len(missing)} of {len(wanted)} "
                 f"expert matrices, first the {matrix} projection of expert {expert_id}; "
-                f"config.json has {spec.num_experts} experts: is a shard missing, or the config another model's?"
+                f"config.json has {spec.num_experts} experts: fetch the missing shard or the right config"
             )
         up, down = (
             (spec.moe_intermediate_size, spec.hidden_size),
