@@ -155,7 +155,9 @@ class ExpertLayout:
 
     def __post_init__(self) -> None:
         wanted = 3 if self.row_order is RowOrder.SPLIT else 2
-        assert len(self.matrices) == wanted, f"{self.row_order} has {wanted} matrices, got {len(self.matrices)}"
+        assert len(self.matrices) == wanted, (
+            f"{self.row_order} has {wanted} matrices, got {len(self.matrices)}"
+        )
 
     @property
     def down(self) -> MatrixFormat:
