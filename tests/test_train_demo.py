@@ -18,20 +18,8 @@ SHAPE = [
     *("--head-dim", "16"),
 ]
 RUN = [
-    "--seq-len",
-    "32",
-    "--batch-size",
-    "8",
-    "--lr",
-    "0.01",
-    "--warmup-steps",
-    "2",
-    "--threads",
-    "1",
-    "--log-every",
-    "1",
-    "--seed",
-    "3",
+    *("--seq-len", "32", "--batch-size", "8", "--lr", "0.01", "--warmup-steps", "2"),
+    *("--threads", "1", "--log-every", "1", "--seed", "3"),
 ]
 
 
