@@ -73,6 +73,7 @@ class GenerationResult:
     cached_tokens: int  # of the prompt, found in the key/value cache of the turn before
     prefill_s: float  # until the first new token
     decode_s: float  # from the first new token to the last
+    seed: int | None = None  # what sampling started from; None for greedy
     stats: dict[str, Any] = field(default_factory=dict)  # OffloadStats.as_dict() after the run
 
     @property
@@ -232,9 +233,10 @@ def run(
     prompt = torch.tensor([input_ids], dtype=torch.long)
     interrupted = False
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[], enabled=sampling.seed is not None):
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
+    seed = _seed(sampling, config)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
             model.generate(
                 prompt,
@@ -255,6 +257,7 @@ def run(
         cached_tokens=cached_tokens,
         prefill_s=(watcher.first_token_at or time.perf_counter()) - started,
         decode_s=watcher.last_token_at - watcher.first_token_at,
+        seed=seed,
         stats=model.offload.stats().as_dict(),
     )
 
@@ -277,6 +280,13 @@ def _room(context_tokens: int, prompt_tokens: int, max_new_tokens: int | None) -
             f"{context_tokens}; ask for at most {room}, or for context={prompt_tokens + max_new_tokens}"
         )
     return max_new_tokens
+
+
+def _seed(sampling: Sampling, config: Any) -> int | None:
+    """Return what to seed sampling with; without a choice it is drawn, so torch.manual_seed counts."""
+    if not config.do_sample:
+        return None
+    return sampling.seed if sampling.seed is not None else int(torch.randint(2**63 - 1, ()))
 
 
 def _eos_ids(config: Any) -> set[int]:

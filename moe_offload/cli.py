@@ -1,0 +1,147 @@
+"""The `moe-offload` command: arguments, exit codes, and what an error looks like.
+
+torch and transformers are imported by the commands that run a model, never by ``--help``, an error
+in the arguments, or ``inspect``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+
+import moe_offload
+from moe_offload.errors import BudgetError, CheckpointError, ConfigError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+DEMO_MODEL = Path(__file__).parent / "demo" / "tiny-moe.gguf"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    # An idle OpenMP worker that spins takes its core from the expert threads; torch reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args = build_parser().parse_args(argv)
+    try:
+        code = int(import_module(f"moe_offload.cli_{args.command}").run(args))
+        sys.stdout.flush()
+        return code
+    except (ConfigError, CheckpointError, BudgetError) as error:
+        print(f"moe-offload: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away. Point stdout elsewhere, or the flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="moe-offload",
+        description="Run mixture-of-experts models inside a memory budget.",
+    )
+    parser.add_argument("--version", action="version", version=f"moe-offload {moe_offload.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="answer one prompt", description=_GENERATE)
+    _add_model(generate)
+    _add_prompt(generate)
+    _add_sampling(generate)
+    chat = commands.add_parser("chat", help="talk with a model", description=_CHAT)
+    _add_model(chat)
+    _add_sampling(chat)
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds", description=_INSPECT)
+    _add_path(inspect)
+    inspect.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache to reckon with")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+_GENERATE = """Answer a prompt and print the answer as it comes. The prompt is --prompt, --prompt-file or
+standard input; it goes through the model's chat template unless there is none or --raw is given."""
+_CHAT = """Talk with a model in its chat template. /reset forgets the conversation, /exit or Ctrl-D ends,
+Ctrl-C stops an answer."""
+_INSPECT = """Show family, layers, experts, bytes by format, and what each memory budget would hold. Reads
+headers only."""
+
+
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="Hugging Face folder (safetensors) or GGUF file; default: the bundled demo model",
+    )
+    parser.add_argument("--allow-dense", action="store_true", help="accept a model without experts")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    _add_path(parser)
+    group = parser.add_argument_group("memory and speed (none of these changes a token)")
+    group.add_argument(
+        "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"
+    )
+    group.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
+    group.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    group.add_argument(
+        "--policy", default="ewma", metavar="NAME", help="eviction policy: ewma (default), lru"
+    )
+    group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
+    group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")
+    group.add_argument("--stats", action="store_true", help="print all counters to stderr at the end")
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", type=Path, metavar="PATH")
+    group.add_argument("--raw", action="store_true", help="continue the prompt as it is: no chat template")
+    group.add_argument("--json", action="store_true", help="print one JSON object when done, no stream")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answer (default: the model's generation config, else greedy)")
+    group.add_argument("--system", metavar="TEXT", help="system message for the chat template")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default 256, or what the context allows"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable"
+    )
+
+
+@contextlib.contextmanager
+def exit_at_once_on_interrupt() -> Iterator[None]:
+    """While libraries are imported, let Ctrl-C end the process: nothing is open yet to be closed.
+
+    A KeyboardInterrupt in the middle of a C extension's import surfaces as some other error.
+    """
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        os._exit(EXIT_INTERRUPTED)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:  # ignored under nohup; or a caller's own
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,148 @@
+"""`moe-offload inspect`: what a checkpoint holds and what each budget would, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from moe_offload.cli import DEMO_MODEL
+from moe_offload.config import DEFAULT_CONTEXT_TOKENS, GIB, MIB
+from moe_offload.errors import ConfigError
+from moe_offload.planning.cost_model import activation_bytes, kv_bytes
+from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
+from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.terminal import gib
+
+# Interpreter, torch and transformers after loading a small model (x86-64 Linux, torch 2.13, CPU).
+# A run measures it; here that would mean importing them.
+LIBRARIES_ESTIMATE_BYTES = 400 * MIB
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BUDGETS_BYTES = (
+    GIB // 2,
+    *(n * GIB for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or the JSON object."""
+    checkpoint = open_checkpoint(args.model or DEMO_MODEL, allow_dense=args.allow_dense)
+    report = describe(checkpoint, _context_tokens(checkpoint, args.context))
+    print(json.dumps(report) if args.json else as_text(report))
+    return 0
+
+
+def _context_tokens(checkpoint: Checkpoint, wanted: int | None) -> int:
+    largest = checkpoint.spec.max_position_embeddings
+    if wanted is None:
+        return min(DEFAULT_CONTEXT_TOKENS, largest)
+    if not 1 <= wanted <= largest:
+        raise ConfigError(
+            f"--context must be from 1 to {largest}, what this model was made for; got {wanted}"
+        )
+    return wanted
+
+
+def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
+    """Return everything that ``inspect`` shows; sizes in bytes."""
+    spec = checkpoint.spec
+    fixed = _fixed_costs(checkpoint, context_tokens)
+    return {
+        "path": str(checkpoint.path),
+        "source": checkpoint.source,
+        "files": len(checkpoint.files),
+        "family": spec.model_type,
+        "num_hidden_layers": spec.num_hidden_layers,
+        "moe_layers": len(spec.moe_layers),
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "hidden_size": spec.hidden_size,
+        "moe_intermediate_size": spec.moe_intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "bytes_by_format": {kind.name: size for kind, size in checkpoint.bytes_by_type().items()},
+        "expert_bytes": checkpoint.experts.total_bytes,
+        "one_expert_bytes": _expert_sizes(checkpoint),
+        "dense_bytes": checkpoint.dense_bytes,
+        "kv_bytes_per_1000_tokens": _kv_bytes(checkpoint, 1000),
+        "context_tokens": context_tokens,
+        "fixed": dataclasses.asdict(fixed),
+        "budgets": [dataclasses.asdict(row) for row in _budgets(checkpoint, fixed)],
+    }
+
+
+def _fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
+    return FixedCosts(
+        base_bytes=LIBRARIES_ESTIMATE_BYTES,
+        dense_bytes=checkpoint.dense_bytes,
+        kv_bytes=_kv_bytes(checkpoint, context_tokens),
+        workspace_bytes=activation_bytes(checkpoint.spec, context_tokens=context_tokens),
+        context_tokens=context_tokens,
+    )
+
+
+def _kv_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    element_bytes = 4 if checkpoint.source == "gguf" else FLOAT_BYTES.get(dtype, 4)
+    return kv_bytes(checkpoint.spec, context_tokens=num_tokens, batch_size=1, bytes_per_element=element_bytes)
+
+
+def _expert_sizes(checkpoint: Checkpoint) -> list[int]:
+    """Return the different sizes of experts, smallest first (mixed files have several)."""
+    return sorted({layout.expert_bytes for layout in checkpoint.experts.layouts.values()})
+
+
+def _budgets(checkpoint: Checkpoint, fixed: FixedCosts) -> list[BudgetRow]:
+    """Return rows from the smallest budget that works to the first that holds every expert."""
+    layouts = checkpoint.experts.layouts
+    (probe,) = budgets_table(checkpoint.spec, layouts, [0], fixed)
+    smallest = -(-probe.smallest_ram_bytes // MIB) * MIB
+    budgets = [smallest, *(size for size in BUDGETS_BYTES if size > smallest)]
+    rows = budgets_table(checkpoint.spec, layouts, budgets, fixed)
+    whole = next((i for i, row in enumerate(rows) if row.expert_share == 1), len(rows) - 1)
+    return rows[: whole + 1]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Return the report for people."""
+    return "\n".join([*_facts(report), "", *_formats(report), "", *_budget_lines(report)])
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    sizes = " to ".join(sorted({gib(size) for size in report["one_expert_bytes"]}))
+    facts = {
+        "model": f"{report['path']} ({report['source']}, {report['files']} file(s))",
+        "family": report["family"],
+        "layers": f"{report['num_hidden_layers']}, {report['moe_layers']} of them with experts",
+        "experts": f"{report['num_experts']} a layer, {report['top_k']} per token, {sizes} each"
+        if report["num_experts"]
+        else "none (dense)",
+        "shape": f"hidden {report['hidden_size']}, expert {report['moe_intermediate_size']}, "
+        f"vocabulary {report['vocab_size']}, {report['max_position_embeddings']} positions",
+        "experts in all": gib(report["expert_bytes"]),
+        "dense weights": gib(report["dense_bytes"]),
+        "key/value cache": f"{gib(report['kv_bytes_per_1000_tokens'])} per 1000 tokens",
+    }
+    return [f"{name:16} {text}" for name, text in facts.items()]
+
+
+def _formats(report: dict[str, Any]) -> list[str]:
+    total = sum(report["bytes_by_format"].values())
+    lines = [f"{'format':8} {'size':>12} {'share':>6}"]
+    for name, size in report["bytes_by_format"].items():
+        lines.append(f"{name:8} {gib(size):>12} {size / total:>6.1%}")
+    return lines
+
+
+def _budget_lines(report: dict[str, Any]) -> list[str]:
+    fixed = report["fixed"]
+    lines = [
+        f"Each budget holds libraries {gib(fixed['base_bytes'])} (an estimate; a run measures it),",
+        f"dense weights, key/value cache {gib(fixed['kv_bytes'])} for {report['context_tokens']} tokens, "
+        f"workspace {gib(fixed['workspace_bytes'])}, and experts:",
+        f"{'--ram':>12} {'experts in memory':>20}",
+    ]
+    for row in report["budgets"]:
+        lines.append(f"{gib(row['ram_bytes']):>12} {row['num_slots']:>12} ({row['expert_share']:>4.0%})")
+    return lines

@@ -1,0 +1,153 @@
+"""What `generate` and `chat` share: libraries, model, progress, and the account at the end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_offload.cli import DEMO_MODEL, exit_at_once_on_interrupt
+from moe_offload.planning.placement import cold_cache_warning
+from moe_offload.terminal import Progress, gib, last_line
+
+if TYPE_CHECKING:
+    from moe_offload.config import PlacementPlan
+    from moe_offload.runtime.generate import GenerationResult, Sampling
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer."""
+
+    path: Path
+    model: Any  # a transformers PreTrainedModel with .offload
+    tokenizer: Any
+    load_s: float
+
+
+def import_libraries() -> None:
+    """Import torch and transformers, with a sign of life; Ctrl-C ends the process meanwhile."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a checkpoint is a path: nothing is looked up
+    with Progress("loading libraries", sys.stderr), exit_at_once_on_interrupt():
+        import moe_offload.runtime.generate
+        import moe_offload.runtime.model  # noqa: F401
+
+
+def make_sampling(args: argparse.Namespace) -> Sampling:
+    """Return the sampling flags, checked; without --seed every run is another one."""
+    from moe_offload.runtime.generate import Sampling
+
+    seed = args.seed if args.seed is not None else secrets.randbits(63)
+    return Sampling(args.temperature, args.top_p, args.top_k, seed)
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """Return the tokenizer of --model."""
+    from moe_offload.storage.tokenizer import load_tokenizer
+
+    with Progress("reading the tokenizer", sys.stderr):
+        return load_tokenizer(args.model or DEMO_MODEL)
+
+
+@contextmanager
+def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
+    """Load --model inside --ram, and close it on the way out."""
+    from moe_offload.runtime.model import from_pretrained
+
+    started = time.perf_counter()
+    path = args.model or DEMO_MODEL
+    with Progress("loading", sys.stderr, gib) as progress:
+        model = from_pretrained(
+            path,
+            ram=args.ram,
+            experts=args.experts,
+            context=args.context,
+            policy=args.policy,
+            prefetch=not args.no_prefetch,
+            num_threads=args.threads,
+            allow_dense=args.allow_dense,
+            progress=progress.update,
+        )
+    try:
+        plan = model.offload.plan
+        if args.ram == "auto":
+            print(f"ram auto: {describe_plan(plan)}", file=sys.stderr)
+        warning = cold_cache_warning(plan, model.offload.spec, args.policy)
+        if warning:
+            print(f"moe-offload: note: {warning}", file=sys.stderr)
+        yield Loaded(path, model, tokenizer, time.perf_counter() - started)
+    finally:
+        model.offload.close()
+
+
+def describe_plan(plan: PlacementPlan) -> str:
+    """Return where the budget goes, in one line."""
+    slots = sum(pool.num_slots for pool in plan.pools)
+    experts = sum(pool.num_experts for pool in plan.pools)
+    parts = [
+        f"libraries {gib(plan.base_bytes)}",
+        f"dense weights {gib(plan.dense_bytes)}",
+        f"key/value cache {gib(plan.kv_bytes)} for {plan.context_tokens} tokens",
+        f"workspace {gib(plan.workspace_bytes)}",
+        f"experts {gib(plan.expert_bytes)} ({slots} of {experts})",
+    ]
+    return f"{gib(plan.ram_bytes)} at most; planned {gib(plan.total_bytes)}: {', '.join(parts)}"
+
+
+@contextmanager
+def prompt_progress(loaded: Loaded, on_text: OnText) -> Iterator[OnText]:
+    """Show the prompt's progress in tokens until the first text comes through the yielded function."""
+    offload = loaded.model.offload
+    progress = Progress("prompt", sys.stderr, lambda tokens: f"{tokens:.0f} tok")
+
+    def first_ends_progress(piece: str) -> None:
+        offload.on_prefill = None
+        progress.end()
+        on_text(piece)
+
+    offload.on_prefill = progress.update
+    try:
+        with progress:
+            yield first_ends_progress
+    finally:
+        offload.on_prefill = None
+
+
+def print_piece(piece: str) -> None:
+    """Write a piece of the answer to stdout at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def report(args: argparse.Namespace, result: GenerationResult) -> None:
+    """Print the counters where --stats asked for them, and the last line."""
+    stats = result.stats
+    if args.stats:
+        for name, value in stats.items():
+            print(
+                f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}",
+                file=sys.stderr,
+            )
+    needs = stats["hits"] + stats["prefetch_hits"] + stats["misses"]
+    line = last_line(
+        prompt_tokens=result.prompt_tokens - result.cached_tokens,
+        prefill_s=result.prefill_s,
+        new_tokens=result.new_tokens,
+        decode_s=result.decode_s,
+        tokens_per_s=result.decode_tokens_per_s,
+        hit_rate=stats["hit_rate"] if needs else None,
+        bytes_read=stats["bytes_read"],
+        peak_bytes=stats["peak_bytes"],
+        ram_bytes=stats["ram_bytes"],
+    )
+    print(line, file=sys.stderr)
