@@ -138,6 +138,7 @@ int64_t DirectFile::size_now() const {
 }
 
 void DirectFile::fail_read(int64_t position, int error_number) const {
+    if (error_number == ECANCELED) throw FileError(error_number, "the reader was closed during the read");
     throw FileError(error_number,
                     "read at offset " + std::to_string(position) + " failed: " + error_text(error_number));
 }

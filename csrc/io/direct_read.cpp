@@ -22,6 +22,7 @@ constexpr int64_t kMaxPieceBytes = 1 << 20;
 constexpr int64_t kBounceChunkBytes = kBounceBytes / 2 - 2 * kAlignment;  // two regions; see Segment
 constexpr double kMaxWaitSeconds = 0.1;
 constexpr int kMaxThreads = 64;
+constexpr const char* kClosedText = "the reader was closed before the read was finished";
 
 void check_span(const std::string& caller, int64_t offset, int64_t num_bytes) {
     constexpr int64_t max_end = std::numeric_limits<int64_t>::max() - kAlignment;
@@ -280,8 +281,7 @@ void DirectReader::read_into(int64_t file_id, int64_t offset, int64_t num_bytes,
         check_interrupt();
         if (chunk.request->state != TicketState::kDone) {
             const auto& error = chunk.request->error;
-            throw FileError(error ? error->error_number : ECANCELED,
-                            error ? error->message : "the reader was closed");
+            throw FileError(error ? error->error_number : ECANCELED, error ? error->message : kClosedText);
         }
         std::memcpy(out + done, chunk.region + chunk.offset % kAlignment,
                     static_cast<size_t>(chunk.num_bytes));
@@ -356,10 +356,12 @@ void DirectReader::close() {
         for (auto* queue : {&state_->demand, &state_->speculation}) {
             for (const RequestPtr& request : *queue) {
                 request->next_piece = request->pieces.size();
-                if (request->in_flight > 0 && !request->error) {
-                    request->error = ReadError{0, 0, ECANCELED, "the reader was closed"};
+                if (request->in_flight == 0) {
+                    request->state = TicketState::kCancelled;
+                } else if (!request->error) {
+                    const Piece& first = request->pieces.front();
+                    request->error = ReadError{first.file_id, first.segment_offset, ECANCELED, kClosedText};
                 }
-                if (request->in_flight == 0) request->state = TicketState::kCancelled;
             }
             queue->clear();
         }
