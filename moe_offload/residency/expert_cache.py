@@ -21,7 +21,6 @@ one stream is open at a time.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,6 +28,7 @@ from typing import Protocol
 from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.placement import staging_slots
+from moe_offload.residency.prompt_stream import stream_experts
 from moe_offload.residency.slot_pool import Entry, ExpertSource, SlotPool, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
@@ -86,13 +86,13 @@ class ExpertCache:
         top_k: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._arena, self._top_k, self._stats, self._clock = arena, top_k, stats, clock
+        self._arena, self._top_k, self._stats = arena, top_k, stats
         self._pools: list[SlotPool] = []
         self._pool_of: dict[int, SlotPool] = {}
         self._open: Step | int | None = None  # the open step, or the layer of the open stream
         address = arena.address
         for plan in pools:
-            pool = SlotPool(plan, layouts, store, policy_factory(), stats, address)
+            pool = SlotPool(plan, layouts, store, policy_factory(), stats, address, clock)
             address += plan.num_bytes
             self._pools.append(pool)
             self._pool_of |= dict.fromkeys(plan.layers, pool)
@@ -137,7 +137,7 @@ class ExpertCache:
         pool = self._pool_of[step.layer_idx]
         entry = pool.table[step.layer_idx][expert_id]
         assert entry is not None and entry.pins, f"expert {expert_id} is not part of this step"
-        self._wait(pool, entry)
+        pool.wait(entry)
 
     def addresses(self, layer_idx: int, expert_id: int) -> tuple[int, ...]:
         """Return the first byte of each matrix of an expert of the open step or stream."""
@@ -171,40 +171,27 @@ class ExpertCache:
     # A prompt: expert after expert, past the residents.
 
     def stream(
-        self, layer_idx: int, expert_ids: Sequence[int]
+        self, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None = None
     ) -> Generator[tuple[int, tuple[int, ...]], None, None]:
         """Yield (expert_id, matrix addresses) for ``expert_ids`` in their (ascending) order.
 
         Residents are used in place; the others are read once each through the free slots, as many
-        ahead as there are. An address is good until the next one is asked for. Read experts become
-        residents only where there is room, and no more than the layer's share of it: nothing is
-        evicted. Closing the generator early leaves the cache consistent without blocking.
+        ahead as there are. An address is good until the next one is asked for. Nothing is evicted.
+        Closing the generator early leaves the cache consistent without blocking.
+
+        Args:
+            num_tokens: how many tokens chose each of ``expert_ids``; the most used ones become
+                residents where there is room.
 
         Raises:
             CheckpointError: a read failed.
         """
         assert self._open is None, "end or abort the open step, or close the open stream, first"
-        pool = self._pool_of[layer_idx]
         self._open = layer_idx
-        held: dict[int, Entry] = {}  # pinned, by expert id
         try:
-            self._hold_what_is_there(pool, layer_idx, expert_ids, held)
-            unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
-            for expert_id in expert_ids:
-                self._read_ahead(pool, layer_idx, unread, held, expert_id)
-                entry = held[expert_id]
-                self._wait(pool, entry)
-                yield expert_id, entry.addresses
-                del held[expert_id]
-                entry.pins -= 1
-                if entry.state is SlotState.STAGED:
-                    self._keep_or_discard(pool, entry)
+            yield from stream_experts(self._pool_of[layer_idx], layer_idx, expert_ids, num_tokens)
         finally:
             self._open = None
-            for entry in held.values():
-                entry.pins -= 1
-                if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
-                    pool.discard(entry)
 
     # Hints.
 
@@ -219,7 +206,7 @@ class ExpertCache:
         wanted = dict.fromkeys(keys)
         for key in wanted:
             pool = self._pool_of[key.layer_idx]
-            if pool.find(key) is None and self._has_room_for_hint(pool, wanted):
+            if pool.find(key) is None and pool.make_room_for_hint(wanted):
                 pool.read(key, speculative=True)
 
     def contradict(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
@@ -289,21 +276,12 @@ class ExpertCache:
             step.entries.append(entry)
             if entry.state is SlotState.RESIDENT:
                 self._stats.hits += 1
+            elif pool.claim(entry):
+                self._stats.prefetch_hits += 1
             else:
-                self._claim(pool, entry)
+                self._stats.misses += 1
             (step.pending if entry.state is SlotState.IN_FLIGHT else step.ready).append(expert_id)
         return missing
-
-    def _claim(self, pool: SlotPool, entry: Entry) -> None:
-        """Count a prefetch that a step asked for: useful when its bytes are there, late otherwise."""
-        if entry.state is SlotState.IN_FLIGHT:
-            self._stats.misses += 1
-            self._stats.prefetch_late_bytes += entry.num_bytes
-            pool.store.promote(entry.ticket)
-        else:
-            self._stats.prefetch_hits += 1
-            self._stats.prefetch_useful_bytes += entry.num_bytes
-        entry.unclaimed = False
 
     def _read_missing(self, pool: SlotPool, step: Step, missing: Sequence[int]) -> None:
         if len(pool.free) < len(missing):
@@ -316,15 +294,6 @@ class ExpertCache:
             self._stats.demand_bytes += entry.num_bytes
         step.pending = sorted([*step.pending, *missing])
 
-    def _wait(self, pool: SlotPool, entry: Entry) -> None:
-        if entry.state is not SlotState.IN_FLIGHT:
-            return
-        started = self._clock()
-        try:
-            pool.finish(entry)
-        finally:
-            self._stats.stall_s += self._clock() - started
-
     def _release(self, pool: SlotPool, step: Step) -> None:
         """Unpin; free what is not resident (a failed read has freed its slot already)."""
         for entry in step.entries:
@@ -332,72 +301,6 @@ class ExpertCache:
             if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
                 pool.discard(entry)
         step.entries = []
-
-    def _hold_what_is_there(
-        self, pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], held: dict[int, Entry]
-    ) -> None:
-        """Pin residents and this layer's speculation; all other speculation leaves its slots."""
-        wanted = set(expert_ids)
-        for entry in pool.unclaimed():
-            if entry.key.layer_idx != layer_idx or entry.key.expert_id not in wanted:
-                pool.discard(entry)
-        row = pool.table[layer_idx]
-        found = [there for i in expert_ids if (there := row[i]) is not None and pool.settle(there)]
-        # One slot stays for what must be read, or a stream would wait for itself.
-        room = pool.num_slots - len(pool.residents) - (len(found) < len(expert_ids))
-        for entry in found:
-            if entry.state is not SlotState.RESIDENT:
-                if room == 0:
-                    pool.discard(entry)
-                    continue
-                room -= 1
-                self._claim_for_stream(pool, entry)
-            entry.pins += 1
-            held[entry.key.expert_id] = entry
-
-    def _claim_for_stream(self, pool: SlotPool, entry: Entry) -> None:
-        if entry.state is SlotState.IN_FLIGHT:
-            self._stats.prefetch_late_bytes += entry.num_bytes
-            pool.store.promote(entry.ticket)
-        else:
-            self._stats.prefetch_useful_bytes += entry.num_bytes
-        entry.unclaimed = False
-
-    def _read_ahead(
-        self, pool: SlotPool, layer_idx: int, unread: deque[int], held: dict[int, Entry], next_id: int
-    ) -> None:
-        """Fill the free slots with the next reads; ``next_id`` is held or being read afterwards."""
-        pool.reap()
-        if next_id not in held and not pool.free:
-            pool.drain()
-        while unread and pool.free:
-            entry = pool.read(ExpertKey(layer_idx, unread[0]), speculative=False)
-            entry.pins += 1
-            held[unread.popleft()] = entry
-            self._stats.stream_bytes += entry.num_bytes
-
-    def _keep_or_discard(self, pool: SlotPool, entry: Entry) -> None:
-        row = pool.table[entry.key.layer_idx]
-        layer_share = pool.capacity * len(row) // pool.num_experts
-        residents = sum(1 for other in row if other is not None and other.state is SlotState.RESIDENT)
-        if len(pool.residents) < pool.capacity and residents < layer_share:
-            pool.admit(entry)
-        else:
-            pool.discard(entry)
-
-    def _has_room_for_hint(self, pool: SlotPool, wanted: Mapping[ExpertKey, None]) -> bool:
-        pool.reap()
-        has_own_slot = pool.num_staging == 0  # then every expert has
-        if pool.free and (has_own_slot or len(pool.staged) + len(pool.draining) < pool.num_staging):
-            return True
-        for entry in pool.unclaimed():
-            settled = pool.settle(entry)
-            if settled is None:
-                return True
-            if entry.state is SlotState.STAGED and entry.key not in wanted:
-                pool.discard(entry)
-                return True
-        return False
 
     def _spare_slots(self, pool: SlotPool) -> int:
         least = min(self._top_k, max(len(row) for row in pool.table.values()))

@@ -6,7 +6,7 @@ One thread uses it: reads finish in the background, but a pool learns of it only
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -88,11 +88,12 @@ class SlotPool:
         policy: EvictionPolicy,
         stats: OffloadStats,
         first_address: int,
+        clock: Callable[[], float],
     ) -> None:
         self.slot_bytes, self.num_experts = plan.slot_bytes, plan.num_experts
         self.num_slots, self.num_staging = plan.num_slots, plan.num_staging
         self.store, self.policy, self.stats = store, policy, stats
-        self.first_address = first_address
+        self.first_address, self.clock = first_address, clock
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
         self.residents: dict[ExpertKey, Entry] = {}
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
@@ -106,6 +107,11 @@ class SlotPool:
     def capacity(self) -> int:
         """Most residents."""
         return self.num_slots - self.num_staging
+
+    @property
+    def is_full_size(self) -> bool:
+        """Whether every expert has a slot of its own: nothing ever has to leave."""
+        return self.num_staging == 0
 
     def slot_address(self, slot: int) -> int:
         return self.first_address + slot * self.slot_bytes
@@ -145,6 +151,16 @@ class SlotPool:
             raise
         entry.state = SlotState.STAGED
 
+    def wait(self, entry: Entry) -> None:
+        """Block until an entry's bytes are there, counted as stall; raises as ``finish`` does."""
+        if entry.state is not SlotState.IN_FLIGHT:
+            return
+        started = self.clock()
+        try:
+            self.finish(entry)
+        finally:
+            self.stats.stall_s += self.clock() - started
+
     def settle(self, entry: Entry) -> Entry | None:
         """Take note of a read that finished meanwhile; None when it failed: a hint is never an error."""
         if entry.state is SlotState.IN_FLIGHT and self.store.done(entry.ticket):
@@ -153,6 +169,16 @@ class SlotPool:
             except CheckpointError:
                 return None
         return entry
+
+    def claim(self, entry: Entry) -> bool:
+        """Take over a prefetch that is needed now; True when it was useful, False when it is late."""
+        entry.unclaimed = False
+        if entry.state is SlotState.STAGED:
+            self.stats.prefetch_useful_bytes += entry.num_bytes
+            return True
+        self.stats.prefetch_late_bytes += entry.num_bytes
+        self.store.promote(entry.ticket)
+        return False
 
     def admit(self, entry: Entry) -> None:
         """Make a staged expert a resident: book-keeping only, its bytes stay where they are."""
@@ -194,14 +220,18 @@ class SlotPool:
     def make_room(self, count: int) -> None:
         """Free slots until there are ``count``, dearest last.
 
-        First abandoned reads that have finished, then speculation nobody claimed (oldest first, read
-        or still queued), then residents, then waiting for reads nobody wants any more.
+        First abandoned reads that have finished, then speculation nobody claimed (oldest first),
+        then residents, then waiting for reads that nobody wants any more. Where every expert has a
+        slot of its own only such a read can be in the way.
         """
         self.reap()
+        if self.is_full_size:
+            self.drain()
+            return
         for entry in self.unclaimed():
             if len(self.free) >= count:
                 return
-            if self.settle(entry) and (entry.state is SlotState.STAGED or not self.cancel(entry)):
+            if self.settle(entry):
                 self.discard(entry)
         if len(self.free) < count:
             unpinned = {key for key, entry in self.residents.items() if not entry.pins}
@@ -209,6 +239,23 @@ class SlotPool:
         while len(self.free) < count:
             assert self.draining, f"{count} slots wanted, {len(self.free)} free, the others pinned"
             self._drain_one(self.draining[0])
+
+    def make_room_for_hint(self, wanted: Container[ExpertKey]) -> bool:
+        """Find a slot for a prefetch: staging slots that no step claims, or the oldest guess in one.
+
+        Args:
+            wanted: guesses that may not overwrite one another.
+        """
+        self.reap()
+        if self.free and (self.is_full_size or len(self.staged) + len(self.draining) < self.num_staging):
+            return True
+        for entry in self.unclaimed():
+            if self.settle(entry) is None:
+                return True
+            if entry.state is SlotState.STAGED and entry.key not in wanted:
+                self.discard(entry)
+                return True
+        return False
 
     def reap(self) -> None:
         """Free the slots of abandoned reads that have finished."""

@@ -1,0 +1,87 @@
+"""The experts of a prompt, one after the other, past the residents of a pool."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+
+from moe_offload.residency.slot_pool import Entry, SlotPool, SlotState
+from moe_offload.storage.expert_format import ExpertKey
+
+
+def stream_experts(
+    pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None
+) -> Generator[tuple[int, tuple[int, ...]], None, None]:
+    """Yield (expert_id, matrix addresses); see ``ExpertCache.stream``."""
+    held: dict[int, Entry] = {}  # pinned, by expert id: what is there and what is being read ahead
+    try:
+        _hold_what_is_there(pool, layer_idx, expert_ids, held)
+        unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
+        keepers = _choose_keepers(pool, layer_idx, expert_ids, num_tokens)
+        for expert_id in expert_ids:
+            if expert_id not in held and not pool.free:
+                pool.drain()  # only reads that nobody wants any more can be in the way
+            _read_ahead(pool, layer_idx, unread, held)
+            entry = held[expert_id]
+            pool.wait(entry)
+            yield expert_id, entry.addresses
+            del held[expert_id]
+            entry.pins -= 1
+            if entry.state is SlotState.STAGED:
+                (pool.admit if expert_id in keepers else pool.discard)(entry)
+    finally:
+        for entry in held.values():
+            entry.pins -= 1
+            if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
+                pool.discard(entry)
+
+
+def _hold_what_is_there(
+    pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], held: dict[int, Entry]
+) -> None:
+    """Pin residents and this layer's speculation; all other speculation leaves its slots."""
+    wanted = set(expert_ids)
+    for entry in pool.unclaimed():
+        is_wanted = entry.key.layer_idx == layer_idx and entry.key.expert_id in wanted
+        if not is_wanted and not pool.is_full_size:
+            pool.discard(entry)
+    row = pool.table[layer_idx]
+    found = [there for i in expert_ids if (there := row[i]) is not None and pool.settle(there)]
+    # One slot stays for what must be read, or a stream would wait for itself.
+    room = pool.num_slots - len(pool.residents) - (len(found) < len(expert_ids))
+    for entry in found:
+        if entry.state is not SlotState.RESIDENT:
+            if room == 0 and not pool.is_full_size:
+                pool.discard(entry)
+                continue
+            room -= 1
+            pool.claim(entry)
+        entry.pins += 1
+        held[entry.key.expert_id] = entry
+
+
+def _choose_keepers(
+    pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None
+) -> set[int]:
+    """Return which experts become residents: the most used, in free slots only.
+
+    No more than the layer's share of the pool, or the first layers of the first prompt would take
+    every slot.
+    """
+    row = pool.table[layer_idx]
+    absent = [i for i in expert_ids if (entry := row[i]) is None or entry.state is not SlotState.RESIDENT]
+    residents = sum(entry is not None and entry.state is SlotState.RESIDENT for entry in row)
+    layer_share = pool.capacity * len(row) // pool.num_experts
+    count = max(0, min(layer_share - residents, pool.capacity - len(pool.residents)))
+    uses = dict(zip(expert_ids, num_tokens, strict=True)) if num_tokens is not None else {}
+    return set(sorted(absent, key=lambda expert_id: (-uses.get(expert_id, 0), expert_id))[:count])
+
+
+def _read_ahead(pool: SlotPool, layer_idx: int, unread: deque[int], held: dict[int, Entry]) -> None:
+    """Fill the free slots with the next reads."""
+    pool.reap()
+    while unread and pool.free:
+        entry = pool.read(ExpertKey(layer_idx, unread[0]), speculative=False)
+        entry.pins += 1
+        held[unread.popleft()] = entry
+        pool.stats.stream_bytes += entry.num_bytes
