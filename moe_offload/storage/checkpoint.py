@@ -72,13 +72,28 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
         CheckpointError: nothing readable is there, it is corrupt or unsupported, or it has no
             experts and ``allow_dense`` is False.
     """
-    checkpoint = _open(_existing(path))
+    source, path = locate(path)
+    checkpoint = _open_gguf(path) if source == "gguf" else _open_folder(path)
     if not checkpoint.spec.moe_layers and not allow_dense:
         raise CheckpointError(
             f"{path}: this {checkpoint.spec.model_type} model is dense: it has no experts to offload; "
             "pass allow_dense=True to run it wholly in memory"
         )
     return checkpoint
+
+
+def locate(path: str | Path) -> tuple[str, Path]:
+    """Return ("safetensors", folder) or ("gguf", file) for what the user gave."""
+    path = _existing(path)
+    if path.is_dir():
+        return ("safetensors", path) if (path / "config.json").exists() else ("gguf", _only_gguf(path))
+    with HeaderReader(path) as file:
+        magic = file.read_up_to(0, len(MAGIC))
+        if not magic:
+            file.fail("is empty; fetch it again")
+        if path.suffix in (".safetensors", ".json") and magic != MAGIC:
+            file.fail(f"is one file of a Hugging Face folder; give the folder {path.parent}")
+    return "gguf", path
 
 
 def _existing(path: str | Path) -> Path:
@@ -91,18 +106,6 @@ def _existing(path: str | Path) -> Path:
             f"{path}: {reason}; a Hugging Face folder (config.json and safetensors) or a .gguf file is wanted"
         ) from error
     return path
-
-
-def _open(path: Path) -> Checkpoint:
-    if path.is_dir():
-        return _open_folder(path) if (path / "config.json").exists() else _open_gguf(_only_gguf(path))
-    with HeaderReader(path) as file:
-        magic = file.read_up_to(0, len(MAGIC))
-        if not magic:
-            file.fail("is empty; fetch it again")
-        if path.suffix in (".safetensors", ".json") and magic != MAGIC:
-            file.fail(f"is one file of a Hugging Face folder; give the folder {path.parent}")
-    return _open_gguf(path)
 
 
 def _only_gguf(folder: Path) -> Path:

@@ -1,0 +1,258 @@
+"""Tokenizers: a Hugging Face folder's own, or one built from a GGUF's metadata.
+
+A GGUF names the rule that splits text before merging (``tokenizer.ggml.pre``) and trusts the reader
+to know it. ``SPLIT_RULES`` states each rule; tests hold their ids equal to llama.cpp's. An unknown
+name is refused: a wrong rule gives almost right tokens, which nobody notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from moe_offload.errors import CheckpointError
+from moe_offload.storage.checkpoint import Checkpoint, locate
+from moe_offload.storage.gguf import GgufHeader, read_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+
+
+def _cl100k(digits: str) -> str:
+    """The family of rules that began with GPT-4's; they differ in how many digits stay together."""
+    return (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+def _o200k(contractions: str, digits: str) -> str:
+    """The family of GPT-4o's rule: a word is capitals, then small letters, with marks."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{contractions}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{contractions}"
+        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_LLAMA3, _QWEN2 = (_cl100k(r"\p{N}{1,3}"),), (_cl100k(r"\p{N}"),)
+_DIGIT_THEN_GPT2 = (r"\p{N}", _GPT2)
+_CJK = r"[一-龥ࠀ-一가-퟿]+"
+
+# Regular expressions applied one after the other, each to the pieces that the one before left.
+SPLIT_RULES: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        _CJK,
+        r"\p{N}+",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "tekken": (_o200k("", r"\p{N}"),),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), (_GPT2,)),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone"), _DIGIT_THEN_GPT2),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), _LLAMA3),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4"), (_o200k(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}"),)),
+}
+# Vocabularies that look a whole piece up before merging, and that begin texts with BOS by default.
+_WHOLE_PIECES_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint: a transformers tokenizer with its chat template.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or its split rule is unknown.
+    """
+    source, path = locate(path)
+    return _from_gguf(read_gguf(path)) if source == "gguf" else _from_folder(path)
+
+
+def end_of_generation_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """Return the ids that end a generation: generation_config's, else config's."""
+    for config in (checkpoint.generation_config or {}, checkpoint.config):
+        ids = config.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids) if isinstance(ids, list) else frozenset((ids,))
+    return frozenset()
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers raises on a bad or absent file
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded ({error}); fetch tokenizer.json and its config"
+        ) from error
+    return tokenizer
+
+
+def _from_gguf(header: GgufHeader) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    reader = _TokenizerReader(header)
+    backend = reader.build()
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=reader.text("tokenizer.chat_template"),
+        **{
+            f"{name}_token": reader.token(key)
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        },
+    )
+    if len(tokenizer) != len(reader.tokens):
+        reader.fail(f"the vocabulary has {len(reader.tokens)} tokens, but the tokenizer {len(tokenizer)}")
+    return tokenizer
+
+
+class _TokenizerReader:
+    """Builds a tokenizer from ``tokenizer.ggml.*`` metadata."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self.kind = self.text("tokenizer.ggml.model")
+        self.pre = self.text("tokenizer.ggml.pre") or "default"  # absent in files before the key existed
+        tokens = header.array("tokenizer.ggml.tokens", str)
+        if not tokens:
+            self.fail("no vocabulary (tokenizer.ggml.tokens); use a GGUF that has its tokenizer")
+        self.tokens = tokens
+        self.token_types = header.array("tokenizer.ggml.token_type", int) or [1] * len(tokens)
+        if len(self.token_types) != len(tokens):
+            self.fail(f"{len(self.token_types)} token types for {len(tokens)} tokens")
+
+    def build(self) -> Tokenizer:
+        if self.kind not in ("gpt2", "llama"):
+            self.fail(
+                f"tokenizer.ggml.model {self.kind!r:.80} is not supported; gpt2 (BPE) and llama (SPM) are"
+            )
+        try:
+            backend = self.byte_level() if self.kind == "gpt2" else self.sentencepiece()
+            self.add_special_tokens(backend)
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception on vocabulary and merges that disagree
+            self.fail(f"the vocabulary makes no tokenizer: {error}")
+        return backend
+
+    def byte_level(self) -> Tokenizer:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        rule = SPLIT_RULES.get(self.pre)
+        if rule is None:
+            self.fail(
+                f"tokenizer.ggml.pre {self.pre!r:.80} is not a split rule that is known here; known are "
+                f"{', '.join(sorted(SPLIT_RULES))}: use the model's safetensors folder"
+            )
+        vocab = {token: token_id for token_id, token in enumerate(self.tokens)}
+        backend = Tokenizer(
+            models.BPE(vocab, list(self.merges()), ignore_merges=self.pre in _WHOLE_PIECES_FIRST)
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
+    def merges(self) -> Iterator[tuple[str, str]]:
+        for merge in self.header.array("tokenizer.ggml.merges", str) or ():
+            space = merge.find(" ", 1)  # a piece may begin with a space, not end with one
+            if space < 0:
+                self.fail(f"tokenizer.ggml.merges: two pieces are wanted, found {merge!r:.80}")
+            yield merge[:space], merge[space + 1 :]
+
+    def sentencepiece(self) -> Tokenizer:
+        """SPM as llama.cpp reads it: a space is put before every stretch of text between special tokens."""
+        from tokenizers import normalizers
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+
+        scores = self.header.array("tokenizer.ggml.scores", float)
+        if not scores or len(scores) != len(self.tokens):
+            self.fail(f"{len(scores or ())} scores for {len(self.tokens)} tokens in tokenizer.ggml.scores")
+        backend: Tokenizer = convert_gguf_tokenizer(
+            "llama",
+            {
+                "tokenizer_type": "llama",
+                "tokens": self.tokens,
+                "scores": scores,
+                "token_type": self.token_types,
+            },
+        )[0]
+        steps: list[Any] = [normalizers.Replace(" ", "▁")]
+        if self.flag("tokenizer.ggml.add_space_prefix", True):
+            steps.insert(0, normalizers.Prepend("▁"))
+        backend.normalizer = normalizers.Sequence(steps)
+        backend.pre_tokenizer = None
+        return backend
+
+    def add_special_tokens(self, backend: Tokenizer) -> None:
+        """Keep control and user-defined tokens whole, and begin or end texts as the file says."""
+        from tokenizers import AddedToken, processors
+
+        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+            texts = (text for text, found in zip(self.tokens, self.token_types, strict=True) if found == kind)
+            added = [AddedToken(text, normalized=False, special=special) for text in texts if text]
+            (backend.add_special_tokens if special else backend.add_tokens)(added)
+        starts = self.kind == "llama" or self.pre in _WHOLE_PIECES_FIRST
+        begins = self.flag("tokenizer.ggml.add_bos_token", starts) and self.token_id("bos") is not None
+        ends = self.flag("tokenizer.ggml.add_eos_token", False) and self.token_id("eos") is not None
+        names = ["BOS"] * begins + ["$A"] + ["EOS"] * ends
+        backend.post_processor = processors.TemplateProcessing(
+            single=names,
+            pair=[*names, "$B:1"],
+            special_tokens=[
+                {"id": name.upper(), "ids": [self.token_id(name)], "tokens": [self.token(name)]}
+                for name, used in (("bos", begins), ("eos", ends))
+                if used
+            ],
+        )
+
+    def token_id(self, name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        token_id = self.header.metadata.get(key)
+        if token_id is not None and (type(token_id) is not int or not 0 <= token_id < len(self.tokens)):
+            self.fail(f"{key} must be an id below {len(self.tokens)}, found {token_id!r:.80}")
+        return token_id
+
+    def token(self, name: str) -> str | None:
+        token_id = self.token_id(name)
+        return None if token_id is None else self.tokens[token_id]
+
+    def text(self, key: str) -> str | None:
+        value = self.header.metadata.get(key)
+        if value is not None and type(value) is not str:
+            self.fail(f"metadata key {key!r} must be a text, found {value!r:.80}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.header.metadata.get(key, default)
+        if type(value) is not bool:
+            self.fail(f"metadata key {key!r} must be true or false, found {value!r:.80}")
+        return value
+
+    def fail(self, message: str) -> NoReturn:
+        raise CheckpointError(f"{self.header.path}: {message}")
