@@ -219,15 +219,16 @@ def _refuse_what_cannot_fit(
         return
     raise BudgetError(
         f"ram={ram_bytes / GIB:.2f} GiB ({ram_bytes} bytes) cannot hold the model: "
-        f"libraries {_gib(fixed.base_bytes)} + dense weights {_gib(fixed.dense_bytes)} + "
-        f"KV cache ({fixed.context_tokens} tokens) {_gib(fixed.kv_bytes)} + "
-        f"workspace {_gib(fixed.workspace_bytes)} + at least {least_experts} experts {_gib(expert_bytes)} "
-        f"= {_gib(smallest)} GiB; the smallest ram that would do is {_gib(smallest)} GiB "
-        f"({smallest} bytes), or lower context"
+        f"libraries {fixed.base_bytes / GIB:.2f} + dense weights {fixed.dense_bytes / GIB:.2f} + "
+        f"KV cache ({fixed.context_tokens} tokens) {fixed.kv_bytes / GIB:.2f} + "
+        f"workspace {fixed.workspace_bytes / GIB:.2f} + "
+        f"at least {least_experts} experts {expert_bytes / GIB:.2f} = {smallest / GIB:.2f} GiB; "
+        f"the smallest ram that would do is {_gib_rounded_up(smallest)} GiB ({smallest} bytes), "
+        "or lower context"
     )
 
 
-def _gib(num_bytes: int) -> str:
-    """Print GiB rounded up, so that a smallest budget typed back from the message is enough."""
+def _gib_rounded_up(num_bytes: int) -> str:
+    """Print GiB so that the figure typed back is enough."""
     hundredths = -(-num_bytes * 100 // GIB)
     return f"{hundredths // 100}.{hundredths % 100:02d}"
