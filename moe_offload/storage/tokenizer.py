@@ -74,6 +74,7 @@ SPLIT_RULES: dict[str, tuple[str, ...]] = {
 # Vocabularies that look a whole piece up before merging, and that begin texts with BOS by default.
 _WHOLE_PIECES_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -99,6 +100,12 @@ def end_of_generation_ids(checkpoint: Checkpoint) -> frozenset[int]:
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    # transformers would make an empty tokenizer out of config.json alone.
+    if not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json (nor {', '.join(_VOCABULARY_FILES[1:])}); "
+            "fetch the model's tokenizer files"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers raises on a bad or absent file
@@ -137,7 +144,12 @@ class _TokenizerReader:
         tokens = header.array("tokenizer.ggml.tokens", str)
         if not tokens:
             self.fail("no vocabulary (tokenizer.ggml.tokens); use a GGUF that has its tokenizer")
-        self.tokens = tokens
+        self.tokens, self.vocab = tokens, dict[str, int]()
+        for token_id, token in enumerate(tokens):
+            if self.vocab.setdefault(token, token_id) != token_id:
+                self.fail(
+                    f"token {token!r} is in the vocabulary twice, as {self.vocab[token]} and {token_id}"
+                )
         self.token_types = header.array("tokenizer.ggml.token_type", int) or [1] * len(tokens)
         if len(self.token_types) != len(tokens):
             self.fail(f"{len(self.token_types)} token types for {len(tokens)} tokens")
@@ -165,9 +177,8 @@ class _TokenizerReader:
                 f"tokenizer.ggml.pre {self.pre!r:.80} is not a split rule that is known here; known are "
                 f"{', '.join(sorted(SPLIT_RULES))}: use the model's safetensors folder"
             )
-        vocab = {token: token_id for token_id, token in enumerate(self.tokens)}
         backend = Tokenizer(
-            models.BPE(vocab, list(self.merges()), ignore_merges=self.pre in _WHOLE_PIECES_FIRST)
+            models.BPE(self.vocab, list(self.merges()), ignore_merges=self.pre in _WHOLE_PIECES_FIRST)
         )
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -183,7 +194,10 @@ class _TokenizerReader:
             space = merge.find(" ", 1)  # a piece may begin with a space, not end with one
             if space < 0:
                 self.fail(f"tokenizer.ggml.merges: two pieces are wanted, found {merge!r:.80}")
-            yield merge[:space], merge[space + 1 :]
+            left, right = merge[:space], merge[space + 1 :]
+            if not {left, right, left + right} <= self.vocab.keys():
+                self.fail(f"tokenizer.ggml.merges: {merge!r} joins pieces that are not all in the vocabulary")
+            yield left, right
 
     def sentencepiece(self) -> Tokenizer:
         """SPM as llama.cpp reads it: a space is put before every stretch of text between special tokens."""
