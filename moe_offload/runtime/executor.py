@@ -1,0 +1,198 @@
+"""Run one MoE layer's experts from the cache: what the router asks for, in ascending expert id.
+
+The order of summation and the arithmetic do not depend on where an expert was found, so a budget,
+a policy or a prefetch changes the time of a token and never the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moe_offload.config import DECODE_STEP_MAX_TOKENS
+from moe_offload.errors import CheckpointError
+from moe_offload.ops import Activation, ActivationKind, ExpertKernel, weighted_sum
+from moe_offload.residency.expert_cache import ExpertCache, Step
+from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.storage.expert_format import ExpertLayout
+
+ACTIVATION_KINDS = {
+    "silu": ActivationKind.SILU,
+    "swish": ActivationKind.SILU,
+    "gelu": ActivationKind.GELU_ERF,
+    "gelu_pytorch_tanh": ActivationKind.GELU_TANH,
+    "gelu_new": ActivationKind.GELU_TANH,
+    "relu": ActivationKind.RELU,
+}
+
+
+class Routing:
+    """A step's (token, expert) pairs, grouped by expert in ascending id.
+
+    Attributes:
+        expert_ids: (n,) the experts of the step, ascending.
+        pair_offsets: (n + 1,) expert i owns pairs [pair_offsets[i], pair_offsets[i + 1]).
+        pair_tokens: (P,) row of ``hidden_states`` of each pair.
+        pair_weights: (P,) float32 routing weights.
+    """
+
+    def __init__(self, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        chosen = top_k_index.numpy().reshape(-1)  # (T * K,)
+        order = np.argsort(chosen, kind="stable")
+        by_expert = chosen[order]
+        starts = np.flatnonzero(np.diff(by_expert, prepend=-1))
+        self.expert_ids: NDArray[np.int32] = by_expert[starts].astype(np.int32)
+        self.pair_offsets: NDArray[np.int32] = np.append(starts, len(order)).astype(np.int32)
+        self.pair_tokens: NDArray[np.int32] = (order // top_k_index.shape[-1]).astype(np.int32)
+        self.pair_weights = top_k_weights.float().reshape(-1)[torch.from_numpy(order)].contiguous()
+
+    def pairs_of(self, position: int) -> slice:
+        """Pairs of the expert at ``position`` in ``expert_ids``."""
+        return slice(int(self.pair_offsets[position]), int(self.pair_offsets[position + 1]))
+
+
+class ExpertExecutor:
+    """What stands in for the experts module's forward of one layer."""
+
+    def __init__(
+        self,
+        kernel: ExpertKernel,
+        layer_idx: int,
+        cache: ExpertCache,
+        prefetcher: Prefetcher,
+        on_layer_done: Callable[[int], None],
+    ) -> None:
+        self.kernel, self.layer_idx = kernel, layer_idx
+        self.cache, self.prefetcher, self.on_layer_done = cache, prefetcher, on_layer_done
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end."""
+        hidden = hidden_states.float().contiguous()
+        routing = Routing(top_k_index, top_k_weights)
+        out = torch.zeros_like(hidden)
+        self.prefetcher.routed(self.layer_idx, routing.expert_ids)
+        step = None
+        if len(hidden) <= DECODE_STEP_MAX_TOKENS:
+            step = self.cache.begin(self.layer_idx, routing.expert_ids.tolist(), self._scores(routing))
+        if step is None:
+            self._stream(hidden, routing, out)
+        else:
+            self._decode(step, hidden_states, hidden, routing, out)
+        self.on_layer_done(self.layer_idx)
+        return out.to(hidden_states.dtype)
+
+    @staticmethod
+    def _scores(routing: Routing) -> list[float]:
+        """Routing weight of each expert, summed over the step's tokens."""
+        sums: list[float] = np.add.reduceat(routing.pair_weights.numpy(), routing.pair_offsets[:-1]).tolist()
+        return sums
+
+    def _decode(
+        self, step: Step, router_input: Tensor, hidden: Tensor, routing: Routing, out: Tensor
+    ) -> None:
+        """Serve a small step from the cache: experts at hand compute while the others are read."""
+        try:
+            self.prefetcher.look_ahead(self.layer_idx, router_input)
+            rows = self._rows_as_they_arrive(step, hidden, routing)
+            weighted_sum(out, rows, routing.pair_tokens, routing.pair_weights)
+        except BaseException:
+            self.cache.abort(step)
+            raise
+        self.cache.end(step)
+
+    def _rows_as_they_arrive(self, step: Step, hidden: Tensor, routing: Routing) -> Tensor:
+        """Return the unweighted expert outputs (P, H) in the order of ``routing``."""
+        if not step.pending:
+            return self._rows(hidden, routing, range(len(routing.expert_ids)))
+        position_of = {expert_id: i for i, expert_id in enumerate(routing.expert_ids.tolist())}
+        rows = torch.empty(len(routing.pair_tokens), hidden.shape[-1])
+        self._fill(rows, hidden, routing, [position_of[expert_id] for expert_id in step.ready])
+        for expert_id in step.pending:
+            self.cache.wait(step, expert_id)
+            self._fill(rows, hidden, routing, [position_of[expert_id]])
+        return rows
+
+    def _fill(self, rows: Tensor, hidden: Tensor, routing: Routing, positions: list[int]) -> None:
+        if not positions:
+            return
+        part, start = self._rows(hidden, routing, positions), 0
+        for position in positions:
+            pairs = routing.pairs_of(position)
+            count = pairs.stop - pairs.start
+            rows[pairs] = part[start : start + count]
+            start += count
+
+    def _rows(self, hidden: Tensor, routing: Routing, positions: Any) -> Tensor:
+        expert_ids = routing.expert_ids[positions]
+        addresses = np.array(
+            [self.cache.addresses(self.layer_idx, expert_id) for expert_id in expert_ids.tolist()], np.uint64
+        )
+        if len(expert_ids) == len(routing.expert_ids):
+            offsets, tokens = routing.pair_offsets, routing.pair_tokens
+        else:
+            pairs = [routing.pairs_of(position) for position in positions]
+            tokens = np.concatenate([routing.pair_tokens[pair] for pair in pairs])
+            offsets = np.cumsum([0, *(pair.stop - pair.start for pair in pairs)], dtype=np.int32)
+        return self.kernel.rows(hidden, expert_ids, addresses, offsets, tokens)
+
+    def _stream(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
+        """Serve many tokens: each expert once, in ascending id, past the decode cache."""
+        tokens_per_expert = np.diff(routing.pair_offsets).tolist()
+        stream = self.cache.stream(self.layer_idx, routing.expert_ids.tolist(), tokens_per_expert)
+        try:
+            for position, (expert_id, addresses) in enumerate(stream):
+                pairs = routing.pairs_of(position)
+                tokens = np.ascontiguousarray(routing.pair_tokens[pairs])
+                offsets = np.array([0, len(tokens)], np.int32)
+                rows = self.kernel.rows(
+                    hidden, np.array([expert_id], np.int32), np.array([addresses], np.uint64), offsets, tokens
+                )
+                weighted_sum(out, rows, tokens, routing.pair_weights[pairs].contiguous())
+        finally:
+            stream.close()
+
+
+def make_kernel(experts: nn.Module, layout: ExpertLayout) -> ExpertKernel:
+    """Translate a transformers experts module into the native kernel's terms."""
+    bias = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
+    gate_up_bias, down_bias = (None if b is None else b.detach().float().contiguous() for b in bias)
+    return ExpertKernel(layout, activation_of(experts), gate_up_bias, down_bias)
+
+
+def activation_of(experts: nn.Module) -> Activation:
+    """Name the gating of an experts module.
+
+    Raises:
+        CheckpointError: a gate of its own that the kernels do not know, or an unknown activation.
+    """
+    family = type(experts).__name__
+    own_gate = experts._apply_gate.__func__.__module__ != "transformers.integrations.moe"
+    if own_gate and hasattr(experts, "alpha") and hasattr(experts, "limit"):
+        return Activation(ActivationKind.GPT_OSS_SWIGLU, alpha=experts.alpha, limit=experts.limit)
+    if own_gate or not experts.has_gate or experts.has_post_expert_norm:
+        raise CheckpointError(f"{family} gates its experts in a way that no kernel computes")
+    name = experts.config.hidden_act
+    if name not in ACTIVATION_KINDS:
+        raise CheckpointError(f"{family} uses activation {name!r}; known are {', '.join(ACTIVATION_KINDS)}")
+    return Activation(ACTIVATION_KINDS[name])
+
+
+@torch.compiler.disable(reason="moe_offload experts move between tiers; call without fullgraph=True")
+def offloaded_experts_forward(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Stand in for an experts module's forward (transformers' ExpertsInterface).
+
+    Args:
+        experts: its ``moe_offload_executor`` was attached at load.
+        hidden_states: (T, H), what the router saw.
+        top_k_index: (T, K), not sorted.
+        top_k_weights: (T, K), bf16 or float32 by family.
+    """
+    executor: ExpertExecutor = experts.moe_offload_executor
+    return executor(hidden_states, top_k_index, top_k_weights)

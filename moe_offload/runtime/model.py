@@ -1,0 +1,262 @@
+"""``from_pretrained``: open, measure, plan, build, load, attach — in that order.
+
+Nothing large is allocated before the plan says that it fits.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ExpertsInterface
+from transformers.modeling_utils import PreTrainedModel
+
+from moe_offload import ops
+from moe_offload.config import DEFAULT_CONTEXT_TOKENS, MIB, RuntimeConfig, parse_bytes, resolve_expert_cap
+from moe_offload.errors import ConfigError
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.cost_model import activation_bytes, attention_bytes
+from moe_offload.planning.placement import PlacementPlan, plan_placement
+from moe_offload.predictors.cross_layer_gate import CrossLayerGate
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes, process_bytes
+from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.runtime import skeleton
+from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
+from moe_offload.runtime.offload import OffloadHandle, committed_bytes
+from moe_offload.runtime.offloaded_class import offloaded_class
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.storage.expert_store import ExpertStore
+from moe_offload.storage.io import BOUNCE_BYTES, DEFAULT_NUM_IO_THREADS, Arena, open_reader
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "tiny-moe.gguf"
+GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
+GUARD_INTERVAL_S = 0.5
+
+# transformers arguments that are meaningless here but harmless: the answer is the same without them.
+IGNORED_KWARGS = {"low_cpu_mem_usage", "use_safetensors", "local_files_only", "trust_remote_code", "token"}
+
+ExpertsInterface.register(skeleton.EXPERTS_IMPLEMENTATION, offloaded_experts_forward)
+
+
+def from_pretrained(
+    path: str | Path | None = None,
+    *,
+    ram: str | int = "auto",
+    experts: str | int | None = None,
+    context: int | None = None,
+    policy: str = "ewma",
+    predictor: str = "cross_layer_gate",
+    prefetch: bool = True,
+    num_threads: int | None = None,
+    allow_dense: bool = False,
+    dtype: str | torch.dtype = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a mixture-of-experts model inside a memory budget.
+
+    Args:
+        path: Hugging Face folder (safetensors) or GGUF file; None is the bundled demo model.
+        ram: everything the process may hold ("2GiB", bytes), or "auto" for what the machine and
+            its cgroup have free.
+        experts: cap on experts in memory: "25%", a number, or "all".
+        context: tokens of key/value cache, over the whole batch; default 4096 or the model's maximum.
+        policy: eviction policy by name or import path.
+        predictor: "cross_layer_gate" or "none".
+        prefetch: read predicted experts early; changes time, never tokens.
+        num_threads: native threads; default from affinity, cgroup quota and cores.
+        allow_dense: load a model without experts wholly into memory.
+        dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
+        progress: called with (bytes done, bytes in all) while dense weights are read.
+        **kwargs: transformers' ``attn_implementation``, and ``device_map`` "auto" or "cpu".
+
+    Returns:
+        The transformers model of the checkpoint's family, in eval mode, with ``model.offload``.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, unsupported or dense.
+        BudgetError: ``ram`` cannot hold the model; names the smallest that would do.
+        ConfigError: an argument that cannot work.
+    """
+    attn_implementation = _check_kwargs(kwargs)
+    config = RuntimeConfig(
+        ram_bytes=None if ram == "auto" else parse_bytes(ram),
+        experts=experts,
+        context_tokens=context,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        num_threads=num_threads,
+        allow_dense=allow_dense,
+    )
+    checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
+    compute_dtype = _resolve_dtype(dtype, checkpoint)
+    if config.num_threads is not None:
+        ops.set_num_threads(config.num_threads)
+    _warm_up(compute_dtype)
+    model = skeleton.build_skeleton(checkpoint, compute_dtype, attn_implementation)
+    plan = _plan(model, checkpoint, config)
+    return _load(model, checkpoint, config, plan, progress)
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> str | None:
+    """Return ``attn_implementation``; refuse what would be silently without effect."""
+    attn_implementation: str | None = kwargs.pop("attn_implementation", None)
+    device_map, device = kwargs.pop("device_map", None), kwargs.pop("device", None)
+    for name, value in (("device_map", device_map), ("device", device)):
+        if value not in (None, "cpu", "auto"):
+            raise ConfigError(
+                f"{name}={value!r} is not possible: the memory budget places the model; pass ram="
+            )
+    unknown = sorted(set(kwargs) - IGNORED_KWARGS)
+    if unknown or kwargs.get("trust_remote_code"):
+        raise ConfigError(
+            f"from_pretrained does not take {', '.join(unknown) or 'trust_remote_code=True'}; see its docstring"
+        )
+    return attn_implementation
+
+
+def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        resolved = dtype
+    elif dtype == "auto":
+        named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        resolved = torch.float32 if checkpoint.source == "gguf" else getattr(torch, str(named), None)
+    else:
+        resolved = getattr(torch, dtype.removeprefix("torch."), None)
+    if resolved not in skeleton.GGML_TYPES:
+        raise ConfigError(f"dtype={dtype!r} is not supported; use 'auto', float32, bfloat16 or float16")
+    return resolved
+
+
+def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig) -> PlacementPlan:
+    """Divide the budget; the skeleton has no weights yet, so nothing is lost when it does not fit."""
+    spec, dtype = checkpoint.spec, model.config.dtype
+    num_experts = sum(layout.num_experts for layout in checkpoint.experts.layouts.values())
+    context_tokens = config.context_tokens or min(DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
+    if context_tokens > spec.max_position_embeddings:
+        raise ConfigError(
+            f"context={context_tokens} is beyond the {spec.max_position_embeddings} positions that "
+            f"{checkpoint.path} was made for"
+        )
+    return plan_placement(
+        spec,
+        checkpoint.experts.layouts,
+        ram_bytes=config.ram_bytes if config.ram_bytes is not None else auto_ram_bytes(),
+        base_bytes=process_bytes() + committed_bytes(),
+        dense_bytes=skeleton.dense_resident_bytes(checkpoint, dtype),
+        kv_bytes_per_element=dtype.itemsize,
+        context_tokens=context_tokens,
+        expert_cap=resolve_expert_cap(config.experts, num_experts),
+        reader_bytes=DEFAULT_NUM_IO_THREADS * BOUNCE_BYTES,
+        activation_bytes=_workspace_bytes(model, checkpoint, context_tokens),
+    )
+
+
+def _workspace_bytes(model: PreTrainedModel, checkpoint: Checkpoint, context_tokens: int) -> int:
+    """Activations of one chunk, and what attention over the whole context makes beside them."""
+    config = model.config
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    latent_dims = [
+        getattr(config, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ]
+    return activation_bytes(
+        checkpoint.spec,
+        context_tokens=context_tokens,
+        dense_intermediate_size=getattr(config, "intermediate_size", 0) or 0,
+    ) + attention_bytes(
+        num_heads=num_heads,
+        head_dim=max(head_dim, sum(latent_dims)),
+        context_tokens=context_tokens,
+        stores_scores=config._attn_implementation == "eager",
+    )
+
+
+def _warm_up(dtype: torch.dtype) -> None:
+    """Touch the code and buffers that every forward touches, so that the base is measured with them."""
+    with torch.no_grad():
+        x = torch.ones(1, 4, 64, 64, dtype=dtype)
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        x = torch.nn.functional.linear(x, torch.ones(64, 64, dtype=dtype))
+        x.float().softmax(-1).topk(4)
+
+
+def _load(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    plan: PlacementPlan,
+    progress: Callable[[int, int], None] | None,
+) -> PreTrainedModel:
+    reader = open_reader()
+    arena = Arena(max(plan.expert_bytes, 4096))
+    try:
+        store = ExpertStore(checkpoint.experts, checkpoint.files, reader)
+        skeleton.load_dense(model, checkpoint, store, progress)
+        skeleton.apply_generation_config(model, checkpoint)
+        stats = OffloadStats(ram_bytes=plan.ram_bytes)
+        cache = ExpertCache(
+            plan.pools,
+            checkpoint.experts.layouts,
+            store,
+            arena,
+            lambda: make_policy(config.policy),
+            stats,
+            top_k=checkpoint.spec.top_k,
+        )
+        _attach(model, checkpoint, config, plan, cache, stats, store, arena)
+    except BaseException:
+        reader.close()
+        arena.close()
+        raise
+    return model
+
+
+def _attach(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    plan: PlacementPlan,
+    cache: ExpertCache,
+    stats: OffloadStats,
+    store: ExpertStore,
+    arena: Arena,
+) -> None:
+    """Give the model its class, every experts module its executor, and the handle its resources."""
+
+    def close_resources() -> None:
+        store.close()
+        arena.close()
+
+    guard = MemoryGuard(
+        available_bytes,
+        reserve_bytes=GUARD_RESERVE_BYTES,
+        interval_s=GUARD_INTERVAL_S,
+        clock=time.monotonic,
+    )
+    handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, close_resources)
+    modules = skeleton.experts_modules(model)
+    prefetcher = Prefetcher(cache, _make_predictor(model, config, sorted(modules)))
+    for layer_idx, experts in modules.items():
+        kernel = make_kernel(experts, checkpoint.experts.layouts[layer_idx])
+        experts.moe_offload_executor = ExpertExecutor(kernel, layer_idx, cache, prefetcher, handle.layer_done)
+    model.__class__ = offloaded_class(type(model))
+    model.offload = handle
+    weakref.finalize(model, handle.close)
+
+
+def _make_predictor(
+    model: PreTrainedModel, config: RuntimeConfig, layers: list[int]
+) -> CrossLayerGate | None:
+    if not config.prefetch or config.predictor == "none":
+        return None
+    if config.predictor != "cross_layer_gate":
+        raise ConfigError(f"predictor={config.predictor!r} is unknown; known are cross_layer_gate, none")
+    return CrossLayerGate({layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in layers})

@@ -1,0 +1,156 @@
+"""The handle on a loaded model: its resources, counters, caches and their end of life."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
+from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.memory import MemoryGuard, peak_bytes
+from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.stats import OffloadStats
+
+live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
+
+
+class OffloadHandle:
+    """``model.offload``: what was planned, what happened, and ``close()``.
+
+    Attributes:
+        plan: where the budget went.
+        spec: the checkpoint's shape.
+        on_prefill: called with (tokens done, tokens in all) while a prompt runs.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: PlacementPlan,
+        cache: ExpertCache | None,
+        stats: OffloadStats,
+        guard: MemoryGuard,
+        close_resources: Callable[[], None],
+    ) -> None:
+        self.spec, self.plan, self.cache = spec, plan, cache
+        self.on_prefill: Callable[[int, int], None] | None = None
+        self._stats, self._guard, self._close_resources = stats, guard, close_resources
+        self._lock = threading.RLock()
+        self._owner_pid = os.getpid()
+        self._closed = False
+        self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self._chunk = (0, 0, 0)
+        live_handles.add(self)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the key/value cache was budgeted for, over the whole batch."""
+        return self.plan.context_tokens
+
+    def stats(self) -> OffloadStats:
+        """Return the live counters, peak memory brought up to date."""
+        self._stats.peak_bytes = peak_bytes()
+        return self._stats
+
+    def close(self) -> None:
+        """Stop the readers, join their threads, close the files and free the slots. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._close_resources()
+            live_handles.discard(self)
+
+    def check_usable(self) -> None:
+        """Raise ConfigError when the model was closed, or crossed a fork (its threads did not)."""
+        if self._closed:
+            raise ConfigError("this model was closed by offload.close(); load it again with from_pretrained")
+        if os.getpid() != self._owner_pid:
+            raise ConfigError(
+                f"this model was loaded in process {self._owner_pid} and is used in its fork {os.getpid()}; "
+                "its reader threads did not follow: load the model in the child, or start it with 'spawn'"
+            )
+
+    def new_cache(self, max_tokens: int | None = None, batch_size: int = 1) -> KVCache:
+        """Return an empty key/value cache for ``batch_size`` sequences of up to ``max_tokens``.
+
+        Raises:
+            BudgetError: together with the caches still alive it would pass the budgeted context.
+        """
+        wanted_tokens = (max_tokens or 1) * batch_size
+        if wanted_tokens + self._held_tokens() > self.context_tokens:
+            gc.collect()  # a cache that only a reference cycle keeps alive does not count
+        held_tokens = self._held_tokens()
+        if wanted_tokens + held_tokens > self.context_tokens:
+            raise BudgetError(
+                f"{batch_size} sequence(s) of up to {max_tokens} tokens need a key/value cache of "
+                f"{wanted_tokens} tokens, but {self.context_tokens} were budgeted"
+                + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
+                + f"; load the model with context={wanted_tokens + held_tokens} or ask for fewer tokens"
+            )
+        cache = KVCache(self.spec.num_hidden_layers, self.context_tokens - held_tokens)
+        self._kv_caches.add(cache)
+        return cache
+
+    def _held_tokens(self) -> int:
+        return sum(cache.used_tokens for cache in self._kv_caches)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """One generation at a time: a second thread waits for the first."""
+        self.check_usable()
+        with self._lock:
+            self.check_usable()
+            yield
+
+    @contextmanager
+    def step(self, num_tokens: int) -> Iterator[None]:
+        """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
+        decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
+        torch_threads = torch.get_num_threads()
+        if decoding and torch_threads > 1:
+            torch.set_num_threads(1)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if decoding and torch_threads > 1:
+                torch.set_num_threads(torch_threads)
+            self._count(decoding, num_tokens, time.perf_counter() - started)
+        self._relieve_memory()
+
+    def _count(self, decoding: bool, num_tokens: int, seconds: float) -> None:
+        if decoding:
+            self._stats.decode_steps += 1
+            self._stats.decode_s += seconds
+        else:
+            self._stats.prefill_tokens += num_tokens
+            self._stats.prefill_s += seconds
+
+    def _relieve_memory(self) -> None:
+        """Give slots back before the machine swaps."""
+        wanted_bytes = self._guard.bytes_to_give_back()
+        if wanted_bytes and self.cache is not None:
+            self.cache.give_back(wanted_bytes)
+
+    def begin_chunk(self, start: int, num_tokens: int, total_tokens: int) -> None:
+        """Note which tokens of the prompt the next layers work on."""
+        self._chunk = (start, num_tokens, total_tokens)
+
+    def layer_done(self, layer_idx: int) -> None:
+        """Report the prompt's progress: a chunk counts layer by layer."""
+        if self.on_prefill is not None:
+            start, num_tokens, total_tokens = self._chunk
+            share = (layer_idx + 1) / self.spec.num_hidden_layers
+            self.on_prefill(start + int(num_tokens * share), total_tokens)
+
+
+def committed_bytes() -> int:
+    """Bytes that the models already loaded in this process may come to use."""
+    return sum(handle.plan.total_bytes - handle.plan.base_bytes for handle in live_handles)

@@ -1,0 +1,169 @@
+"""The class of a loaded model: its transformers class, with ``generate`` unchanged for the caller.
+
+The subclass keeps the original's name, because pipelines look the name up. It adds the key/value
+cache, chunked prompts and the lock, and refuses by name what an offloaded model cannot do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, NoReturn
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from moe_offload.errors import ConfigError
+from moe_offload.runtime.chunked_prefill import needs_chunks, run_in_chunks, sequence_shape
+from moe_offload.runtime.offload import OffloadHandle
+
+
+@functools.cache
+def offloaded_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the subclass of ``model_class`` that a loaded model gets."""
+    forward = _make_forward(model_class)
+    namespace = {
+        "forward": forward,
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
+    return type(model_class.__name__, (OffloadedModel, model_class), namespace)
+
+
+def _make_forward(model_class: type[PreTrainedModel]) -> Any:
+    """Wrap the family's forward; ``wraps`` keeps the signature that generate() inspects."""
+    signature = inspect.signature(model_class.forward)
+
+    @torch.compiler.disable(reason="moe_offload experts move between tiers; call without fullgraph=True")
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind_partial(self, *args, **kwargs).arguments
+        arguments.pop("self")
+        inputs = {**arguments, **arguments.pop("kwargs", {})}
+        with self.offload.exclusive():
+            return _run_forward(self, functools.partial(model_class.forward, self), inputs)
+
+    @functools.wraps(model_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
+
+    return forward
+
+
+def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
+    """Give the call our cache where it wants one, and chunks where it is long."""
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        return forward(**inputs)  # transformers raises its own error
+    handle: OffloadHandle = model.offload
+    batch_size, num_tokens = sequence_shape(inputs)
+    cache = inputs.get("past_key_values")
+    use_cache = inputs.get("use_cache")
+    keep_cache = model.config.use_cache if use_cache is None else use_cache
+    in_chunks = needs_chunks(inputs)
+    if cache is None and (keep_cache or in_chunks):
+        cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)
+    handle.begin_chunk(0, num_tokens, num_tokens)
+    with handle.step(batch_size * num_tokens):
+        if not in_chunks:
+            return forward(**inputs)
+        output = run_in_chunks(forward, inputs, cache, handle.begin_chunk)
+    if not keep_cache:
+        output.past_key_values = None
+    return output
+
+
+def _refuse(what: str, remedy: str) -> NoReturn:
+    raise ConfigError(f"{what} is not possible on an offloaded model: {remedy}")
+
+
+class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
+    """Mix-in of what every family shares; see the module's docstring."""
+
+    offload: OffloadHandle
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; one generation at a time per model.
+
+        Raises:
+            BudgetError: prompt and new tokens need more key/value cache than was budgeted.
+            ConfigError: compilation was asked for.
+        """
+        config = kwargs.get("generation_config")
+        if kwargs.get("compile_config") or getattr(config, "compile_config", None):
+            _refuse("compile_config", "generate without it")
+        with self.offload.exclusive():
+            return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,
+        batch_size: int, max_cache_length: int,
+    ) -> Any:  # fmt: skip
+        """Put our cache where transformers would make a DynamicCache; honour the caller's own."""
+        wants_ours = generation_config.use_cache is not False and generation_config.cache_implementation in (
+            None,
+            "dynamic",
+        )
+        if model_kwargs.get("past_key_values") is None and wants_ours:
+            rows = batch_size * max(
+                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            )
+            model_kwargs["past_key_values"] = self.offload.new_cache(max_cache_length, rows)
+            return None
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Accept where the model already is; refuse anything else."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and torch.device(device).type != "cpu":
+            _refuse(
+                f"to({str(device)!r})",
+                "its memory is placed by the budget; load it again with from_pretrained",
+            )
+        return self._keep_dtype(dtype)
+
+    def _keep_dtype(self, dtype: torch.dtype | None) -> Any:
+        if dtype is not None and dtype != self.config.dtype:
+            _refuse(f"converting to {dtype}", f"call from_pretrained(..., dtype={dtype})")
+        return self
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("cuda()", "its memory is placed by the budget; load it again with from_pretrained")
+
+    def half(self, *args: Any) -> Any:
+        return self._keep_dtype(torch.float16)
+
+    def float(self, *args: Any) -> Any:
+        return self._keep_dtype(torch.float32)
+
+    def bfloat16(self) -> Any:
+        return self._keep_dtype(torch.bfloat16)
+
+    def double(self) -> Any:
+        return self._keep_dtype(torch.float64)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            _refuse("train()", "train with transformers, then load the result here")
+        return super().train(False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("compile()", "run it as it is; a compiled graph cannot wait for experts")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        _refuse("save_pretrained()", "its experts were never loaded; copy the checkpoint files instead")
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("add_adapter()", "merge the adapter into the checkpoint first")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("load_adapter()", "merge the adapter into the checkpoint first")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("resize_token_embeddings()", "resize with transformers and save, then load the result here")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        _refuse("deepcopy", "call from_pretrained again; two models in a process share the memory budget")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _refuse("pickling or copying", "send the path and call from_pretrained in the other process")

@@ -1,0 +1,314 @@
+"""A transformers model without its experts: built on meta, dense tensors read into owned memory.
+
+All private calls into transformers live in this file (tested with 5.23; setup.py states the range).
+No file is memory-mapped: a truncated file must be an error, not a SIGBUS, and a mapping's pages
+would fight for the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moe_offload import ops
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
+from moe_offload.storage.checkpoint import Checkpoint, TensorInfo
+from moe_offload.storage.expert_format import FLOAT_TYPES, GgmlType, Span, row_bytes
+from moe_offload.storage.expert_store import ExpertStore
+
+CONVERT_ELEMENTS = 4 << 20
+EXPERTS_IMPLEMENTATION = "moe_offload"
+TORCH_DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
+GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
+
+# What transformers merges into one experts parameter: (gate, up) in this order, or down alone.
+KNOWN_EXPERT_SOURCES = {("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",)}
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def build_skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build the model on meta, drop the experts' parameters, pack the quantized dense layers.
+
+    Raises:
+        CheckpointError: transformers has no causal language model for the configuration.
+    """
+    config = make_config(checkpoint, dtype)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers has no causal language model for model_type "
+            f"{checkpoint.spec.model_type!r}"
+        )
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model = model_class._from_config(
+            config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION, **kwargs
+        )
+    _check_expert_sources(model)
+    for experts in experts_modules(model).values():
+        _drop_expert_weights(experts)
+    if checkpoint.source == "gguf":
+        _pack_dense_layers(model, checkpoint, dtype)
+    return model
+
+
+def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Return the transformers configuration object of the checkpoint."""
+    values = dict(checkpoint.config)
+    model_type = values.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"{checkpoint.path}: transformers does not know model_type {model_type!r}")
+    config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+    config.dtype = dtype
+    config.name_or_path = str(checkpoint.path)
+    return config
+
+
+def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Map decoder layer index to its experts module (it has no ``layer_idx`` of its own)."""
+    found = {}
+    for layer_idx, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+                found[layer_idx] = module
+    return found
+
+
+def router_of(model: nn.Module, layer_idx: int) -> nn.Module:
+    """Return the router of a layer: the module beside the experts that returns (logits, weights, ids)."""
+    for module in decoder_layers(model)[layer_idx].modules():
+        children = dict(module.named_children())
+        if any(hasattr(child, "_apply_gate") for child in children.values()):
+            for name in ("gate", "router"):
+                if name in children:
+                    return children[name]
+    raise CheckpointError(f"layer {layer_idx} has experts but no router named gate or router")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder's list of layers."""
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
+def _drop_expert_weights(experts: nn.Module) -> None:
+    """Keep the biases (small, always resident); the matrices stay on disk.
+
+    Without the flag transformers would initialise the module's absent parameters.
+    """
+    for name in list(experts._parameters):
+        if not name.endswith("_bias"):
+            experts.register_parameter(name, None)
+    experts._is_hf_initialized = True
+
+
+def _check_expert_sources(model: PreTrainedModel) -> None:
+    """Refuse a family whose experts transformers assembles in a way that spans cannot express."""
+    for converter in get_model_conversion_mapping(model):
+        if not isinstance(converter, WeightConverter) or "experts" not in converter.target_patterns[0]:
+            continue
+        for operation in converter.operations:
+            if not isinstance(operation, (MergeModulelist, Concatenate)):
+                raise CheckpointError(
+                    f"{model.config.model_type}: expert weights need {type(operation).__name__}, which cannot "
+                    "be read in place; supported are per-expert and fused matrices"
+                )
+        sources = tuple(
+            pattern.removesuffix(".weight").split(".")[-1] for pattern in converter.source_patterns
+        )
+        if sources not in KNOWN_EXPERT_SOURCES:
+            raise CheckpointError(f"{model.config.model_type}: unknown expert matrices {', '.join(sources)}")
+
+
+def _pack_dense_layers(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Swap Linear and Embedding for packed ones where the file's type is not the compute dtype."""
+    tied = model.config.tie_word_embeddings and "lm_head.weight" not in checkpoint.dense
+    for name, module in list(model.named_modules()):
+        source_name = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
+        info = checkpoint.dense.get(source_name)
+        if info is None or TORCH_DTYPES.get(info.ggml_type) == dtype:
+            continue
+        packed = _packed_module(module, info.ggml_type, dtype)
+        if packed is not None:
+            packed._is_hf_initialized = True
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child_name, packed)
+
+
+def _packed_module(module: nn.Module, ggml_type: GgmlType, dtype: torch.dtype) -> nn.Module | None:
+    """Return the packed twin of an exact Linear or Embedding on meta, None for anything else."""
+    with torch.device("meta"):
+        if type(module) is nn.Linear:
+            return QuantLinear(module.in_features, module.out_features, ggml_type, module.bias is not None)
+        if type(module) is nn.Embedding:
+            return QuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype)
+    return None
+
+
+def load_dense(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    store: ExpertStore,
+    progress: Progress | None = None,
+) -> None:
+    """Read every dense tensor and hand them to transformers' own loader as a state dict.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing in the checkpoint, or has another shape.
+    """
+    dtype = model.config.dtype
+    state_dict = dict(_read_all(model, checkpoint, store, dtype, progress))
+    load_config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(checkpoint.path),
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model) if checkpoint.source == "safetensors" else [],
+    )
+    with _quiet_transformers():
+        report, _ = model._load_pretrained_model(model, state_dict, None, load_config)
+        for name, found, wanted in report.mismatched_keys:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {tuple(found)}, the configuration wants "
+                f"{tuple(wanted)}"
+            )
+        missing = sorted(set(report.missing_keys) - tied_weight_names(model))
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint.path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
+            )
+        model._finalize_model_loading(model, load_config, report)
+    model.eval()
+    model.requires_grad_(False)
+
+
+def tied_weight_names(model: PreTrainedModel) -> set[str]:
+    """Names of parameters that share another one's memory and so may be absent from the file."""
+    if not model.config.tie_word_embeddings:
+        return set()
+    return set(model.all_tied_weights_keys)
+
+
+def _read_all(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    store: ExpertStore,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Tensor]]:
+    packed = {
+        name for name, module in model.named_modules() if isinstance(module, (QuantLinear, QuantEmbedding))
+    }
+    total_bytes, done_bytes = checkpoint.dense_bytes, 0
+    for name, info in checkpoint.dense.items():
+        if name.rpartition(".")[0] in packed and name.endswith(".weight"):
+            tensor = _read_packed(info, store)
+        else:
+            tensor = _read_float(info, store, dtype)
+        done_bytes += info.span.num_bytes
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+        yield name, tensor
+
+
+def _read_packed(info: TensorInfo, store: ExpertStore) -> Tensor:
+    rows, cols = info.shape
+    tensor = torch.empty(rows, row_bytes(info.ggml_type, cols), dtype=torch.uint8)
+    store.read_into(info.span, tensor.data_ptr())
+    return _unpermute(tensor, info.unpermute_heads)
+
+
+def _read_float(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
+    """Read a tensor that the model wants in a float dtype; small quantized ones are dequantized."""
+    if info.ggml_type in FLOAT_TYPES:
+        tensor = _read_converted(info, store, dtype)
+    else:
+        cols = info.shape[-1]
+        rows = 1 if len(info.shape) == 1 else info.shape[0]
+        packed = torch.empty(info.span.num_bytes, dtype=torch.uint8)
+        store.read_into(info.span, packed.data_ptr())
+        tensor = ops.embedding_rows(torch.arange(rows), packed, info.ggml_type, rows, cols)
+        tensor = tensor.view(info.shape).to(dtype)
+    return _unpermute(tensor, info.unpermute_heads)
+
+
+def _read_converted(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
+    """Read piece by piece into the final dtype, so that no second copy of a large tensor exists."""
+    source_dtype = TORCH_DTYPES[info.ggml_type]
+    tensor = torch.empty(info.shape, dtype=dtype)
+    if source_dtype == dtype:
+        store.read_into(info.span, tensor.data_ptr())
+        return tensor
+    flat = tensor.view(-1)
+    buffer = torch.empty(min(flat.numel(), CONVERT_ELEMENTS), dtype=source_dtype)
+    for start in range(0, flat.numel(), CONVERT_ELEMENTS):
+        piece = buffer[: min(CONVERT_ELEMENTS, flat.numel() - start)]
+        offset = info.span.offset + start * source_dtype.itemsize
+        store.read_into(Span(info.span.file_id, offset, piece.nbytes), piece.data_ptr())
+        flat[start : start + piece.numel()] = piece
+    return tensor
+
+
+def _unpermute(rows: Tensor, num_heads: int | None) -> Tensor:
+    """Undo llama.cpp's interleaving of each head's rotary halves (GGUF llama: Q and K).
+
+    The file holds row pairs (i, i + head_dim/2) side by side; works on packed rows because whole
+    rows move.
+    """
+    if num_heads is None:
+        return rows
+    head_dim = rows.shape[0] // num_heads
+    halves = rows.view(num_heads, head_dim // 2, 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def dense_resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Return what the dense tensors will occupy: packed bytes in a GGUF, ``dtype`` elsewhere."""
+    total = 0
+    for name, info in checkpoint.dense.items():
+        num_elements = 1
+        for size in info.shape:
+            num_elements *= size
+        is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
+        if checkpoint.source == "gguf" and is_matrix:
+            total += info.span.num_bytes
+        else:
+            total += num_elements * dtype.itemsize
+    return total
+
+
+def apply_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Set the checkpoint's own generation defaults; compilation is off (experts are not traceable)."""
+    if checkpoint.generation_config is not None:
+        try:
+            model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation_config))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{checkpoint.path}: generation_config cannot be used: {error}") from error
+    model.generation_config.disable_compile = True
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bar and report: ours names what matters."""
+    verbosity = transformers_logging.get_verbosity()
+    bar_was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar_was_on:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,129 @@
+"""Misuse of the model object is refused by name, with what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from toy_models import save_toy_model
+from transformers import GenerationConfig
+
+import moe_offload
+from moe_offload import ConfigError
+
+PROMPT = torch.tensor([[5, 6, 7]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_toy_model("qwen3_moe", tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    model = moe_offload.from_pretrained(folder, experts="50%", ram="8GiB", context=64)
+    yield model
+    model.offload.close()
+
+
+MISUSES = {
+    "to a GPU": (lambda m: m.to("cuda"), "from_pretrained"),
+    "to another dtype": (lambda m: m.to(torch.float16), r"dtype=torch\.float16"),
+    "cuda": (lambda m: m.cuda(), "from_pretrained"),
+    "half": (lambda m: m.half(), r"dtype=torch\.float16"),
+    "bfloat16": (lambda m: m.bfloat16(), r"dtype=torch\.bfloat16"),
+    "double": (lambda m: m.double(), r"dtype=torch\.float64"),
+    "save_pretrained": (lambda m: m.save_pretrained("x"), "copy the checkpoint files"),
+    "train": (lambda m: m.train(), "train with transformers"),
+    "deepcopy": (copy.deepcopy, "from_pretrained again"),
+    "copy": (copy.copy, "send the path"),
+    "pickle": (pickle.dumps, "send the path"),
+    "add_adapter": (lambda m: m.add_adapter(None), "merge the adapter"),
+    "load_adapter": (lambda m: m.load_adapter("x"), "merge the adapter"),
+    "resize": (lambda m: m.resize_token_embeddings(10), "resize with transformers"),
+    "compile": (lambda m: m.compile(fullgraph=True), "compiled graph"),
+    "compile_config": (lambda m: m.generate(PROMPT, compile_config=object()), "generate without it"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_raises_config_error_with_the_remedy(model, name):
+    misuse, remedy = MISUSES[name]
+    with pytest.raises(ConfigError, match=remedy):
+        misuse(model)
+
+
+def test_moves_to_where_the_model_is_are_accepted(model):
+    assert model.to("cpu") is model and model.to(torch.float32) is model and model.float() is model
+    assert model.eval() is model and not model.training
+
+
+def test_fullgraph_compilation_names_the_remedy(model):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="without fullgraph=True"):
+        compiled(PROMPT)
+    torch._dynamo.reset()
+
+
+def test_plain_compilation_still_answers(model):
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(PROMPT).logits, model(PROMPT).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"device_map": "cuda"}, "device_map='cuda'"),
+        ({"device": "cuda"}, "device='cuda'"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"policy": "nonsense"}, "nonsense"),
+        ({"predictor": "nonsense"}, "nonsense"),
+        ({"context": 5000}, "1024 positions"),
+        ({"context": 0}, "positive"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"ram": "lots"}, "lots"),
+        ({"experts": "0%"}, "0%"),
+    ],
+)
+def test_bad_arguments_are_named(folder, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        moe_offload.from_pretrained(folder, **{"ram": "8GiB", **kwargs})
+
+
+def test_a_closed_model_says_so(folder):
+    model = moe_offload.from_pretrained(folder, ram="8GiB", context=64)
+    model.offload.close()
+    model.offload.close()
+    with pytest.raises(ConfigError, match=r"closed by offload\.close"):
+        model(PROMPT)
+
+
+def _generate_in_fork(model, queue):
+    try:
+        model.generate(PROMPT, max_new_tokens=1)
+        queue.put("generated")
+    except ConfigError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_use_after_fork_is_refused(model):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_generate_in_fork, args=(model, queue))
+    child.start()
+    assert "load the model in the child" in queue.get(timeout=60)
+    child.join()
+
+
+def test_generation_config_with_compilation_is_refused(model):
+    config = GenerationConfig(max_new_tokens=2)
+    config.compile_config = object()
+    with pytest.raises(ConfigError, match="compile_config"):
+        model.generate(PROMPT, generation_config=config)
