@@ -79,8 +79,9 @@ def report(runs: dict[tuple[str, bool], list[dict[str, Any]]], args: argparse.Na
         speeds = [run["tokens_per_s"] for run in results]
         print(
             f"| {share} | {'on' if prefetch else 'off'} "
-            f"| {median['tokens_per_s']:.1f} ({min(speeds):.1f}–{max(speeds):.1f}) | {median['hit_rate']:.0%} "
-            f"| {median['read_bytes_per_token'] / 1e6:.2f} MB | {median['wasted_bytes_per_token'] / 1e6:.2f} MB "
+            f"| {median['tokens_per_s']:.1f} ({min(speeds):.1f}–{max(speeds):.1f}) "
+            f"| {median['hit_rate']:.0%} | {median['read_bytes_per_token'] / 1e6:.2f} MB "
+            f"| {median['wasted_bytes_per_token'] / 1e6:.2f} MB "
             f"| {median['stall_s_per_token'] * 1e3:.2f} ms |"
         )
         rows.append({"experts": share, "prefetch": prefetch, "speeds": speeds, **median})

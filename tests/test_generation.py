@@ -110,7 +110,6 @@ def test_the_cache_can_be_cropped_and_used_again(models_pair):
 
 @pytest.mark.parametrize("text", ["w5 w6 w7", ["w5 w6 w7", "w8 w9"]])
 def test_text_generation_pipeline(models_pair, tokenizer, text):
-    plain, offloaded = models_pair
     expected, actual = (
         pipeline("text-generation", model=model, tokenizer=tokenizer)(text, max_new_tokens=8, do_sample=False)
         for model in models_pair

@@ -49,8 +49,8 @@ def _config(family: str) -> Any:
         return DeepseekV2Config(
             **{**COMMON, "num_key_value_heads": 4},
             n_routed_experts=8, n_shared_experts=1, moe_intermediate_size=24, intermediate_size=40,
-            first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12,
-            v_head_dim=12, topk_method="greedy", routed_scaling_factor=1.0,
+            first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8,
+            qk_nope_head_dim=12, v_head_dim=12, topk_method="greedy", routed_scaling_factor=1.0,
         )  # fmt: skip
     if family == "gpt_oss":
         return GptOssConfig(

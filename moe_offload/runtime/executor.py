@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
 from moe_offload.errors import CheckpointError
@@ -157,14 +157,14 @@ class ExpertExecutor:
             stream.close()
 
 
-def make_kernel(experts: nn.Module, layout: ExpertLayout) -> ExpertKernel:
+def make_kernel(experts: Any, layout: ExpertLayout) -> ExpertKernel:
     """Translate a transformers experts module into the native kernel's terms."""
     bias = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
     gate_up_bias, down_bias = (None if b is None else b.detach().float().contiguous() for b in bias)
     return ExpertKernel(layout, activation_of(experts), gate_up_bias, down_bias)
 
 
-def activation_of(experts: nn.Module) -> Activation:
+def activation_of(experts: Any) -> Activation:
     """Name the gating of an experts module.
 
     Raises:
@@ -182,9 +182,8 @@ def activation_of(experts: nn.Module) -> Activation:
     return Activation(ACTIVATION_KINDS[name])
 
 
-@torch.compiler.disable(reason="moe_offload experts move between tiers; call without fullgraph=True")
 def offloaded_experts_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Stand in for an experts module's forward (transformers' ExpertsInterface).
 

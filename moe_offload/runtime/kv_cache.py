@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -22,6 +21,9 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     Multi-head latent attention caches its latent here (one head, keys and values of unlike width).
     """
+
+    keys: Any  # the used part, or None; the names are those that transformers reads
+    values: Any
 
     def __init__(self, capacity_tokens: int) -> None:
         super().__init__()
@@ -41,7 +43,6 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         return states.new_empty(batch_size, num_heads, self.capacity_tokens // batch_size, head_dim)
 
     def _show(self) -> None:
-        """Expose the used part under the names that transformers reads."""
         self.keys = self._key_storage[:, :, : self.num_tokens]
         self.values = self._value_storage[:, :, : self.num_tokens]
 
@@ -77,9 +78,11 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget every token; the memory goes back with the storage."""
+        if not self.is_initialized:
+            return
         self.num_tokens = 0
         self.keys = self.values = None
-        self._key_storage = self._value_storage = None
+        del self._key_storage, self._value_storage
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

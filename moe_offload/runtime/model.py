@@ -16,11 +16,18 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload import ops
-from moe_offload.config import DEFAULT_CONTEXT_TOKENS, MIB, RuntimeConfig, parse_bytes, resolve_expert_cap
+from moe_offload.config import (
+    DEFAULT_CONTEXT_TOKENS,
+    MIB,
+    PlacementPlan,
+    RuntimeConfig,
+    parse_bytes,
+    resolve_expert_cap,
+)
 from moe_offload.errors import ConfigError
-from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.cost_model import activation_bytes, attention_bytes
-from moe_offload.planning.placement import PlacementPlan, plan_placement
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.placement import plan_placement
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes, process_bytes
@@ -116,22 +123,21 @@ def _check_kwargs(kwargs: dict[str, Any]) -> str | None:
             )
     unknown = sorted(set(kwargs) - IGNORED_KWARGS)
     if unknown or kwargs.get("trust_remote_code"):
-        raise ConfigError(
-            f"from_pretrained does not take {', '.join(unknown) or 'trust_remote_code=True'}; see its docstring"
-        )
+        names = ", ".join(unknown) or "trust_remote_code=True"
+        raise ConfigError(f"from_pretrained does not take {names}; see its docstring")
     return attn_implementation
 
 
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        resolved = dtype
-    elif dtype == "auto":
-        named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-        resolved = torch.float32 if checkpoint.source == "gguf" else getattr(torch, str(named), None)
-    else:
-        resolved = getattr(torch, dtype.removeprefix("torch."), None)
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto" and checkpoint.source == "gguf":
+        name = "float32"
+    elif name == "auto":
+        name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    resolved: torch.dtype | None = getattr(torch, name, None)
     if resolved not in skeleton.GGML_TYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported; use 'auto', float32, bfloat16 or float16")
+    assert resolved is not None
     return resolved
 
 
@@ -247,7 +253,8 @@ def _attach(
     for layer_idx, experts in modules.items():
         kernel = make_kernel(experts, checkpoint.experts.layouts[layer_idx])
         experts.moe_offload_executor = ExpertExecutor(kernel, layer_idx, cache, prefetcher, handle.layer_done)
-    model.__class__ = offloaded_class(type(model))
+    model_class: Any = type(model)
+    model.__class__ = offloaded_class(model_class)
     model.offload = handle
     weakref.finalize(model, handle.close)
 

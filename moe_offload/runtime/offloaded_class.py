@@ -19,7 +19,7 @@ from moe_offload.runtime.offload import OffloadHandle
 
 
 @functools.cache
-def offloaded_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def offloaded_class(model_class: Any) -> Any:
     """Return the subclass of ``model_class`` that a loaded model gets."""
     forward = _make_forward(model_class)
     namespace = {
@@ -34,7 +34,6 @@ def _make_forward(model_class: type[PreTrainedModel]) -> Any:
     """Wrap the family's forward; ``wraps`` keeps the signature that generate() inspects."""
     signature = inspect.signature(model_class.forward)
 
-    @torch.compiler.disable(reason="moe_offload experts move between tiers; call without fullgraph=True")
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind_partial(self, *args, **kwargs).arguments
         arguments.pop("self")
@@ -42,9 +41,12 @@ def _make_forward(model_class: type[PreTrainedModel]) -> Any:
         with self.offload.exclusive():
             return _run_forward(self, functools.partial(model_class.forward, self), inputs)
 
+    reason = "moe_offload experts move between tiers; call without fullgraph=True"
+    run_outside_graphs: Any = torch.compiler.disable(run, reason=reason)  # type: ignore[no-untyped-call]
+
     @functools.wraps(model_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **kwargs)
+        return run_outside_graphs(self, *args, **kwargs)
 
     return forward
 

@@ -77,7 +77,7 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return config
 
 
-def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+def experts_modules(model: Any) -> dict[int, Any]:
     """Map decoder layer index to its experts module (it has no ``layer_idx`` of its own)."""
     found = {}
     for layer_idx, layer in enumerate(decoder_layers(model)):
@@ -87,7 +87,7 @@ def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def router_of(model: nn.Module, layer_idx: int) -> nn.Module:
+def router_of(model: Any, layer_idx: int) -> Any:
     """Return the router of a layer: the module beside the experts that returns (logits, weights, ids)."""
     for module in decoder_layers(model)[layer_idx].modules():
         children = dict(module.named_children())
@@ -98,13 +98,13 @@ def router_of(model: nn.Module, layer_idx: int) -> nn.Module:
     raise CheckpointError(f"layer {layer_idx} has experts but no router named gate or router")
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder's list of layers."""
     layers: nn.ModuleList = model.get_decoder().layers
     return layers
 
 
-def _drop_expert_weights(experts: nn.Module) -> None:
+def _drop_expert_weights(experts: Any) -> None:
     """Keep the biases (small, always resident); the matrices stay on disk.
 
     Without the flag transformers would initialise the module's absent parameters.
@@ -123,8 +123,8 @@ def _check_expert_sources(model: PreTrainedModel) -> None:
         for operation in converter.operations:
             if not isinstance(operation, (MergeModulelist, Concatenate)):
                 raise CheckpointError(
-                    f"{model.config.model_type}: expert weights need {type(operation).__name__}, which cannot "
-                    "be read in place; supported are per-expert and fused matrices"
+                    f"{model.config.model_type}: expert weights need {type(operation).__name__}, which "
+                    "cannot be read in place; supported are per-expert and fused matrices"
                 )
         sources = tuple(
             pattern.removesuffix(".weight").split(".")[-1] for pattern in converter.source_patterns
@@ -148,7 +148,7 @@ def _pack_dense_layers(model: PreTrainedModel, checkpoint: Checkpoint, dtype: to
             setattr(model.get_submodule(parent_name), child_name, packed)
 
 
-def _packed_module(module: nn.Module, ggml_type: GgmlType, dtype: torch.dtype) -> nn.Module | None:
+def _packed_module(module: nn.Module, ggml_type: GgmlType, dtype: torch.dtype) -> Any:
     """Return the packed twin of an exact Linear or Embedding on meta, None for anything else."""
     with torch.device("meta"):
         if type(module) is nn.Linear:
@@ -187,7 +187,8 @@ def load_dense(
         missing = sorted(set(report.missing_keys) - tied_weight_names(model))
         if missing:
             raise CheckpointError(
-                f"{checkpoint.path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
+                f"{checkpoint.path}: {len(missing)} tensors of the model are missing, "
+                f"the first is {missing[0]}"
             )
         model._finalize_model_loading(model, load_config, report)
     model.eval()
