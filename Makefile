@@ -37,7 +37,7 @@ help:
 	@echo "make clean       delete what the above made"
 
 demo: $(VENV)/.installed
-	$(BIN)/moe-offload generate --experts 25%
+	$(BIN)/moe-offload generate --experts 25% --prompt "The history of the town" --temperature 0.8 --seed 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
