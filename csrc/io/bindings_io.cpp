@@ -93,21 +93,14 @@ void inject(DirectReader& reader, const std::string& kind, int64_t after_reads, 
         {found->second, after_reads, times, error_number, delay_s, num_bytes, path_substring});
 }
 
-void set_file_error(const FileError& error) {
-    py::object arguments = py::make_tuple(error.error_number, std::string(error.what()));
-    PyErr_SetObject(PyExc_OSError, arguments.ptr());
-}
-
-void register_errors() {
-    py::register_exception_translator([](std::exception_ptr pointer) {
-        try {
-            if (pointer) std::rethrow_exception(pointer);
-        } catch (const ConfigError& error) {
-            py::set_error(py::module_::import("moe_offload.errors").attr("ConfigError"), error.what());
-        } catch (const FileError& error) {
-            set_file_error(error);
-        }
-    });
+// ConfigError has its translator in register_ops.
+void translate_file_error(std::exception_ptr pointer) {
+    try {
+        if (pointer) std::rethrow_exception(pointer);
+    } catch (const FileError& error) {
+        const py::tuple arguments = py::make_tuple(error.error_number, error.what());
+        PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
 }
 
 void register_arena(py::module_& m) {
@@ -166,7 +159,7 @@ void register_reader(py::module_& m) {
 }  // namespace
 
 void register_io(py::module_& m) {
-    register_errors();
+    py::register_local_exception_translator(translate_file_error);
     register_arena(m);
     register_reader(m);
 }

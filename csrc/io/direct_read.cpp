@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
-#include <cstring>
 #include <limits>
 #include <system_error>
 #include <utility>
@@ -19,30 +18,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kMaxPieceBytes = 1 << 20;
-constexpr int64_t kBounceChunkBytes = kBounceBytes / 2 - 2 * kAlignment;  // two regions; see Segment
 constexpr double kMaxWaitSeconds = 0.1;
 constexpr int kMaxThreads = 64;
-constexpr const char* kClosedText = "the reader was closed before the read was finished";
-
-void check_span(const std::string& caller, int64_t offset, int64_t num_bytes) {
-    constexpr int64_t max_end = std::numeric_limits<int64_t>::max() - kAlignment;
-    if (offset < 0 || num_bytes < 0 || num_bytes > max_end || offset > max_end - num_bytes) {
-        throw ConfigError(caller + ": " + std::to_string(num_bytes) + " bytes at offset " +
-                          std::to_string(offset));
-    }
-}
-
-void check_segment(const Segment& segment, int64_t num_files) {
-    if (segment.file_id < 0 || segment.file_id >= num_files) {
-        throw ConfigError("DirectReader.submit: file_id " + std::to_string(segment.file_id) + " of " +
-                          std::to_string(num_files) + " files");
-    }
-    check_span("DirectReader.submit", segment.offset, segment.num_bytes);
-    if (segment.region <= 0 || segment.region % kAlignment != 0) {
-        throw ConfigError("DirectReader.submit: region address " + std::to_string(segment.region) +
-                          " is not a multiple of 4096");
-    }
-}
 
 }  // namespace
 
@@ -88,6 +65,28 @@ void DirectReader::check_usable() const {
         "; load the model in the process that uses it (multiprocessing start method \"spawn\")");
 }
 
+void DirectReader::check_span(const std::string& caller, int64_t offset, int64_t num_bytes) {
+    constexpr int64_t max_end = std::numeric_limits<int64_t>::max() - kAlignment;
+    if (offset < 0 || num_bytes < 0 || num_bytes > max_end || offset > max_end - num_bytes) {
+        throw ConfigError(caller + ": " + std::to_string(num_bytes) + " bytes at offset " +
+                          std::to_string(offset));
+    }
+}
+
+// Called with the lock held.
+void DirectReader::check_segment(const Segment& segment) const {
+    const auto num_files = static_cast<int64_t>(state_->files.size());
+    if (segment.file_id < 0 || segment.file_id >= num_files) {
+        throw ConfigError("DirectReader.submit: file_id " + std::to_string(segment.file_id) + " of " +
+                          std::to_string(num_files) + " files");
+    }
+    check_span("DirectReader.submit", segment.offset, segment.num_bytes);
+    if (segment.region <= 0 || segment.region % kAlignment != 0) {
+        throw ConfigError("DirectReader.submit: region address " + std::to_string(segment.region) +
+                          " is not a multiple of 4096");
+    }
+}
+
 int64_t DirectReader::add_file(const std::string& path) {
     check_usable();
     auto file = std::make_unique<DirectFile>(state_->syscalls, path, direct_);
@@ -113,7 +112,7 @@ DirectReader::RequestPtr DirectReader::make_request(const std::vector<Segment>& 
     request->speculative = speculative;
     request->pieces.reserve(segments.size());
     for (const Segment& segment : segments) {
-        check_segment(segment, static_cast<int64_t>(state_->files.size()));
+        check_segment(segment);
         if (segment.num_bytes == 0) continue;
         DirectFile* const file = state_->files[static_cast<size_t>(segment.file_id)].get();
         std::byte* const region = reinterpret_cast<std::byte*>(segment.region);
@@ -238,56 +237,6 @@ ReadCounters DirectReader::counters() const {
         counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state_->busy_since).count();
     }
     return counters;
-}
-
-void DirectReader::read_into(int64_t file_id, int64_t offset, int64_t num_bytes, std::byte* out,
-                             const CheckInterrupt& check_interrupt) {
-    check_usable();
-    check_span("DirectReader.read_into", offset, num_bytes);
-    std::unique_lock bounce_lock(state_->bounce_mutex, std::defer_lock);
-    while (!bounce_lock.try_lock()) {
-        // Another thread reads a tensor: rare (two models that load at once), so polling is enough.
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        check_interrupt();
-    }
-    if (!state_->bounce) state_->bounce = std::make_shared<Arena>(kBounceBytes);
-    // Until the last piece has arrived the buffers are not ours to reuse: taken, given back at the end.
-    const std::shared_ptr<Arena> bounce = std::exchange(state_->bounce, nullptr);
-
-    struct Chunk {
-        RequestPtr request;
-        int64_t offset, num_bytes;
-        std::byte* region;
-    };
-    std::deque<Chunk> chunks;  // at most two: one arrives while the other is copied out
-    int64_t next = 0, half = 0;
-    const auto submit_next = [&] {
-        const int64_t chunk_bytes = std::min(kBounceChunkBytes, num_bytes - next);
-        const int64_t region = bounce->address() + half * (kBounceBytes / 2);
-        std::lock_guard lock(state_->mutex);
-        if (state_->closed) throw ConfigError("DirectReader.read_into: the reader is closed");
-        const RequestPtr request = make_request({{file_id, offset + next, chunk_bytes, region}}, false);
-        request->keep_alive = bounce;
-        enqueue(request);
-        chunks.push_back({request, offset + next, chunk_bytes, reinterpret_cast<std::byte*>(region)});
-        next += chunk_bytes;
-        half = 1 - half;
-    };
-    for (int64_t done = 0; done < num_bytes;) {
-        while (chunks.size() < 2 && next < num_bytes) submit_next();
-        const Chunk chunk = chunks.front();
-        wait_for(chunk.request, std::numeric_limits<double>::infinity(), check_interrupt);
-        chunks.pop_front();
-        check_interrupt();
-        if (chunk.request->state != TicketState::kDone) {
-            const auto& error = chunk.request->error;
-            throw FileError(error ? error->error_number : ECANCELED, error ? error->message : kClosedText);
-        }
-        std::memcpy(out + done, chunk.region + chunk.offset % kAlignment,
-                    static_cast<size_t>(chunk.num_bytes));
-        done += chunk.num_bytes;
-    }
-    state_->bounce = bounce;
 }
 
 void DirectReader::work(State& state) {

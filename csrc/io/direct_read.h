@@ -126,7 +126,16 @@ class DirectReader {
         std::shared_ptr<Arena> bounce;
     };
 
+    struct Chunk {  // of a read_into
+        RequestPtr request;
+        Segment segment;
+    };
+
     void check_usable() const;  // not forked
+    static void check_span(const std::string& caller, int64_t offset, int64_t num_bytes);
+    void check_segment(const Segment& segment) const;
+    Chunk submit_chunk(const std::shared_ptr<Arena>& bounce, int64_t buffer, Segment segment);
+    void copy_chunk(const Chunk& chunk, std::byte* out, const CheckInterrupt& check_interrupt) const;
     RequestPtr find(Ticket ticket) const;
     RequestPtr make_request(const std::vector<Segment>& segments, bool speculative);
     void enqueue(const RequestPtr& request);
@@ -140,6 +149,8 @@ class DirectReader {
     const bool direct_;
     const int owner_pid_;
 };
+
+inline constexpr const char* kClosedText = "the reader was closed before the read was finished";
 
 // Bytes of the buffers that read_into keeps while a reader is open; part of a budget's workspace.
 inline constexpr int64_t kBounceBytes = 8 << 20;
