@@ -57,6 +57,7 @@ class SimulatedDisk:
         if self.interrupt_next_wait:
             self.interrupt_next_wait = False
             raise KeyboardInterrupt
+        assert self.reads[ticket].state != "cancelled", f"ticket {ticket} would be waited for forever"
         while not self.done(ticket):
             self.advance()
         read, failed = self.reads[ticket], self.reads[ticket].state == "failed"

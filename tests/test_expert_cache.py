@@ -138,6 +138,19 @@ def test_a_pool_with_a_slot_for_every_expert_never_evicts_and_reads_each_once() 
     assert bench.cache.has_every_expert
 
 
+def test_a_pool_with_a_slot_for_every_expert_waits_for_an_abandoned_read_rather_than_evict() -> None:
+    bench = Bench(num_slots=NUM_LAYERS * NUM_EXPERTS)
+    step = bench.begin(0, 0)
+    bench.disk.reads[0].state = "reading"
+    bench.cache.abort(step)
+    for layer_idx in range(NUM_LAYERS):
+        bench.run(layer_idx, *range(layer_idx == 0, NUM_EXPERTS))
+        bench.disk.reads[0].state = "reading"
+    bench.run(0, 0)
+    assert bench.stats.evictions == 0
+    assert bench.cache.has_every_expert
+
+
 def test_with_top_k_slots_everything_streams_through_them() -> None:
     bench = Bench(num_slots=TOP_K)
     for step in range(4):
@@ -187,6 +200,16 @@ def test_the_oldest_finished_guess_makes_room_for_new_ones(bench: Bench) -> None
     assert bench.disk.submitted[-1] == ExpertKey(2, 0)
     assert bench.stats.prefetch_wasted_bytes == bench.layouts[1].expert_bytes
     assert bench.begin(1, 0, 1).ready == [1]
+
+
+def test_guesses_of_one_call_do_not_overwrite_one_another(bench: Bench) -> None:
+    guesses = [ExpertKey(1, expert_id) for expert_id in range(5)]
+    bench.cache.prefetch(guesses[:4])
+    for _ in range(4):
+        bench.disk.advance()
+    bench.cache.prefetch(guesses)  # four staging slots, all of them hold better guesses than the fifth
+    assert bench.disk.submitted == guesses[:4]
+    assert bench.stats.prefetch_wasted_bytes == 0
 
 
 def test_a_prefetch_of_what_is_in_memory_or_on_its_way_reads_nothing(bench: Bench) -> None:

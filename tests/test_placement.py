@@ -11,7 +11,7 @@ from simulated_disk import make_layouts
 
 from moe_offload.config import GIB, MIB, ModelSpec, PlacementPlan, parse_bytes
 from moe_offload.errors import BudgetError
-from moe_offload.planning.cost_model import activation_bytes, kv_bytes
+from moe_offload.planning.cost_model import activation_bytes, attention_bytes, kv_bytes
 from moe_offload.planning.placement import (
     FixedCosts,
     budgets_table,
@@ -207,6 +207,13 @@ def test_activations_cover_the_widest_tensors_of_a_chunk() -> None:
     assert one >= 4 * (512 * 4096 + 512 * 32 * 10 + 100)  # mask, ten hidden states, logits
     wide = activation_bytes(spec, context_tokens=4096, dense_intermediate_size=1000)
     assert wide - one >= 4 * 512 * 2 * 1000
+
+
+def test_eager_attention_is_charged_for_its_scores() -> None:
+    shape = {"num_heads": 4, "head_dim": 8, "context_tokens": 100}
+    fused = attention_bytes(**shape, stores_scores=False)
+    assert fused == 4 * 2 * 4 * 8 * 100  # keys and values, repeated for every head
+    assert attention_bytes(**shape, stores_scores=True) - fused == 4 * 3 * 4 * 512 * 100
 
 
 def test_experts_of_mixed_formats_have_one_pool_per_size() -> None:
