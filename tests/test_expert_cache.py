@@ -174,6 +174,30 @@ def test_a_finished_prefetch_is_useful_and_a_running_one_late(bench: Bench) -> N
     assert len(bench.disk.submitted) == 2
 
 
+def test_late_guesses_and_misses_are_pending_together(bench: Bench) -> None:
+    bench.cache.prefetch([ExpertKey(1, 3)])
+    step = bench.begin(1, 1, 3, 5)
+    assert (step.ready, step.pending) == ([], [1, 3, 5])
+    bench.finish(step)
+
+
+def test_a_guess_that_a_step_claims_is_not_overwritten(bench: Bench) -> None:
+    bench.cache.prefetch([ExpertKey(1, 2)])
+    bench.disk.advance()
+    step = bench.begin(1, 2)
+    bench.cache.prefetch([ExpertKey(2, expert_id) for expert_id in range(8)])
+    bench.finish(step)
+    assert bench.stats.prefetch_wasted_bytes == 0
+
+
+def test_a_stream_shares_its_slots_with_no_guess(bench: Bench) -> None:
+    stream = bench.cache.stream(0, [1, 2])
+    next(stream)
+    bench.cache.prefetch([ExpertKey(1, 1)])
+    assert ExpertKey(1, 1) not in bench.disk.submitted
+    stream.close()
+
+
 def test_the_router_cancels_queued_guesses_that_it_contradicts(bench: Bench) -> None:
     bench.cache.prefetch([ExpertKey(1, 2), ExpertKey(1, 3), ExpertKey(2, 4)])
     bench.cache.contradict(1, [3])
