@@ -1,5 +1,6 @@
 """Build the package and its native extension; needs a C++20 compiler, no torch, no nvcc."""
 
+import platform
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -8,9 +9,33 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 # -ffp-contract=off and no fast-math: every ISA and thread count must give the same bits.
-FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
+FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+HEADERS = sorted(
+    str(path.relative_to(ROOT)) for ending in ("h", "inc") for path in (ROOT / "csrc").rglob(f"*.{ending}")
+)
+# One translation unit per instruction set; the CPU decides at run time which one is used.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+ISA_FLAGS = {
+    "kernels_avx2.cpp": AVX2,
+    "kernels_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+}
 
 ParallelCompile("MOE_OFFLOAD_BUILD_JOBS", default=0).install()
+
+
+class BuildExt(build_ext):
+    """Give a kernel file the flags of its instruction set; on other machines the file is empty."""
+
+    def build_extensions(self):
+        compile_one = self.compiler._compile
+
+        def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            isa_flags = ISA_FLAGS.get(Path(src).name, []) if platform.machine() == "x86_64" else []
+            compile_one(obj, src, ext, cc_args, [*extra_postargs, *isa_flags], pp_opts)
+
+        self.compiler._compile = compile_with_isa
+        super().build_extensions()
+
 
 setup(
     name="moe_offload",
@@ -26,11 +51,16 @@ setup(
     package_data={"moe_offload": ["py.typed", "_native.pyi", "demo/*"]},
     ext_modules=[
         Pybind11Extension(
-            "moe_offload._native", SOURCES, include_dirs=["csrc"], cxx_std=20,
-            extra_compile_args=FLAGS, extra_link_args=["-pthread"],
+            "moe_offload._native",
+            SOURCES,
+            include_dirs=["csrc"],
+            cxx_std=20,
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            depends=HEADERS,
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExt},
     # Ranges that were tested; constraints.txt has the exact versions.
     install_requires=[
         "torch>=2.13,<2.14",

@@ -27,7 +27,7 @@ Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, in
     const int64_t padded = (cols + kSuperblock - 1) / kSuperblock * kSuperblock;
     int16_t* q = at_least(q_, num_tokens * padded);
     float* d = at_least(d_, num_tokens * (padded / kBlock));
-    int32_t* sums = at_least(sums_, num_tokens * (padded / 16));
+    int16_t* sums = at_least(sums_, num_tokens * (padded / 16));
     const int64_t tokens_per_chunk = padded >= kElementsPerChunk ? 1 : kElementsPerChunk / padded;
     const int64_t num_chunks = (num_tokens + tokens_per_chunk - 1) / tokens_per_chunk;
     ThreadPool::instance().run(num_chunks, [&](int64_t chunk) {

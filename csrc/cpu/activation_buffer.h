@@ -16,7 +16,7 @@ public:
 private:
     std::vector<int16_t> q_;
     std::vector<float> d_;
-    std::vector<int32_t> sums_;
+    std::vector<int16_t> sums_;
 };
 
 }  // namespace moe

@@ -28,7 +28,7 @@ struct Activations {
     const float* x = nullptr;       // (num_tokens, cols)
     const int16_t* q = nullptr;     // (num_tokens, padded_cols), int8 values, zero beyond cols
     const float* d = nullptr;       // (num_tokens, padded_cols / 32)
-    const int32_t* sums = nullptr;  // (num_tokens, padded_cols / 16), sums of q
+    const int16_t* sums = nullptr;  // (num_tokens, padded_cols / 16), sums of q, at most 16 * 127
     int64_t cols = 0;
     int64_t padded_cols = 0;  // cols rounded up to whole superblocks
 };
@@ -62,7 +62,7 @@ struct Kernels {
     RowsFn rows_transposed[kNumTypes];  // float types only
     DequantizeFn dequantize[kNumTypes];
     // x (cols) -> q, d, sums of one token, zero beyond cols
-    void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int32_t* sums);
+    void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int16_t* sums);
     // h[i] = act(gate[i * stride]) * up[i * stride]
     void (*activate)(const Activation&, const float* gate, const float* up, int64_t stride, float* h, int64_t n);
     // out[i] = out[i] + weight * y[i], two roundings

@@ -4,8 +4,6 @@
 
 #include <immintrin.h>
 
-#pragma GCC target("avx2,fma,f16c,bmi2")
-
 namespace moe {
 #define KERNELS kernels_avx2
 #define KERNELS_NAME "avx2"

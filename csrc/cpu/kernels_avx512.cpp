@@ -4,8 +4,6 @@
 
 #include <immintrin.h>
 
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-
 namespace moe {
 #define KERNELS kernels_avx512
 #define KERNELS_NAME "avx512"
