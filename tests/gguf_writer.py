@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,44 @@ def write_vocabulary(
     keys += [key(f"tokenizer.ggml.{name}", "bool", flag) for name, flag in (flags or {}).items()]
     path.write_bytes(gguf_bytes(keys))
     return path
+
+
+@dataclass
+class RawTensor:
+    """A tensor as it stands in a file: dims in ggml's order, ggml type number, bytes."""
+
+    dims: list[int]
+    ggml_type: int
+    data: bytes
+
+
+def edit_gguf(
+    source: Path,
+    target: Path,
+    keys: dict[str, tuple[str, Any] | None] | None = None,
+    change: Callable[[dict[str, RawTensor]], Any] = lambda tensors: None,
+) -> Path:
+    """Copy a GGUF (read by gguf-py) with keys set or (None) dropped and its tensors changed."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    kept = {
+        name: b"".join(part.tobytes() for part in field.parts)
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    for name, item in (keys or {}).items():
+        kept.pop(name, None)
+        if item is not None:
+            kept[name] = key(name, *item)
+    tensors = {
+        found.name: RawTensor([int(dim) for dim in found.shape], int(found.tensor_type), found.data.tobytes())
+        for found in reader.tensors
+    }
+    change(tensors)
+    table, data = [], b""
+    for name, raw in tensors.items():
+        table.append(tensor(name, raw.dims, raw.ggml_type, len(data)))
+        data += raw.data + b"\0" * (-len(raw.data) % 32)
+    target.write_bytes(gguf_bytes(kept.values(), table, data))
+    return target

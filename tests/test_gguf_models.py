@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE
-from three_way import assert_three_way, logits_from_spans, transformers_logits
+from gguf_writer import RawTensor, edit_gguf
+from three_way import assert_three_way, llama_cpp_logits, logits_from_spans, transformers_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy_models import save_toy_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe_offload import CheckpointError
 from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.expert_format import GgmlType, RowOrder
+from moe_offload.storage.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))
 from export_gguf import export_gguf
 
 VOCAB_SIZE = 260
+EXPERT_WIDTH = {"qwen3_moe": {"moe_intermediate_size": 32}, "mixtral": {"intermediate_size": 64}}
 IDS = [
     int(token) for token in torch.randint(0, VOCAB_SIZE, (48,), generator=torch.Generator().manual_seed(1))
 ]
@@ -58,3 +65,251 @@ def test_three_programs_agree(family: str, tied: bool, toy_folder: Any, tmp_path
     assert open_checkpoint(path).config["tie_word_embeddings"] is tied
     assert_three_way(folder, path, IDS, logits_from_spans)
     assert torch.equal(logits_from_spans(path, IDS), transformers_logits(folder, IDS))
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [
+        ("Q8_0", {"F32", "Q8_0"}),
+        (
+            {"gate": "Q4_0", "up": "Q5_1", "down": "BF16", "dense": "F16", "embed": "Q8_0"},
+            {"F32", "Q4_0", "Q5_1", "BF16", "F16", "Q8_0"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_quantized_and_mixed_files_give_llama_cpp_what_they_give_us(
+    family: str, types: Any, found: set[str], toy_folder: Any, tmp_path: Path
+) -> None:
+    """llama.cpp also rounds activations to 8 bits, a few percent; a misread block costs all of the spread."""
+    folder = toy_folder(family, hidden_size=64, **EXPERT_WIDTH[family])
+    path = export_gguf(folder, tmp_path / "model.gguf", types)
+    checkpoint = open_checkpoint(path)
+    assert {kind.name for kind in checkpoint.bytes_by_type()} == found
+    ours, theirs = logits_from_spans(path, IDS), llama_cpp_logits(path, IDS)
+    assert (ours - theirs).abs().mean() < 0.1 * ours.std()
+    assert not torch.equal(ours, transformers_logits(folder, IDS))
+
+
+def test_layers_may_differ_in_type(toy_folder: Any, tmp_path: Path) -> None:
+    folder = toy_folder("qwen3_moe")
+    path, half = export_gguf(folder, tmp_path / "f32.gguf"), export_gguf(folder, tmp_path / "f16.gguf", "F16")
+    other: dict[str, RawTensor] = {}
+    edit_gguf(half, tmp_path / "unused.gguf", change=other.update)
+    name = "blk.1.ffn_down_exps.weight"
+    mixed = edit_gguf(
+        path, tmp_path / "mixed.gguf", change=lambda tensors: tensors.update({name: other[name]})
+    )
+    layouts = open_checkpoint(mixed).experts.layouts
+    assert [layout.down.ggml_type for layout in layouts.values()] == [
+        GgmlType.F32,
+        GgmlType.F16,
+        GgmlType.F32,
+    ]
+    assert (logits_from_spans(mixed, IDS) - llama_cpp_logits(mixed, IDS)).abs().max() < 1e-2
+
+
+def test_any_part_of_a_split_model_opens_it_all(toy_folder: Any, tmp_path: Path) -> None:
+    folder = toy_folder("mixtral")
+    whole = logits_from_spans(export_gguf(folder, tmp_path / "whole.gguf"), IDS)
+    (tmp_path / "parts").mkdir()
+    export_gguf(folder, tmp_path / "parts" / "model.gguf", split_max_tensors=10)
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) > 2
+    for path in (parts[0], parts[-1], tmp_path / "parts"):
+        assert torch.equal(logits_from_spans(path, IDS), whole)
+    assert (llama_cpp_logits(parts[0], IDS) - whole).abs().max() < 1e-3 * whole.std()
+
+
+def fuse_gate_up(tensors: dict[str, RawTensor]) -> None:
+    """Stack each expert's gate rows on its up rows, as newer files have them."""
+    for layer_idx in range(3):
+        gate, up = (tensors.pop(f"blk.{layer_idx}.ffn_{matrix}_exps.weight") for matrix in ("gate", "up"))
+        columns, rows, num_experts = gate.dims
+        size = len(gate.data) // num_experts
+        pieces = [part.data[i * size : (i + 1) * size] for i in range(num_experts) for part in (gate, up)]
+        fused = RawTensor([columns, 2 * rows, num_experts], gate.ggml_type, b"".join(pieces))
+        tensors[f"blk.{layer_idx}.ffn_gate_up_exps.weight"] = fused
+
+
+def split_experts(tensors: dict[str, RawTensor]) -> None:
+    """One tensor per expert and matrix, as in files of 2023."""
+    for name in [name for name in tensors if "_exps" in name]:
+        stack = tensors.pop(name)
+        size = len(stack.data) // stack.dims[2]
+        for expert_id in range(stack.dims[2]):
+            piece = RawTensor(
+                stack.dims[:2], stack.ggml_type, stack.data[expert_id * size : (expert_id + 1) * size]
+            )
+            tensors[name.replace("_exps", f".{expert_id}")] = piece
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("layout", [fuse_gate_up, split_experts])
+def test_other_ways_of_storing_experts_are_the_same_model(
+    layout: Callable[..., None], family: str, toy_folder: Any, tmp_path: Path
+) -> None:
+    path = export_gguf(toy_folder(family), tmp_path / "model.gguf")
+    other = edit_gguf(path, tmp_path / "other.gguf", change=layout)
+    orders = {found.row_order for found in open_checkpoint(other).experts.layouts.values()}
+    assert orders == {RowOrder.GATE_UP if layout is fuse_gate_up else RowOrder.SPLIT}
+    assert torch.equal(logits_from_spans(other, IDS), logits_from_spans(path, IDS))
+
+
+def test_dense_layers_among_the_experts_are_found(toy_folder: Any, tmp_path: Path) -> None:
+    folder = toy_folder("qwen3_moe_with_dense_layers")
+    path = export_gguf(folder, tmp_path / "model.gguf")
+    assert open_checkpoint(path).spec.moe_layers == open_checkpoint(folder).spec.moe_layers == (1, 3)
+    assert torch.equal(logits_from_spans(path, IDS), transformers_logits(folder, IDS))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize("rope", [YARN, LINEAR], ids=["yarn", "linear"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_stretched_rotary_embeddings_agree_three_ways(
+    family: str, rope: dict[str, Any], toy_folder: Any, tmp_path: Path
+) -> None:
+    folder = toy_folder(family, rope_parameters=rope, max_position_embeddings=64, head_dim=16)
+    assert_three_way(folder, export_gguf(folder, tmp_path / "model.gguf"), IDS, logits_from_spans)
+
+
+def test_llama_3_frequency_factors_are_kept(toy_folder: Any, tmp_path: Path) -> None:
+    """rope_freqs.weight divides the rotary frequencies; transformers' longrope takes the same list."""
+    factors = [1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0]
+    plain = export_gguf(toy_folder("mixtral"), tmp_path / "plain.gguf")
+    raw = RawTensor([8], int(GgmlType.F32), struct.pack("<8f", *factors))
+    path = edit_gguf(
+        plain, tmp_path / "model.gguf", change=lambda found: found.update({"rope_freqs.weight": raw})
+    )
+    ours, theirs = logits_from_spans(path, IDS), llama_cpp_logits(path, IDS)
+    assert (ours - theirs).abs().max() < 1e-3 * ours.std()
+    assert (ours - logits_from_spans(plain, IDS)).abs().max() > 0.1 * ours.std()
+
+
+def dense_folder(family: str, folder: Path) -> Path:
+    """A dense toy model, exported through its MoE sibling's names."""
+    save_tokenizer(folder)
+    sizes = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0.0, 0.15 if weight.ndim > 1 else 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_dense_files_open_when_they_are_allowed(family: str, tmp_path: Path) -> None:
+    folder = dense_folder(family, tmp_path)
+    path = export_gguf(folder, tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=rf"this {family} model is dense"):
+        open_checkpoint(path)
+    assert_three_way(folder, path, IDS, logits_from_spans)
+
+
+def test_a_file_brings_its_tokenizer_template_and_ends(toy_folder: Any, tmp_path: Path) -> None:
+    path = export_gguf(toy_folder("qwen3_moe"), tmp_path / "model.gguf")
+    ends = open_checkpoint(path).generation_config["eos_token_id"]
+    assert ends == [2, 257, 259]  # eos by its key, <|endoftext|> and <|im_end|> by their texts
+    named = edit_gguf(path, tmp_path / "named.gguf", {"tokenizer.ggml.eot_token_id": ("u32", 7)})
+    assert open_checkpoint(named).generation_config["eos_token_id"] == [2, 7, 257, 259]
+    tokenizer = load_tokenizer(path)
+    message = [{"role": "user", "content": "abc"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == (
+        "<|user|>abc<|end|><|assistant|>"
+    )
+    assert tokenizer.encode("ab<|im_end|>") == [256, 259]
+
+
+@pytest.fixture(scope="session")
+def qwen_gguf(toy_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_gguf(toy_folder("qwen3_moe"), tmp_path_factory.mktemp("good") / "model.gguf")
+
+
+def drop(name: str) -> Callable[[dict[str, RawTensor]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def reshape(name: str, dims: list[int]) -> Callable[[dict[str, RawTensor]], Any]:
+    return lambda tensors: tensors.update(
+        {name: RawTensor(dims, tensors[name].ggml_type, tensors[name].data)}
+    )
+
+
+def one_expert_in_f16(tensors: dict[str, RawTensor]) -> None:
+    split_experts(tensors)
+    raw = tensors["blk.1.ffn_up.3.weight"]
+    tensors["blk.1.ffn_up.3.weight"] = RawTensor(raw.dims, int(GgmlType.F16), raw.data[: len(raw.data) // 2])
+
+
+BAD_KEYS = {
+    "architecture": (
+        "str",
+        "mamba",
+        r"general.architecture 'mamba' is not supported; supported are qwen3moe, llama",
+    ),
+    "architecture ": ("u32", 7, r"general.architecture 7 is not supported"),
+    "block_count": (None, None, r"qwen3moe.block_count is missing; it must be an integer"),
+    "embedding_length": (None, None, r"qwen3moe.embedding_length is missing"),
+    "attention.head_count": ("str", "4", r"attention.head_count must be an integer .*found '4'"),
+    "attention.key_length": (None, None, r"attention.(key|value)_length"),
+    "attention.value_length": ("u32", 8, r"attention.value_length=8 differs from the head size 16"),
+    "attention.layer_norm_rms_epsilon": (
+        "f32",
+        float("nan"),
+        r"rms_epsilon must be a positive number, found nan",
+    ),
+    "feed_forward_length": (None, None, r"feed_forward_length is missing"),
+    "expert_count": ("u64", 1 << 60, rf"expert_count must be .*found {1 << 60}"),
+    "expert_count ": (
+        "u32",
+        9,
+        r"'blk.0.ffn_gate_inp.weight' has shape \(8, 64\), by the metadata .* \(9, 64\)",
+    ),
+    "expert_used_count": ("u32", 0, r"expert_used_count must be"),
+    "expert_used_count ": ("u32", 9, r"num_experts_per_tok must be an integer from 1 to 8, found 9"),
+    "expert_feed_forward_length": ("u32", 25, r"ffn_(gate|up)_exps.weight' has shape \(8, 24, 64\)"),
+    "context_length": ("[i32]", [1, 2], r"context_length must be an integer"),
+    "block_count ": ("u32", 2, r"tensor 'blk.2.* is not a tensor of a qwen3_moe model"),
+    "block_count  ": ("u32", 4, r"tensor 'blk.3.attn_norm.weight' is missing"),
+    "rope.scaling.type": (
+        "str",
+        "longrope",
+        r"rope.scaling.type 'longrope' is unknown; linear and yarn are read",
+    ),
+}
+BAD_TENSORS: dict[str, tuple[Callable[..., Any], str]] = {
+    "dense missing": (drop("blk.1.attn_q.weight"), r"tensor 'blk.1.attn_q.weight' is missing"),
+    "expert missing": (drop("blk.1.ffn_up_exps.weight"), r"tensor 'blk.1.ffn_up_exps.weight' is missing"),
+    "embedding missing": (drop("token_embd.weight"), r"tensor 'token_embd.weight' is missing"),
+    "wrong shape": (reshape("blk.1.attn_q.weight", [32, 128]), r"'blk.1.attn_q.weight' has shape \(128"),
+    "unknown tensor": (
+        lambda found: found.update({"blk.0.ssm_a": RawTensor([1], 0, bytes(4))}),
+        r"tensor 'blk.0.ssm_a' is not a tensor of a qwen3_moe model that this version can run",
+    ),
+    "types within a layer": (one_expert_in_f16, r"'blk.1.ffn_up.3.weight' is F16, but F32 for the layer"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_KEYS, *BAD_TENSORS])
+def test_a_bad_model_is_refused_with_file_place_and_remedy(
+    name: str, qwen_gguf: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.gguf"
+    if name in BAD_KEYS:
+        kind, item, message = BAD_KEYS[name]
+        prefix = "general" if name.startswith("architecture") else "qwen3moe"
+        edit_gguf(qwen_gguf, bad, {f"{prefix}.{name.strip()}": (kind, item) if kind else None})
+    else:
+        change, message = BAD_TENSORS[name]
+        edit_gguf(qwen_gguf, bad, change=change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(bad)
+    assert str(bad) in str(caught.value)

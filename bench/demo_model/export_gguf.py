@@ -1,10 +1,11 @@
-"""Write a Hugging Face folder (qwen3_moe or mixtral, byte-level BPE) as one GGUF that llama.cpp loads.
+"""Write a Hugging Face folder (qwen3_moe, mixtral, llama, qwen2, qwen3; byte-level BPE) as a GGUF.
 
     python bench/demo_model/export_gguf.py MODEL_DIR OUT.gguf --experts Q4_0 --dense Q8_0 --embed Q8_0
 
-The rules are llama.cpp's own: experts of a layer stacked in one tensor per matrix, one-dimensional
-tensors and routers in F32, Mixtral's Q and K rows in the order of its rotary embedding. Blocks are
-quantized by gguf-py, which knows F32, F16, BF16, Q4_0 to Q8_0, TQ1_0, TQ2_0 and MXFP4.
+llama.cpp loads it; the rules are its own: experts of a layer stacked in one tensor per matrix,
+one-dimensional tensors and routers in F32, Q and K rows of Llama and Mixtral in the order of its
+rotary embedding. Blocks are quantized by gguf-py, which knows F32, F16, BF16, Q4_0 to Q8_0, TQ1_0,
+TQ2_0 and MXFP4.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import torch
 from gguf import GGMLQuantizationType, TokenType
 from safetensors import safe_open
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
 EXPERT_NAMES = {
     "qwen3_moe": "mlp.experts.{expert}.{matrix}_proj.weight",
     "mixtral": "block_sparse_moe.experts.{expert}.{matrix}.weight",
@@ -101,11 +108,12 @@ def add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], name: str) 
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config["model_type"] in EXPERT_NAMES:
+        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
     if config["model_type"] == "qwen3_moe":
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    else:
+    if ARCHITECTURES[config["model_type"]] == "llama":
         writer.add_rope_dimension_count(head_dim)
     add_rope(writer, config)
 
@@ -177,7 +185,8 @@ def gguf_tensors(model_dir: Path, config: Mapping[str, Any]) -> Iterator[tuple[s
         for name, leaf in LAYER_NAMES.items():
             if prefix + name in source:
                 yield f"blk.{layer_idx}.{leaf}", _rotary_order(source[prefix + name], name, config)
-        yield from _experts(source, layer_idx, config)
+        if config["model_type"] in EXPERT_NAMES:
+            yield from _experts(source, layer_idx, config)
 
 
 def _experts(
@@ -196,9 +205,9 @@ def _experts(
 
 
 def _rotary_order(weight: torch.Tensor, name: str, config: Mapping[str, Any]) -> torch.Tensor:
-    """Interleave the two halves of each head of Q and K, as llama.cpp rotates neighbours (Mixtral)."""
+    """Interleave the two halves of each head of Q and K, as llama.cpp rotates neighbours (Llama, Mixtral)."""
     is_query, is_key = "q_proj" in name, "k_proj" in name
-    if config["model_type"] != "mixtral" or not (is_query or is_key):
+    if ARCHITECTURES[config["model_type"]] != "llama" or not (is_query or is_key):
         return weight
     heads = config["num_attention_heads"] if is_query else config["num_key_value_heads"]
     rows = weight.shape[0]
