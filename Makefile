@@ -60,7 +60,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -k fuzz --hypothesis-profile=fuzz $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m hypothesis tests/test_gguf.py tests/test_safetensors.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
 
 wheel: $(VENV)/.python
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
