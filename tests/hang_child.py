@@ -81,7 +81,7 @@ def fork(path: Path) -> None:
         lambda: reader.submit(np.array([[file_id, 5, 100, arena.address]]), False),
         lambda: reader.add_file(str(path)),
         lambda: reader.read_into(file_id, 5, 100, arena.address),
-        lambda: reader.close(),
+        lambda: reader.counters(),
     ]
     child = os.fork()
     if child == 0:
@@ -92,7 +92,8 @@ def fork(path: Path) -> None:
                 os.write(1, f"{error}\n".encode())
             else:
                 os._exit(1)
-        del reader, uses  # the destructor must not wait for threads that are not here
+        reader.close()  # neither this nor the destructor may wait for threads that are not here
+        del reader, uses
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     reader.close()

@@ -297,7 +297,7 @@ void DirectReader::finish_piece(State& state, Request& request, const Piece& pie
 }
 
 void DirectReader::close() {
-    check_usable();
+    if (getpid() != owner_pid_) return;  // a forked child has no threads to join; finalizers may ask for it
     std::lock_guard close_lock(state_->close_mutex);  // nobody closes a file under a thread not yet joined
     {
         std::lock_guard lock(state_->mutex);

@@ -85,7 +85,8 @@ class DirectReader {
     ReadCounters counters() const;
     Syscalls& syscalls() { return state_->syscalls; }
 
-    // Cancels what is queued, waits for the pieces in flight, closes the files. Idempotent.
+    // Cancels what is queued, waits for the pieces in flight, closes the files. Idempotent; nothing in a
+    // forked child.
     void close();
 
   private:
