@@ -42,6 +42,7 @@ from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import BOUNCE_BYTES, DEFAULT_NUM_IO_THREADS, Arena, open_reader
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "tiny-moe.gguf"
+PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
 GUARD_INTERVAL_S = 0.5
 
@@ -104,6 +105,9 @@ def from_pretrained(
     )
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
+    make_policy(config.policy)  # a wrong name is an error before anything is read
+    if predictor not in PREDICTORS:
+        raise ConfigError(f"predictor={predictor!r} is unknown; known are {', '.join(PREDICTORS)}")
     if config.num_threads is not None:
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
@@ -247,7 +251,7 @@ def _attach(
         interval_s=GUARD_INTERVAL_S,
         clock=time.monotonic,
     )
-    handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, close_resources)
+    handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
     modules = skeleton.experts_modules(model)
     prefetcher = Prefetcher(cache, _make_predictor(model, config, sorted(modules)))
     for layer_idx, experts in modules.items():
@@ -264,6 +268,4 @@ def _make_predictor(
 ) -> CrossLayerGate | None:
     if not config.prefetch or config.predictor == "none":
         return None
-    if config.predictor != "cross_layer_gate":
-        raise ConfigError(f"predictor={config.predictor!r} is unknown; known are cross_layer_gate, none")
     return CrossLayerGate({layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in layers})

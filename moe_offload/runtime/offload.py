@@ -18,6 +18,7 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
+from moe_offload.storage.io import DirectReader
 
 live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
 
@@ -38,9 +39,10 @@ class OffloadHandle:
         cache: ExpertCache | None,
         stats: OffloadStats,
         guard: MemoryGuard,
+        reader: DirectReader,
         close_resources: Callable[[], None],
     ) -> None:
-        self.spec, self.plan, self.cache = spec, plan, cache
+        self.spec, self.plan, self.cache, self.reader = spec, plan, cache, reader
         self.on_prefill: Callable[[int, int], None] | None = None
         self._stats, self._guard, self._close_resources = stats, guard, close_resources
         self._lock = threading.RLock()
