@@ -356,6 +356,15 @@ def test_a_stream_whose_slots_all_hold_later_guesses_still_moves() -> None:
     bench.cache.check()
 
 
+def test_a_stream_waits_for_slots_that_abandoned_reads_still_write() -> None:
+    bench = Bench(num_slots=TOP_K)
+    bench.cache.prefetch([ExpertKey(1, 6), ExpertKey(1, 7)])
+    for read in bench.disk.reads.values():
+        read.state = "reading"
+    bench.stream(0, list(range(NUM_EXPERTS)))
+    bench.cache.check()
+
+
 def test_slots_given_back_leave_by_policy_and_their_pages_too() -> None:
     bench = Bench(num_slots=10)
     for layer_idx in range(3):

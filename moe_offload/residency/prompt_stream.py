@@ -51,7 +51,7 @@ def _hold_what_is_there(
     room = pool.num_slots - len(pool.residents) - (len(found) < len(expert_ids))
     for entry in found:
         if entry.state is not SlotState.RESIDENT:
-            if room == 0 and not pool.is_full_size:
+            if room == 0:
                 pool.discard(entry)
                 continue
             room -= 1
