@@ -61,6 +61,7 @@ format: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m hypothesis tests/test_gguf.py tests/test_safetensors.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
+	$(BIN)/python tests/fuzz_headers.py --seconds 600
 
 wheel: $(VENV)/.python
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

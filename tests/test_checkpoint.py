@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_headers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -323,6 +324,18 @@ def test_a_read_error_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("moe_offload.storage.header_reader.os.pread", pread)
     with pytest.raises(CheckpointError, match=r"read error at byte 0: Input/output error; check the disk"):
         open_checkpoint(folder)
+
+
+def test_damaged_checkpoints_are_opened_or_refused(tmp_path: Path) -> None:
+    """A short run of ``make fuzz``; its undamaged files must open, or it would prove nothing."""
+    (tmp_path / "model.gguf").write_bytes(fuzz_headers.good_gguf())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").write_bytes(fuzz_headers.good_safetensors())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(fuzz_headers.CONFIG))
+    one, other = open_checkpoint(tmp_path / "model.gguf"), open_checkpoint(tmp_path / "folder")
+    assert one.spec.moe_layers == other.spec.moe_layers == (0, 1) and len(one.experts.spans) == 8
+    opened, refused = fuzz_headers.run(seconds=60, seed=0, max_files=600)
+    assert opened + refused == 600 and opened > 0
 
 
 def test_what_ends_a_generation_comes_from_generation_config_then_config(tmp_path: Path) -> None:

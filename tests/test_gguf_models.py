@@ -228,6 +228,33 @@ def test_a_file_brings_its_tokenizer_template_and_ends(toy_folder: Any, tmp_path
     assert tokenizer.encode("ab<|im_end|>") == [256, 259]
 
 
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        "Q4_K_M",
+        "Q2_K",
+        "Q3_K_L",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Q5_K_M", "Q6_K", "IQ4_XS", "IQ3_S")),
+    ],
+)
+def test_the_mixtures_of_llama_cpp_are_read_type_by_type(
+    mixture: str, toy_folder: Any, tmp_path: Path
+) -> None:
+    """llama.cpp quantizes; each tensor then has its own type, and some rows are too short for K-quants."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 16}
+    source = export_gguf(toy_folder("qwen3_moe", **sizes), tmp_path / "f32.gguf")
+    path = tmp_path / f"{mixture}.gguf"
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{mixture}")
+    parameters.nthread = 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), parameters) == 0
+    types = {kind.name for kind in open_checkpoint(path).bytes_by_type()}
+    assert types > {"F32"}
+    ours, theirs = logits_from_spans(path, IDS), llama_cpp_logits(path, IDS)
+    assert (ours - theirs).abs().mean() < 0.25 * ours.std()  # a misread type: 1.1
+
+
 @pytest.fixture(scope="session")
 def qwen_gguf(toy_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_gguf(toy_folder("qwen3_moe"), tmp_path_factory.mktemp("good") / "model.gguf")
