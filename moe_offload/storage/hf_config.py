@@ -96,7 +96,6 @@ def _latent_kv(view: ConfigView) -> int:
 class Family:
     """How one model_type names its numbers, and transformers' defaults for the absent ones."""
 
-    architecture: str
     defaults: Mapping[str, int | None]
     experts_names: tuple[str, ...] = ()  # empty for a dense family
     intermediate_name: str = "moe_intermediate_size"
@@ -114,28 +113,24 @@ def _defaults(layers: int, hidden: int, heads: int, kv_heads: int | None, vocab:
 
 MOE_FAMILIES = {
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
         _defaults(24, 2048, 32, 4, 151936, 32768, num_local_experts=128, num_experts_per_tok=8,
                   moe_intermediate_size=768, decoder_sparse_step=1),
         experts_names=("num_local_experts", "num_experts"),
         moe_layers=_qwen3_moe_layers,
     ),
     "mixtral": Family(
-        "MixtralForCausalLM",
         _defaults(32, 4096, 32, 8, 32000, 131072, num_local_experts=8, num_experts_per_tok=2,
                   intermediate_size=14336),
         experts_names=("num_local_experts", "num_experts"),
         intermediate_name="intermediate_size",
     ),
     "olmoe": Family(
-        "OlmoeForCausalLM",
         _defaults(16, 2048, 16, None, 50304, 4096, num_experts=64, num_experts_per_tok=8,
                   intermediate_size=2048),
         experts_names=("num_experts", "num_local_experts"),
         intermediate_name="intermediate_size",
     ),
     "deepseek_v2": Family(
-        "DeepseekV2ForCausalLM",
         _defaults(32, 4096, 32, None, 102400, 2048, n_routed_experts=64, moe_intermediate_size=1407,
                   first_k_dense_replace=0, kv_lora_rank=512, qk_rope_head_dim=64),
         experts_names=("n_routed_experts", "num_experts"),
@@ -143,7 +138,6 @@ MOE_FAMILIES = {
         kv_elements=_latent_kv,
     ),
     "gpt_oss": Family(
-        "GptOssForCausalLM",
         _defaults(36, 2880, 64, 8, 201088, 131072, num_local_experts=128, num_experts_per_tok=4,
                   intermediate_size=2880, head_dim=64),
         experts_names=("num_local_experts", "num_experts"),
@@ -151,10 +145,10 @@ MOE_FAMILIES = {
     ),
 }  # fmt: skip
 DENSE_FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _defaults(32, 4096, 32, None, 32000, 2048)),
-    "mistral": Family("MistralForCausalLM", _defaults(32, 4096, 32, 8, 32000, 131072)),
-    "qwen2": Family("Qwen2ForCausalLM", _defaults(32, 4096, 32, 32, 151936, 32768)),
-    "qwen3": Family("Qwen3ForCausalLM", _defaults(32, 4096, 32, 32, 151936, 32768, head_dim=128)),
+    "llama": Family(_defaults(32, 4096, 32, None, 32000, 2048)),
+    "mistral": Family(_defaults(32, 4096, 32, 8, 32000, 131072)),
+    "qwen2": Family(_defaults(32, 4096, 32, 32, 151936, 32768)),
+    "qwen3": Family(_defaults(32, 4096, 32, 32, 151936, 32768, head_dim=128)),
 }
 
 
