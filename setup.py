@@ -57,7 +57,7 @@ setup(
             cxx_std=20,
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
-            depends=HEADERS,
+            depends=[*HEADERS, "setup.py"],
         )
     ],
     cmdclass={"build_ext": BuildExt},
