@@ -25,7 +25,9 @@ def main() -> None:
     out = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
     stats, plan = model.offload.stats(), model.offload.plan
     slots = sum(pool.num_slots for pool in plan.pools)
-    print(json.dumps({**stats.as_dict(), "tokens": out[0].tolist(), "slots": slots, "plan": plan.total_bytes}))
+    print(
+        json.dumps({**stats.as_dict(), "tokens": out[0].tolist(), "slots": slots, "plan": plan.total_bytes})
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def test_the_peak_stays_within_1_and_1_5_and_2_gib_on_a_model_of_3_gib(synthetic
         budget = int(float(ram.removesuffix("GiB")) * GIB)
         assert "refused" not in result, result
         assert result["plan"] <= budget
-        assert result["peak_bytes"] <= budget + ALLOWANCE_BYTES, f"{ram}: {result['peak_bytes'] / MIB:.0f} MiB"
+        assert result["peak_bytes"] <= budget + ALLOWANCE_BYTES, (
+            f"{ram}: {result['peak_bytes'] / MIB:.0f} MiB"
+        )
     assert len({tuple(result["tokens"]) for result in results.values()}) == 1
     assert results["1GiB"]["slots"] < results["1.5GiB"]["slots"] < results["2GiB"]["slots"]
 

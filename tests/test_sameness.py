@@ -5,17 +5,22 @@ The trained demo model is used, because random routing would hardly stress a cac
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from three_way import read_dense, read_experts
 
 import moe_offload
 from moe_offload import ops
 from moe_offload.runtime.model import DEMO_MODEL
+from moe_offload.storage.checkpoint import open_checkpoint
 
-sys.path.append(str(Path(__file__).parent.parent / "bench" / "demo_model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))
+from dequantize_gguf import dequantize_gguf
 
 PROMPT = "In the spring of that year the engineers began to measure the old bridge, and"
 NUM_TOKENS = 20
@@ -64,7 +69,9 @@ def whole(prompt_ids):
 
 
 @pytest.mark.parametrize(("experts", "policy", "prefetch", "threads"), PLACEMENTS)
-def test_every_placement_gives_the_same_tokens_and_logits(whole, prompt_ids, experts, policy, prefetch, threads):
+def test_every_placement_gives_the_same_tokens_and_logits(
+    whole, prompt_ids, experts, policy, prefetch, threads
+):
     before = ops.num_threads()
     try:
         model = moe_offload.from_pretrained(
@@ -96,13 +103,12 @@ def test_a_continued_cache_gives_the_same_tokens(whole, prompt_ids):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The demo model's weights as a float32 folder and as an F32 GGUF of the same numbers."""
-    from export_gguf import export_gguf
-    from reference import reference_model
-
     folder = tmp_path_factory.mktemp("trained")
-    reference_model(DEMO_MODEL, torch.float32).save_pretrained(folder)
-    moe_offload.load_tokenizer(DEMO_MODEL).save_pretrained(folder)
-    export_gguf(folder, folder / "model-f32.gguf", types="F32")
+    dequantize_gguf(DEMO_MODEL, folder / "model-f32.gguf")
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    weights = {name: read_dense(checkpoint, info) for name, info in checkpoint.dense.items()}
+    save_file(weights | read_experts(checkpoint), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(checkpoint.config)))
     return folder
 
 
