@@ -241,7 +241,8 @@ def activate(kind: str, gate: Floats, up: Floats, alpha: float = 1.702, limit: f
     if kind == "RELU":
         return np.maximum(gate, f(0)) * up
     gate, up = np.minimum(gate, f(limit)), np.clip(up, f(-limit), f(limit))
-    return (up + f(1)) * (gate * sigmoid(f(alpha) * gate))
+    with np.errstate(over="ignore"):
+        return (up + f(1)) * (gate * sigmoid(f(alpha) * gate))
 
 
 def expert(

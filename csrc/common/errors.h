@@ -21,8 +21,8 @@ inline void check(bool ok, const char* op, const std::string& message) {
 
 inline void check_equal(const char* op, const char* argument, int64_t wanted, int64_t got) {
     if (wanted != got)
-        throw ConfigError(std::string(op) + ": " + argument + " must be " + std::to_string(wanted) + ", got " +
-                          std::to_string(got));
+        throw ConfigError(std::string(op) + ": " + argument + " must be " + std::to_string(wanted) +
+                          ", got " + std::to_string(got));
 }
 
 }  // namespace moe

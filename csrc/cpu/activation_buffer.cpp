@@ -18,8 +18,8 @@ T* at_least(std::vector<T>& buffer, int64_t size) {
 
 }  // namespace
 
-Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols,
-                                      bool quantized) {
+Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, int64_t num_tokens,
+                                      int64_t cols, bool quantized) {
     Activations a;
     a.x = x;
     a.cols = cols;

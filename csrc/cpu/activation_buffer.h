@@ -9,11 +9,12 @@
 namespace moe {
 
 class ActivationBuffer {
-public:
+  public:
     // x (num_tokens, cols) stays where it is; q, d and sums are made if ``quantized``.
-    Activations prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols, bool quantized);
+    Activations prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols,
+                        bool quantized);
 
-private:
+  private:
     std::vector<int16_t> q_;
     std::vector<float> d_;
     std::vector<int16_t> sums_;

@@ -45,21 +45,21 @@ void without_gil(Body body) {
 void py_linear(uint64_t x, int64_t num_tokens, uint64_t weight, int64_t weight_bytes, int type, int64_t rows,
                int64_t cols, bool transposed, uint64_t bias, uint64_t out) {
     without_gil([&] {
-        linear(pointer<float>(x), num_tokens, pointer<uint8_t>(weight), weight_bytes, {type, rows, cols, transposed},
-               pointer<float>(bias), pointer<float>(out));
+        linear(pointer<float>(x), num_tokens, pointer<uint8_t>(weight), weight_bytes,
+               {type, rows, cols, transposed}, pointer<float>(bias), pointer<float>(out));
     });
 }
 
-void py_embedding_rows(uint64_t ids, int64_t num_ids, uint64_t weight, int64_t weight_bytes, int type, int64_t rows,
-                       int64_t cols, uint64_t out) {
+void py_embedding_rows(uint64_t ids, int64_t num_ids, uint64_t weight, int64_t weight_bytes, int type,
+                       int64_t rows, int64_t cols, uint64_t out) {
     without_gil([&] {
         embedding_rows(pointer<int64_t>(ids), num_ids, pointer<uint8_t>(weight), weight_bytes,
                        {type, rows, cols, false}, pointer<float>(out));
     });
 }
 
-void py_weighted_sum(uint64_t out, int64_t num_tokens, int64_t hidden_size, uint64_t rows, const Ints& pair_tokens,
-                     const Floats& pair_weights) {
+void py_weighted_sum(uint64_t out, int64_t num_tokens, int64_t hidden_size, uint64_t rows,
+                     const Ints& pair_tokens, const Floats& pair_weights) {
     check_equal("weighted_sum", "length of pair_weights", pair_tokens.size(), pair_weights.size());
     without_gil([&] {
         weighted_sum(pointer<float>(out), num_tokens, hidden_size, pointer<float>(rows), pair_tokens.data(),
@@ -67,20 +67,22 @@ void py_weighted_sum(uint64_t out, int64_t num_tokens, int64_t hidden_size, uint
     });
 }
 
-std::unique_ptr<ExpertKernel> make_expert_kernel(const std::vector<std::tuple<int, int64_t, int64_t, bool>>& matrices,
-                                                 int row_order, int64_t num_experts, int kind, float alpha,
-                                                 float limit, uint64_t gate_up_bias, uint64_t down_bias) {
+std::unique_ptr<ExpertKernel> make_expert_kernel(
+    const std::vector<std::tuple<int, int64_t, int64_t, bool>>& matrices, int row_order, int64_t num_experts,
+    int kind, float alpha, float limit, uint64_t gate_up_bias, uint64_t down_bias) {
     std::vector<Matrix> converted;
-    for (const auto& [type, rows, cols, transposed] : matrices) converted.push_back({type, rows, cols, transposed});
+    for (const auto& [type, rows, cols, transposed] : matrices)
+        converted.push_back({type, rows, cols, transposed});
     check(row_order >= 0 && row_order <= 2, "ExpertKernel", "row_order must be 0, 1 or 2");
     check(kind >= 0 && kind <= 4, "ExpertKernel", "activation kind must be in [0, 4]");
     return std::make_unique<ExpertKernel>(std::move(converted), RowOrder(row_order), num_experts,
-                                          Activation{ActivationKind(kind), alpha, limit}, pointer<float>(gate_up_bias),
-                                          pointer<float>(down_bias));
+                                          Activation{ActivationKind(kind), alpha, limit},
+                                          pointer<float>(gate_up_bias), pointer<float>(down_bias));
 }
 
 void py_expert_rows(const ExpertKernel& kernel, uint64_t hidden, int64_t num_tokens, const Ints& expert_ids,
-                    const Addresses& addresses, const Ints& pair_offsets, const Ints& pair_tokens, uint64_t out) {
+                    const Addresses& addresses, const Ints& pair_offsets, const Ints& pair_tokens,
+                    uint64_t out) {
     const int64_t num_experts = expert_ids.size();
     check_equal("ExpertKernel", "size of addresses", num_experts * kernel.num_matrices(), addresses.size());
     check_equal("ExpertKernel", "length of pair_offsets", num_experts + 1, pair_offsets.size());
@@ -111,15 +113,17 @@ void translate_config_error(std::exception_ptr error) {
 void register_ops(py::module_& m) {
     py::register_local_exception_translator(translate_config_error);
     ThreadPool::instance().set_interrupt_check(python_signal_pending);
-    py::module_::import("atexit").attr("register")(py::cpp_function([] { ThreadPool::instance().shutdown(); }));
+    py::module_::import("atexit").attr("register")(
+        py::cpp_function([] { ThreadPool::instance().shutdown(); }));
 
     m.def("linear", py_linear, "out = x @ weight.T + bias, arithmetic v1");
     m.def("embedding_rows", py_embedding_rows, "Dequantize rows by id, bit for bit as gguf-py does");
     m.def("weighted_sum", py_weighted_sum, py::arg(), py::arg(), py::arg(), py::arg(), py::arg().noconvert(),
           py::arg().noconvert(), "out[token] += weight * row, pairs in order, no fma");
     m.def("set_grid", set_grid, "Hand over the codebook of an IQ type, (entries, width) int8");
-    m.def("set_num_threads", [](int n) { without_gil([n] { ThreadPool::instance().set_num_threads(n); }); },
-          "Threads of the pool, the calling one included");
+    m.def(
+        "set_num_threads", [](int n) { without_gil([n] { ThreadPool::instance().set_num_threads(n); }); },
+        "Threads of the pool, the calling one included");
     m.def("num_threads", [] { return ThreadPool::instance().num_threads(); });
     m.def("usable_cores", usable_cores, "Affinity, cgroup quota and physical cores, whichever is least");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use");

@@ -19,11 +19,13 @@ constexpr int64_t kUnitTile = kRowTile / 2;  // a unit is one gate row and one u
 ActivationBuffer hidden_inputs, down_inputs;
 std::vector<float> intermediate;  // (num_pairs, intermediate_size)
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 std::string range_error(const char* array, int64_t index, int64_t end, int64_t got) {
-    return std::string(array) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(end) + "), got " +
-           std::to_string(got);
+    return std::string(array) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(end) +
+           "), got " + std::to_string(got);
 }
 
 }  // namespace
@@ -35,8 +37,8 @@ struct ExpertKernel::Step {
     float* out;  // (num_pairs, hidden_size)
 };
 
-ExpertKernel::ExpertKernel(std::vector<Matrix> matrices, RowOrder row_order, int64_t num_experts, Activation activation,
-                           const float* gate_up_bias, const float* down_bias)
+ExpertKernel::ExpertKernel(std::vector<Matrix> matrices, RowOrder row_order, int64_t num_experts,
+                           Activation activation, const float* gate_up_bias, const float* down_bias)
     : matrices_(std::move(matrices)),
       row_order_(row_order),
       num_experts_(num_experts),
@@ -75,7 +77,8 @@ void ExpertKernel::rows(const float* hidden, int64_t num_tokens, const ExpertPai
     ThreadPool& pool = ThreadPool::instance();
     ThreadPool::Operation operation(pool);
     const int64_t num_units = intermediate_size();
-    if (int64_t(intermediate.size()) < pairs.num_pairs * num_units) intermediate.resize(pairs.num_pairs * num_units);
+    if (int64_t(intermediate.size()) < pairs.num_pairs * num_units)
+        intermediate.resize(pairs.num_pairs * num_units);
     Step step{pairs, {}, {}, intermediate.data(), out};
     bool quantized = false;
     for (size_t i = 0; i + 1 < matrices_.size(); ++i) quantized |= !is_float(matrices_[i].type);
@@ -108,14 +111,16 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
                              pairs.pair_tokens + p, tile, to, kRowTile});
             if (!bias) return;
             for (int t = 0; t < tile; ++t)
-                for (int64_t r = 0; r < num_rows; ++r) to[t * kRowTile + r] = to[t * kRowTile + r] + bias[bias_row + r];
+                for (int64_t r = 0; r < num_rows; ++r)
+                    to[t * kRowTile + r] = to[t * kRowTile + r] + bias[bias_row + r];
         };
         if (interleaved) {
             compute(0, 2 * first_unit, 2 * n, 2 * first_unit, y[0]);
         } else {
             const bool split = row_order_ == RowOrder::SPLIT;
             compute(0, first_unit, n, first_unit, y[0]);
-            compute(split ? 1 : 0, (split ? 0 : num_units) + first_unit, n, num_units + first_unit, y[0] + kUnitTile);
+            compute(split ? 1 : 0, (split ? 0 : num_units) + first_unit, n, num_units + first_unit,
+                    y[0] + kUnitTile);
         }
         for (int t = 0; t < tile; ++t)
             kernels().activate(activation_, y[t], y[t] + (interleaved ? 1 : kUnitTile), interleaved ? 2 : 1,
@@ -127,15 +132,16 @@ void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row
     const ExpertPairs& pairs = step.pairs;
     const Matrix& matrix = matrices_.back();
     const int64_t last_row = std::min(matrix.rows, first_row + kRowTile);
-    const auto* weights = reinterpret_cast<const uint8_t*>(pairs.addresses[(expert + 1) * num_matrices() - 1]);
+    const auto* weights =
+        reinterpret_cast<const uint8_t*>(pairs.addresses[(expert + 1) * num_matrices() - 1]);
     const float* bias = down_bias_ ? down_bias_ + pairs.expert_ids[expert] * matrix.rows : nullptr;
     for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
         const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
         int32_t tokens[kTokenTile];
         for (int i = 0; i < tile; ++i) tokens[i] = p + i;
         float* y = step.out + p * matrix.rows + first_row;
-        rows_of(matrix)({weights, matrix.rows, matrix.cols, first_row, last_row, &step.down_inputs, tokens, tile, y,
-                         matrix.rows});
+        rows_of(matrix)({weights, matrix.rows, matrix.cols, first_row, last_row, &step.down_inputs, tokens,
+                         tile, y, matrix.rows});
         if (!bias) continue;
         for (int t = 0; t < tile; ++t)
             for (int64_t r = first_row; r < last_row; ++r)

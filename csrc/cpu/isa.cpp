@@ -32,8 +32,8 @@ const Kernels& named(const std::string& name) {
         if (name == table->name) return *table;
         offered += offered.empty() ? table->name : std::string(", ") + table->name;
     }
-    throw ConfigError("MOE_OFFLOAD_ISA=" + name + " is not one of the instruction sets that this CPU offers: " +
-                      offered);
+    throw ConfigError("MOE_OFFLOAD_ISA=" + name +
+                      " is not one of the instruction sets that this CPU offers: " + offered);
 }
 
 const Kernels& choose() {
@@ -60,6 +60,8 @@ const Kernels& kernels() {
     return *table;
 }
 
-void force_isa(const std::string& name) { chosen.store(name.empty() ? nullptr : &named(name)); }
+void force_isa(const std::string& name) {
+    chosen.store(name.empty() ? nullptr : &named(name));
+}
 
 }  // namespace moe

@@ -14,14 +14,38 @@ constexpr int kRowTile = 32;      // rows that one call computes at most
 
 // ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType.
 enum GgmlType : int {
-    F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
-    Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
-    IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23,
-    IQ1_M = 29, BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, NVFP4 = 40,
+    F32 = 0,
+    F16 = 1,
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
+    Q8_0 = 8,
+    Q2_K = 10,
+    Q3_K = 11,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    IQ2_XXS = 16,
+    IQ2_XS = 17,
+    IQ3_XXS = 18,
+    IQ1_S = 19,
+    IQ4_NL = 20,
+    IQ3_S = 21,
+    IQ2_S = 22,
+    IQ4_XS = 23,
+    IQ1_M = 29,
+    BF16 = 30,
+    TQ1_0 = 34,
+    TQ2_0 = 35,
+    MXFP4 = 39,
+    NVFP4 = 40,
 };
 constexpr int kNumTypes = 41;
 
-constexpr bool is_float(int type) { return type == F32 || type == F16 || type == BF16; }
+constexpr bool is_float(int type) {
+    return type == F32 || type == F16 || type == BF16;
+}
 
 // The inputs of a matrix, by token. Quantized weights read q, d and sums; float weights read x.
 struct Activations {
@@ -34,13 +58,13 @@ struct Activations {
 };
 
 struct RowsArgs {
-    const uint8_t* weights;  // first byte of the matrix; aligned to nothing
-    int64_t rows, cols;      // of the matrix as used; transposed ones are stored (cols, rows)
+    const uint8_t* weights;      // first byte of the matrix; aligned to nothing
+    int64_t rows, cols;          // of the matrix as used; transposed ones are stored (cols, rows)
     int64_t row_begin, row_end;  // at most kRowTile
     const Activations* activations;
     const int32_t* tokens;  // (num_tokens,) which activations; at most kTokenTile
     int num_tokens;
-    float* out;          // out[i * out_stride + row - row_begin]
+    float* out;  // out[i * out_stride + row - row_begin]
     int64_t out_stride;
 };
 
@@ -56,7 +80,7 @@ using DequantizeFn = void (*)(const uint8_t* row, int64_t cols, float* out);
 
 struct Kernels {
     const char* name;
-    int block_elements[kNumTypes];      // 0 where there is no such type
+    int block_elements[kNumTypes];  // 0 where there is no such type
     int block_bytes[kNumTypes];
     RowsFn rows[kNumTypes];             // nullptr where there is no such type
     RowsFn rows_transposed[kNumTypes];  // float types only
@@ -64,7 +88,8 @@ struct Kernels {
     // x (cols) -> q, d, sums of one token, zero beyond cols
     void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int16_t* sums);
     // h[i] = act(gate[i * stride]) * up[i * stride]
-    void (*activate)(const Activation&, const float* gate, const float* up, int64_t stride, float* h, int64_t n);
+    void (*activate)(const Activation&, const float* gate, const float* up, int64_t stride, float* h,
+                     int64_t n);
     // out[i] = out[i] + weight * y[i], two roundings
     void (*add_weighted)(float* out, const float* y, float weight, int64_t n);
 };

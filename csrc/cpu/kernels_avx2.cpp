@@ -1,8 +1,8 @@
 // Kernels for AVX2 + FMA + F16C (Haswell, Zen and later).
 #if defined(__x86_64__)
-#include "cpu/kernels.h"
-
 #include <immintrin.h>
+
+#include "cpu/kernels.h"
 
 namespace moe {
 #define KERNELS kernels_avx2

@@ -1,8 +1,8 @@
 // Kernels for AVX-512 (F, BW, DQ, VL, VNNI: Ice Lake, Zen 4 and later).
 #if defined(__x86_64__)
-#include "cpu/kernels.h"
-
 #include <immintrin.h>
+
+#include "cpu/kernels.h"
 
 namespace moe {
 #define KERNELS kernels_avx512

@@ -11,8 +11,16 @@ constexpr int64_t kMaxSide = int64_t(1) << 31;  // keeps every product of a shap
 
 bool needs_grid(int type) {
     switch (type) {
-        case IQ2_XXS: case IQ2_XS: case IQ2_S: case IQ3_XXS: case IQ3_S: case IQ1_S: case IQ1_M: return true;
-        default: return false;
+        case IQ2_XXS:
+        case IQ2_XS:
+        case IQ2_S:
+        case IQ3_XXS:
+        case IQ3_S:
+        case IQ1_S:
+        case IQ1_M:
+            return true;
+        default:
+            return false;
     }
 }
 
@@ -24,12 +32,12 @@ void check_matrix(const char* op, const char* argument, const Matrix& matrix) {
     const bool known = matrix.type >= 0 && matrix.type < kNumTypes && kernels().rows[matrix.type];
     check(known, op, name + " has ggml type " + type + ", which has no kernel");
     check(matrix.rows > 0 && matrix.cols > 0 && matrix.rows < kMaxSide && matrix.cols < kMaxSide, op,
-          name + " must have between 1 and 2^31 rows and columns, got " + std::to_string(matrix.rows) + " x " +
-              std::to_string(matrix.cols));
+          name + " must have between 1 and 2^31 rows and columns, got " + std::to_string(matrix.rows) +
+              " x " + std::to_string(matrix.cols));
     const int elements = kernels().block_elements[matrix.type];
     check(matrix.cols % elements == 0, op,
-          name + " of ggml type " + type + " must have columns in blocks of " + std::to_string(elements) + ", got " +
-              std::to_string(matrix.cols));
+          name + " of ggml type " + type + " must have columns in blocks of " + std::to_string(elements) +
+              ", got " + std::to_string(matrix.cols));
     check(!matrix.transposed || is_float(matrix.type), op,
           name + " of ggml type " + type + " cannot be transposed: only F32, F16 and BF16 can");
     check(!needs_grid(matrix.type) || grids.of[matrix.type], op,

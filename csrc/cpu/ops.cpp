@@ -15,7 +15,9 @@ namespace {
 constexpr int64_t kTokensPerChunk = 512;
 ActivationBuffer linear_inputs;  // guarded by ThreadPool::Operation
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 void add_bias(float* out, int64_t stride, int num_tokens, const float* bias, int64_t num_rows) {
     for (int t = 0; t < num_tokens; ++t)
@@ -24,13 +26,14 @@ void add_bias(float* out, int64_t stride, int num_tokens, const float* bias, int
 
 }  // namespace
 
-void linear(const float* x, int64_t num_tokens, const uint8_t* weight, int64_t weight_bytes, const Matrix& matrix,
-            const float* bias, float* out) {
+void linear(const float* x, int64_t num_tokens, const uint8_t* weight, int64_t weight_bytes,
+            const Matrix& matrix, const float* bias, float* out) {
     check_matrix("linear", "weight", matrix);
     check_equal("linear", "bytes of weight", matrix_bytes(matrix), weight_bytes);
     ThreadPool& pool = ThreadPool::instance();
     ThreadPool::Operation operation(pool);
-    const Activations inputs = linear_inputs.prepare(kernels(), x, num_tokens, matrix.cols, !is_float(matrix.type));
+    const Activations inputs =
+        linear_inputs.prepare(kernels(), x, num_tokens, matrix.cols, !is_float(matrix.type));
     const RowsFn rows_kernel = rows_of(matrix);
     const int64_t row_tiles = ceil_div(matrix.rows, kRowTile);
     pool.run(row_tiles * ceil_div(num_tokens, kTokensPerChunk), [&](int64_t chunk) {
@@ -43,7 +46,8 @@ void linear(const float* x, int64_t num_tokens, const uint8_t* weight, int64_t w
             const int tile = int(std::min<int64_t>(kTokenTile, last - t));
             for (int i = 0; i < tile; ++i) tokens[i] = int32_t(t + i);
             float* tile_out = out + t * matrix.rows + row;
-            rows_kernel({weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, tile, tile_out, matrix.rows});
+            rows_kernel({weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, tile, tile_out,
+                         matrix.rows});
             if (bias) add_bias(tile_out, matrix.rows, tile, bias + row, row_end - row);
         }
     });
@@ -61,15 +65,16 @@ void embedding_rows(const int64_t* ids, int64_t num_ids, const uint8_t* weight, 
     ThreadPool::Operation operation(pool);
     const DequantizeFn dequantize = kernels().dequantize[matrix.type];
     const int64_t row_bytes = matrix_bytes(matrix) / matrix.rows;
-    pool.run(num_ids, [&](int64_t i) { dequantize(weight + ids[i] * row_bytes, matrix.cols, out + i * matrix.cols); });
+    pool.run(num_ids,
+             [&](int64_t i) { dequantize(weight + ids[i] * row_bytes, matrix.cols, out + i * matrix.cols); });
 }
 
-void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size, const float* rows, const int32_t* pair_tokens,
-                  const float* pair_weights, int64_t num_pairs) {
+void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size, const float* rows,
+                  const int32_t* pair_tokens, const float* pair_weights, int64_t num_pairs) {
     for (int64_t p = 0; p < num_pairs; ++p)
         check(pair_tokens[p] >= 0 && pair_tokens[p] < num_tokens, "weighted_sum",
-              "pair_tokens[" + std::to_string(p) + "] must be in [0, " + std::to_string(num_tokens) + "), got " +
-                  std::to_string(pair_tokens[p]));
+              "pair_tokens[" + std::to_string(p) + "] must be in [0, " + std::to_string(num_tokens) +
+                  "), got " + std::to_string(pair_tokens[p]));
     ThreadPool& pool = ThreadPool::instance();
     ThreadPool::Operation operation(pool);
     const auto add_weighted = kernels().add_weighted;
@@ -78,7 +83,8 @@ void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size, const flo
     pool.run(ceil_div(hidden_size, width), [&](int64_t chunk) {
         const int64_t begin = chunk * width, n = std::min(hidden_size, begin + width) - begin;
         for (int64_t p = 0; p < num_pairs; ++p)
-            add_weighted(out + pair_tokens[p] * hidden_size + begin, rows + p * hidden_size + begin, pair_weights[p], n);
+            add_weighted(out + pair_tokens[p] * hidden_size + begin, rows + p * hidden_size + begin,
+                         pair_weights[p], n);
     });
 }
 

@@ -15,18 +15,17 @@ struct Matrix {
 };
 
 // out[t] = weight @ x[t] + bias
-void linear(const float* x,         // (num_tokens, cols)
+void linear(const float* x,  // (num_tokens, cols)
             int64_t num_tokens,
             const uint8_t* weight,  // rows * row_bytes bytes, aligned to nothing
-            int64_t weight_bytes,
-            const Matrix& matrix,
-            const float* bias,      // (rows,) or nullptr
-            float* out);            // (num_tokens, rows)
+            int64_t weight_bytes, const Matrix& matrix,
+            const float* bias,  // (rows,) or nullptr
+            float* out);        // (num_tokens, rows)
 
 // out[i] = dequantized row ids[i]; the bits are gguf-py's
-void embedding_rows(const int64_t* ids, int64_t num_ids,
-                    const uint8_t* weight, int64_t weight_bytes, const Matrix& matrix,
-                    float* out);    // (num_ids, cols)
+void embedding_rows(const int64_t* ids, int64_t num_ids, const uint8_t* weight, int64_t weight_bytes,
+                    const Matrix& matrix,
+                    float* out);  // (num_ids, cols)
 
 // out[pair_tokens[p]] += weights[p] * rows[p], p ascending, two roundings
 void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size,  // (num_tokens, hidden_size)
@@ -46,21 +45,21 @@ struct ExpertPairs {
 
 // down(act(gate x) * up x) of one layer's experts.
 class ExpertKernel {
-public:
+  public:
     ExpertKernel(std::vector<Matrix> matrices,  // gate_up | gate, up; then down
                  RowOrder row_order, int64_t num_experts, Activation activation,
-                 const float* gate_up_bias,     // (num_experts, 2 * intermediate) in stored order, or nullptr
-                 const float* down_bias);       // (num_experts, hidden_size), or nullptr
+                 const float* gate_up_bias,  // (num_experts, 2 * intermediate) in stored order, or nullptr
+                 const float* down_bias);    // (num_experts, hidden_size), or nullptr
 
     void rows(const float* hidden, int64_t num_tokens,  // (num_tokens, hidden_size)
               const ExpertPairs& pairs,
-              float* out) const;                        // (num_pairs, hidden_size)
+              float* out) const;  // (num_pairs, hidden_size)
 
     int64_t num_matrices() const { return int64_t(matrices_.size()); }
     int64_t hidden_size() const { return matrices_.back().rows; }
     int64_t intermediate_size() const { return matrices_.back().cols; }
 
-private:
+  private:
     struct Step;
     void check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const;
     void gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const;

@@ -33,8 +33,12 @@ void pause() {
 }
 
 #if defined(__x86_64__)
-uint64_t float_state() { return _mm_getcsr(); }
-void set_float_state(uint64_t state) { _mm_setcsr(uint32_t(state)); }
+uint64_t float_state() {
+    return _mm_getcsr();
+}
+void set_float_state(uint64_t state) {
+    _mm_setcsr(uint32_t(state));
+}
 constexpr uint64_t kDefaultFloatState = 0x1f80;  // every exception masked, nearest, no FTZ, no DAZ
 #elif defined(__aarch64__)
 uint64_t float_state() {
@@ -42,7 +46,9 @@ uint64_t float_state() {
     asm volatile("mrs %0, fpcr" : "=r"(state));
     return state;
 }
-void set_float_state(uint64_t state) { asm volatile("msr fpcr, %0" ::"r"(state)); }
+void set_float_state(uint64_t state) {
+    asm volatile("msr fpcr, %0" ::"r"(state));
+}
 constexpr uint64_t kDefaultFloatState = 0;
 #else
 #error "moe_offload supports x86-64 and aarch64"
@@ -63,8 +69,12 @@ bool spin_until(Ready ready) {
 
 }  // namespace
 
-FloatEnvironment::FloatEnvironment() : saved_(float_state()) { set_float_state(kDefaultFloatState); }
-FloatEnvironment::~FloatEnvironment() { set_float_state(saved_); }
+FloatEnvironment::FloatEnvironment() : saved_(float_state()) {
+    set_float_state(kDefaultFloatState);
+}
+FloatEnvironment::~FloatEnvironment() {
+    set_float_state(saved_);
+}
 
 // Never destroyed: workers may outlive static destructors in a process that skips Python's atexit.
 ThreadPool& ThreadPool::instance() {
@@ -85,7 +95,8 @@ ThreadPool::Operation::Operation(ThreadPool& pool) : lock_(pool.operation_, std:
 
 void ThreadPool::set_num_threads(int num_threads) {
     if (num_threads < 1)
-        throw ConfigError("set_num_threads: num_threads must be at least 1, got " + std::to_string(num_threads));
+        throw ConfigError("set_num_threads: num_threads must be at least 1, got " +
+                          std::to_string(num_threads));
     Operation operation(*this);
     if (num_threads == num_threads_) return;
     stop_workers();
@@ -192,7 +203,8 @@ void ThreadPool::work(uint64_t seen) {
     FloatEnvironment environment;
     for (;;) {
         const auto ready = [this, seen] {
-            return generation_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_relaxed);
+            return generation_.load(std::memory_order_acquire) != seen ||
+                   stopping_.load(std::memory_order_relaxed);
         };
         if (!spin_until(ready)) {
             std::unique_lock lock(sleep_);

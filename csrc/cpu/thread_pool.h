@@ -18,18 +18,18 @@ namespace moe {
 
 // Threads clear FTZ and DAZ and round to nearest; the caller gets its own state back.
 class FloatEnvironment {
-public:
+  public:
     FloatEnvironment();
     ~FloatEnvironment();
     FloatEnvironment(const FloatEnvironment&) = delete;
     FloatEnvironment& operator=(const FloatEnvironment&) = delete;
 
-private:
+  private:
     uint64_t saved_;
 };
 
 class ThreadPool {
-public:
+  public:
     using Chunk = std::function<void(int64_t)>;
     using InterruptCheck = bool (*)();  // true: stop, a Python exception is set
 
@@ -48,15 +48,15 @@ public:
 
     // Holds the pool for one operation of several run() calls.
     class Operation {
-    public:
+      public:
         explicit Operation(ThreadPool& pool);
 
-    private:
+      private:
         std::unique_lock<std::timed_mutex> lock_;
         FloatEnvironment environment_;
     };
 
-private:
+  private:
     void start_workers();
     void stop_workers();
     void work(uint64_t seen);

@@ -55,7 +55,8 @@ int quota_v2(const std::string& folder) {
 }
 
 int quota_v1(const std::string& folder) {
-    std::istringstream quota(first_line(folder + "/cpu.cfs_quota_us")), period(first_line(folder + "/cpu.cfs_period_us"));
+    std::istringstream quota(first_line(folder + "/cpu.cfs_quota_us")),
+        period(first_line(folder + "/cpu.cfs_period_us"));
     double quota_us = 0, period_us = 0;
     return quota >> quota_us && period >> period_us ? cpus_of_quota(quota_us, period_us) : INT_MAX;
 }
@@ -86,7 +87,8 @@ int cgroup_quota(const std::string& root) {
         if (first == std::string::npos || second == std::string::npos) continue;
         const std::string controllers = line.substr(first + 1, second - first - 1);
         const std::string group = line.substr(second + 1);
-        if (controllers.empty()) least = std::min(least, least_quota(root + "/sys/fs/cgroup", group, quota_v2));
+        if (controllers.empty())
+            least = std::min(least, least_quota(root + "/sys/fs/cgroup", group, quota_v2));
         if (has_cpu_controller(controllers))
             for (const char* mount : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"})
                 least = std::min(least, least_quota(root + mount, group, quota_v1));
