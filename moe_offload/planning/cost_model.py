@@ -42,7 +42,10 @@ def activation_bytes(
     expert_rows = num_tokens * (spec.hidden_size + MLP_INTERMEDIATES * spec.moe_intermediate_size)
     routing = LOGITS_COPIES * num_tokens * (spec.num_experts + 2 * spec.top_k)
     logits = LOGITS_COPIES * batch_size * spec.vocab_size
-    return FLOAT32_BYTES * (residual + attention + mask + dense_mlp + expert_rows + routing + logits)
+    # What the native ops keep: inputs quantized to int16 with scales and sums, an expert's intermediates.
+    widest = max(spec.moe_intermediate_size, dense_intermediate_size)
+    native = num_tokens * (spec.hidden_size + 2 * widest)
+    return FLOAT32_BYTES * (native + residual + attention + mask + dense_mlp + expert_rows + routing + logits)
 
 
 def attention_bytes(*, num_heads: int, head_dim: int, context_tokens: int, stores_scores: bool) -> int:

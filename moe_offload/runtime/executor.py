@@ -45,7 +45,10 @@ class Routing:
         chosen = top_k_index.numpy().reshape(-1)  # (T * K,)
         order = np.argsort(chosen, kind="stable")
         by_expert = chosen[order]
-        starts = np.flatnonzero(np.diff(by_expert, prepend=-1))
+        if len(top_k_index) == 1:  # a token's experts differ from one another
+            starts = np.arange(len(order))
+        else:
+            starts = np.flatnonzero(np.diff(by_expert, prepend=-1))
         self.expert_ids: NDArray[np.int32] = by_expert[starts].astype(np.int32)
         self.pair_offsets: NDArray[np.int32] = np.append(starts, len(order)).astype(np.int32)
         self.pair_tokens: NDArray[np.int32] = (order // top_k_index.shape[-1]).astype(np.int32)
