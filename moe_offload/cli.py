@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_path(inspect)
     inspect.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache to reckon with")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    trace = commands.add_parser("trace", help="record which experts are chosen", description=_TRACE)
+    _add_model(trace)
+    _add_trace(trace)
     return parser
 
 
@@ -73,6 +76,9 @@ _CHAT = """Talk with a model in its chat template. /reset forgets the conversati
 Ctrl-C stops an answer."""
 _INSPECT = """Show family, layers, experts, bytes by format, and what each memory budget would hold. Reads
 headers only."""
+
+_TRACE = """Answer prompts and write down, for every token and layer, the experts that the router chose and
+their weights. Budget, policy and prefetch change the time and never the trace."""
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +115,23 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", type=Path, metavar="PATH")
     group.add_argument("--raw", action="store_true", help="continue the prompt as it is: no chat template")
     group.add_argument("--json", action="store_true", help="print one JSON object when done, no stream")
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='one prompt per line, or .jsonl of objects with "prompt" or "turns"',
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="TRACE.npz")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--raw", action="store_true", help="continue the prompts as they are")
+    parser.add_argument("--logits", action="store_true", help="keep every router's output (float16)")
+    parser.add_argument("--inputs", action="store_true", help="keep every router's input (float16)")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

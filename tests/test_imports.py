@@ -18,17 +18,18 @@ REPOSITORY = PACKAGE.parent
 READING_ORDER = [
     ("errors", "config"),
     ("storage.expert_format",),
-    ("stats",),
+    ("stats", "trace"),
     ("_native",),
     ("planning",),
     ("storage",),
     ("residency",),
+    ("replay",),
     ("ops",),
     ("predictors",),
     ("runtime",),
-    ("terminal", "cli", "cli_chat", "cli_generate", "cli_inspect", "cli_session", "__main__"),
+    ("terminal", "cli", "cli_chat", "cli_generate", "cli_inspect", "cli_session", "cli_trace", "__main__"),
 ]
-WITHOUT_TORCH = {"errors", "config", "storage.expert_format", "stats", "planning", "storage", "residency"}
+WITHOUT_TORCH = {"errors", "config", "storage.expert_format", "stats", "trace", "planning", "storage", "residency", "replay"}
 HEAVY = {"torch", "transformers"}
 
 

@@ -72,9 +72,12 @@ class ExpertExecutor:
     ) -> None:
         self.kernel, self.layer_idx = kernel, layer_idx
         self.cache, self.prefetcher, self.on_layer_done = cache, prefetcher, on_layer_done
+        self.on_route: Callable[[int, Tensor, Tensor, Tensor], None] | None = None  # recorder.py
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end."""
+        if self.on_route is not None:
+            self.on_route(self.layer_idx, hidden_states, top_k_index, top_k_weights)
         hidden = hidden_states.float().contiguous()
         routing = Routing(top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from moe_offload.runtime import skeleton
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
 from moe_offload.runtime.offload import OffloadHandle, committed_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
+from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
@@ -254,12 +256,22 @@ def _attach(
     handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
     modules = skeleton.experts_modules(model)
     prefetcher = Prefetcher(cache, _make_predictor(model, config, sorted(modules)))
+    executors: dict[int, ExpertExecutor] = {}
     for layer_idx, experts in modules.items():
         kernel = make_kernel(experts, checkpoint.experts.layouts[layer_idx])
         experts.moe_offload_executor = ExpertExecutor(kernel, layer_idx, cache, prefetcher, handle.layer_done)
+        executors[layer_idx] = experts.moe_offload_executor
     model_class: Any = type(model)
     model.__class__ = offloaded_class(model_class)
     model.offload = handle
+    handle.make_recorder = partial(
+        RoutingRecorder,
+        executors,
+        partial(skeleton.router_of, weakref.proxy(model)),
+        checkpoint.spec.num_experts,
+        checkpoint.path.name,
+        partial(handle.account, policy=config.policy, prefetch=prefetcher.enabled),
+    )
     weakref.finalize(model, handle.close)
 
 

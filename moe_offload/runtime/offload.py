@@ -9,6 +9,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +21,9 @@ from moe_offload.residency.memory import MemoryGuard, peak_bytes
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
+
+if TYPE_CHECKING:
+    from moe_offload.runtime.recorder import RoutingRecorder
 
 live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
 
@@ -50,6 +55,7 @@ class OffloadHandle:
         self._closed = False
         self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._chunk = (0, 0, 0)
+        self.make_recorder: Callable[..., RoutingRecorder] | None = None
         live_handles.add(self)
 
     @property
@@ -62,10 +68,32 @@ class OffloadHandle:
         self._stats.peak_bytes = peak_bytes()
         return self._stats
 
+    def account(self, **choices: Any) -> dict[str, Any]:
+        """Return ``choices``, the plan and the counters, ready for JSON: what a trace says of its run."""
+        return {**choices, "plan": asdict(self.plan), "stats": self.stats().as_dict()}
+
+    def trace(self, *, router_logits: bool = False, router_inputs: bool = False) -> RoutingRecorder:
+        """Return a recorder of what the routers choose inside ``with model.offload.trace() as recorder:``.
+
+        ``recorder.trace()`` is the recorded RoutingTrace; moe_offload.trace.write_trace stores it.
+
+        Args:
+            router_logits: also what the routers return for every expert (costs a second router call).
+            router_inputs: also the hidden states that the routers saw.
+
+        Raises:
+            ConfigError: the model has no experts, or was closed.
+        """
+        self.check_usable()
+        if self.make_recorder is None or self.cache is None or not self.plan.pools:
+            raise ConfigError("this model has no experts, so there is no routing to record")
+        return self.make_recorder(router_logits=router_logits, router_inputs=router_inputs)
+
     def close(self) -> None:
         """Stop the readers, join their threads, close the files and free the slots. Idempotent."""
         if not self._closed:
             self._closed = True
+            self.make_recorder = None  # it holds what holds this handle
             self._close_resources()
             live_handles.discard(self)
 
