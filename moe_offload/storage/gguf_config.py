@@ -172,6 +172,12 @@ def _llama(view: MetadataView) -> dict[str, Any]:
 
 def _dense_qwen(view: MetadataView) -> dict[str, Any]:
     number = view.architecture.removeprefix("qwen")
+    window = view.optional(view.key("attention.sliding_window"), low=0, high=MAX_CONTEXT)
+    if window:
+        raise CheckpointError(
+            f"{view.where}: {view.architecture} with attention.sliding_window={window}: the file does not say "
+            "which layers have the window; use the safetensors folder of the model"
+        )
     return {
         "model_type": view.architecture,
         "architectures": [f"Qwen{number}ForCausalLM"],
