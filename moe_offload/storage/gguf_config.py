@@ -175,8 +175,8 @@ def _dense_qwen(view: MetadataView) -> dict[str, Any]:
     window = view.optional(view.key("attention.sliding_window"), low=0, high=MAX_CONTEXT)
     if window:
         raise CheckpointError(
-            f"{view.where}: {view.architecture} with attention.sliding_window={window}: the file does not say "
-            "which layers have the window; use the safetensors folder of the model"
+            f"{view.where}: {view.architecture} with attention.sliding_window={window}: the file does not "
+            "say which layers have the window; use the safetensors folder of the model"
         )
     return {
         "model_type": view.architecture,
