@@ -116,3 +116,17 @@ def test_a_folder_without_text_is_named(tmp_path):
     done = run_script("train_tokenizer.py", "--text", tmp_path, "--out", tmp_path / "t.json", check=False)
     assert done.returncode != 0
     assert f"{tmp_path} holds no *.txt" in done.stderr
+
+
+def test_the_average_of_a_model_and_a_further_trained_one_lies_between_them(trained, text_folder):
+    from safetensors.torch import load_file
+
+    out = trained[0]
+    further, averaged = text_folder / "made3" / "further", text_folder / "made3" / "averaged"
+    run_script("train.py", "--init-from", out, "--text", text_folder, "--out", further, "--steps", 2, *RUN)
+    run_script("average.py", out, further, averaged)
+    a, b, mean = (load_file(folder / "model.safetensors") for folder in (out, further, averaged))
+    assert mean.keys() == a.keys()
+    name = "model.embed_tokens.weight"
+    assert not a[name].equal(b[name])
+    assert mean[name].equal((a[name] + b[name]) / 2)
