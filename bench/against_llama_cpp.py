@@ -5,12 +5,14 @@
 Two programs that round differently may choose different tokens where the two best are nearly
 equal, and only there. Both are held against the same weights in float64 (demo_model/reference.py):
 
-- greedy: every prompt of --prompts is continued by both. Where they part, float64 judges: parting is
-  allowed only if its margin between its two best tokens is at most twice the larger logit error that
-  the two programs, fed the common text in one piece, show at that position.
+- greedy: every prompt of --prompts is continued by both. Where they part, the logits that each
+  program chose from are compared with float64's: parting is allowed only if float64's margin between
+  its two best tokens is at most twice the larger of the two errors there.
 - teacher forcing: at every position of --text, both must choose float64's best token wherever its
-  margin exceeds twice the larger logit error measured there. That follows from the errors, so the
-  errors themselves are bounded too: ours must not exceed twice llama.cpp's (root mean square).
+  margin exceeds twice the larger of the two errors there.
+
+Both rules follow from the errors, so the errors themselves are bounded: in decoding and in teacher
+forcing, our root mean square error over all positions must not exceed twice llama.cpp's.
 
 Exit code 1 if a rule is broken. The reference holds all weights as float64: for small models.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +38,14 @@ Logits = Callable[[list[int]], np.ndarray]  # token ids -> (num_tokens, vocab_si
 
 @dataclass(frozen=True)
 class Program:
-    """A way to run the model: all logits of a text, and greedy continuation."""
+    """A way to run the model: all logits of a text, and greedy continuation.
+
+    ``continue_greedily(token_ids, num_tokens)`` returns the new tokens, an end-of-text token
+    included, and the logits each was chosen from, (num_new_tokens, vocab_size).
+    """
 
     logits: Logits
-    continue_greedily: Callable[[list[int], int], list[int]]
+    continue_greedily: Callable[[list[int], int], tuple[list[int], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,21 @@ class Parting:
         return self.margin <= ERROR_FACTOR * self.error
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """What greedy decoding showed; errors are over the tokens up to each parting."""
+
+    num_prompts: int
+    num_tokens: int
+    partings: list[Parting]
+    rms_error: dict[str, float]  # "ours", "llama"
+
+    @property
+    def passed(self) -> bool:
+        accurate = self.rms_error["ours"] <= ERROR_FACTOR * self.rms_error["llama"]
+        return accurate and all(parting.allowed for parting in self.partings)
+
+
 def main() -> None:
     """Compare, print tables and one line of JSON; exit 1 if a rule is broken."""
     args = parse_args()
@@ -64,18 +86,19 @@ def main() -> None:
     ours, llama = open_ours(args), open_llama(args.model, args.window + 1, args.threads)
     reference = open_reference(args.model)
     prompts = read_prompts(args.prompts)
-    partings = compare_greedy(ours, llama, reference, encode_prompts(tokenizer, prompts), args.new_tokens)
-    print_greedy(partings, len(prompts), args.new_tokens)
+    greedy = compare_greedy(ours, llama, reference, encode_prompts(tokenizer, prompts), args.new_tokens)
+    print_greedy(greedy, args.new_tokens)
     forced = compare_forced(ours.logits, llama.logits, reference, text_windows(tokenizer, args))
     print_forced(forced)
-    passed = all(parting.allowed for parting in partings) and forced["passed"]
     result = {
-        "bench": "against_llama_cpp", "model": args.model.name, "passed": passed, "prompts": len(prompts),
-        "new_tokens": args.new_tokens, "prompts_equal": len(prompts) - len(partings),
-        "partings": [vars(parting) | {"allowed": parting.allowed} for parting in partings], "forced": forced,
+        "bench": "against_llama_cpp", "model": args.model.name, "new_tokens": args.new_tokens,
+        "passed": greedy.passed and forced["passed"], "prompts": greedy.num_prompts,
+        "prompts_equal": greedy.num_prompts - len(greedy.partings),
+        "partings": [vars(parting) | {"allowed": parting.allowed} for parting in greedy.partings],
+        "decode_rms_error": greedy.rms_error, "decode_tokens": greedy.num_tokens, "forced": forced,
     }  # fmt: skip
     print(json.dumps(result))
-    sys.exit(0 if passed else 1)
+    sys.exit(0 if result["passed"] else 1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,12 +158,13 @@ def transformers_program(model: Any) -> Program:
         with torch.no_grad():
             return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().numpy()
 
-    def continue_greedily(ids: list[int], num_tokens: int) -> list[int]:
+    def continue_greedily(ids: list[int], num_tokens: int) -> tuple[list[int], np.ndarray]:
         inputs = torch.tensor([ids])
         out = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False
-        )
-        return out[0, len(ids) :].tolist()
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits).double().numpy()
 
     return Program(logits, continue_greedily)
 
@@ -159,14 +183,15 @@ def open_llama(path: Path, context: int, threads: int = 2) -> Program:
         llama.eval(ids)
         return llama.scores[: len(ids)].astype(np.float64)
 
-    def continue_greedily(ids: list[int], num_tokens: int) -> list[int]:
+    def continue_greedily(ids: list[int], num_tokens: int) -> tuple[list[int], np.ndarray]:
         llama.reset()
         new_ids: list[int] = []
         for token_id in llama.generate(ids, temp=0.0, repeat_penalty=1.0, reset=False):
             new_ids.append(token_id)
             if token_id == llama.token_eos() or len(new_ids) == num_tokens:
                 break
-        return new_ids
+        first = len(ids) - 1  # the prompt's last row chose the first new token
+        return new_ids, llama.scores[first : first + len(new_ids)].astype(np.float64)
 
     return Program(logits, continue_greedily)
 
@@ -183,18 +208,25 @@ def open_reference(path: Path) -> Logits:
 
 def compare_greedy(
     ours: Program, llama: Program, reference: Logits, prompts: dict[str, list[int]], num_tokens: int
-) -> list[Parting]:
-    """Continue every prompt with both; return where they part."""
-    partings = []
+) -> Greedy:
+    """Continue every prompt with both; find where they part and how far each is from float64."""
+    partings, num_compared = [], 0
+    squares = {"ours": 0.0, "llama": 0.0}
     for prompt, ids in prompts.items():
-        our_ids, llama_ids = ours.continue_greedily(ids, num_tokens), llama.continue_greedily(ids, num_tokens)
+        our_ids, our_logits = ours.continue_greedily(ids, num_tokens)
+        llama_ids, llama_logits = llama.continue_greedily(ids, num_tokens)
+        common = first_difference(our_ids, llama_ids)
+        chosen = min(common + 1, len(our_ids), len(llama_ids))  # the tokens chosen after equal text
+        exact = reference(ids + our_ids[: chosen - 1])[len(ids) - 1 :]  # (chosen, vocab_size)
+        errors = {"ours": our_logits[:chosen] - exact, "llama": llama_logits[:chosen] - exact}
+        for name, error in errors.items():
+            squares[name] += float(np.square(error).mean(axis=-1).sum())
+        num_compared += chosen
         if our_ids != llama_ids:
-            common = first_difference(our_ids, llama_ids)
-            text = ids + our_ids[:common]
-            exact = reference(text)[-1]
-            errors = [np.abs(program.logits(text)[-1] - exact).max() for program in (ours, llama)]
-            partings.append(Parting(prompt, common, float(margins(exact)), float(max(errors))))
-    return partings
+            largest = max(float(np.abs(error[-1]).max()) for error in errors.values())
+            partings.append(Parting(prompt, common, float(margins(exact[-1])), largest))
+    rms_error = {name: math.sqrt(total / num_compared) for name, total in squares.items()}
+    return Greedy(len(prompts), num_compared, partings, rms_error)
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
@@ -248,13 +280,15 @@ def forced_figures(rows: dict[str, np.ndarray], squares: dict[str, float]) -> di
     }
 
 
-def print_greedy(partings: list[Parting], num_prompts: int, num_tokens: int) -> None:
-    num_equal = num_prompts - len(partings)
-    print(f"greedy: {num_equal} of {num_prompts} prompts equal over {num_tokens} new tokens")
-    for parting in partings:
+def print_greedy(greedy: Greedy, num_tokens: int) -> None:
+    num_equal = greedy.num_prompts - len(greedy.partings)
+    print(f"greedy: {num_equal} of {greedy.num_prompts} prompts equal over {num_tokens} new tokens")
+    for parting in greedy.partings:
         verdict = "near-tie" if parting.allowed else "BROKEN"
         figures = f"margin {parting.margin:.5f}, error {parting.error:.5f}"
         print(f"  {verdict} after {parting.position} tokens of {parting.prompt[:40]!r}: {figures}")
+    errors = ", ".join(f"{name} {error:.6f}" for name, error in greedy.rms_error.items())
+    print(f"  rms error over {greedy.num_tokens} tokens: {errors}")
 
 
 def print_forced(forced: dict[str, Any]) -> None:
