@@ -22,7 +22,6 @@ from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-DEMO_MODEL = Path(__file__).parent / "demo" / "tiny-moe.gguf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from moe_offload.cli import DEMO_MODEL
-from moe_offload.config import DEFAULT_CONTEXT_TOKENS, GIB, MIB
+from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB
 from moe_offload.errors import ConfigError
 from moe_offload.planning.cost_model import activation_bytes, attention_bytes, kv_bytes
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_offload.cli import DEMO_MODEL, exit_at_once_on_interrupt
+from moe_offload.cli import exit_at_once_on_interrupt
+from moe_offload.config import DEMO_MODEL
 from moe_offload.planning.placement import cold_cache_warning
 from moe_offload.terminal import Progress, gib, last_line
 

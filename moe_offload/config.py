@@ -6,8 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from moe_offload.errors import ConfigError
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "tiny-moe.gguf"  # what runs where no model is named
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

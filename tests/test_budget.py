@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import moe_offload
-from moe_offload.config import GIB, MIB
-from moe_offload.runtime.model import DEMO_MODEL
+from moe_offload.config import DEMO_MODEL, GIB, MIB
 
 ROOT = Path(__file__).parent.parent
 ALLOWANCE_BYTES = 64 * MIB

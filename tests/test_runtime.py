@@ -13,8 +13,8 @@ from toy_models import save_toy_model
 
 import moe_offload
 from moe_offload import CheckpointError
+from moe_offload.config import DEMO_MODEL
 from moe_offload.runtime import skeleton
-from moe_offload.runtime.model import DEMO_MODEL
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
 from moe_offload.storage.checkpoint import open_checkpoint
 

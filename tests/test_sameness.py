@@ -16,7 +16,7 @@ from three_way import read_dense, read_experts
 
 import moe_offload
 from moe_offload import ops
-from moe_offload.runtime.model import DEMO_MODEL
+from moe_offload.config import DEMO_MODEL
 from moe_offload.storage.checkpoint import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))

@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from moe_offload import ops
 from moe_offload.config import (
     DEFAULT_CONTEXT_TOKENS,
+    DEMO_MODEL,
     MIB,
     PlacementPlan,
     RuntimeConfig,
@@ -43,7 +44,6 @@ from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import BOUNCE_BYTES, DEFAULT_NUM_IO_THREADS, Arena, open_reader
 
-DEMO_MODEL = Path(__file__).parent.parent / "demo" / "tiny-moe.gguf"
 PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
 GUARD_INTERVAL_S = 0.5

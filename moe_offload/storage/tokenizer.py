@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moe_offload.config import DEMO_MODEL
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.checkpoint import Checkpoint, locate
 from moe_offload.storage.gguf import GgufHeader, read_gguf
@@ -78,13 +79,16 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint: a transformers tokenizer with its chat template.
+
+    Args:
+        path: folder or GGUF file; None is the bundled demo model.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or its split rule is unknown.
     """
-    source, path = locate(path)
+    source, path = locate(DEMO_MODEL if path is None else path)
     return _from_gguf(read_gguf(path)) if source == "gguf" else _from_folder(path)
 
 
