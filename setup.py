@@ -43,7 +43,7 @@ setup(
     description="Run mixture-of-experts models that do not fit, inside a memory budget, with the same tokens",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["moe_offload", "moe_offload.*"]), "moe_offload.predictors"],
