@@ -23,13 +23,24 @@ READING_ORDER = [
     ("planning",),
     ("storage",),
     ("residency",),
-    ("replay",),
+    ("replay", "replay_layers"),
     ("ops",),
     ("predictors",),
     ("runtime",),
     ("terminal", "cli", "cli_chat", "cli_generate", "cli_inspect", "cli_session", "cli_trace", "__main__"),
 ]
-WITHOUT_TORCH = {"errors", "config", "storage.expert_format", "stats", "trace", "planning", "storage", "residency", "replay"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "storage.expert_format",
+    "stats",
+    "trace",
+    "planning",
+    "storage",
+    "residency",
+    "replay",
+    "replay_layers",
+}
 HEAVY = {"torch", "transformers"}
 
 

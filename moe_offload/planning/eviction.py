@@ -149,22 +149,49 @@ class EwmaPolicy:
         return self._rows[layer_idx]
 
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LruPolicy, "ewma": EwmaPolicy}
+_POLICIES_FOLDER = "moe_offload.planning.policies"
+POLICIES = {
+    "ewma": "moe_offload.planning.eviction:EwmaPolicy",
+    "lru": "moe_offload.planning.eviction:LruPolicy",
+    "arc": f"{_POLICIES_FOLDER}.arc:ArcPolicy",
+    "class_lru": f"{_POLICIES_FOLDER}.frequency:ClassLruPolicy",
+    "fate": f"{_POLICIES_FOLDER}.arc:FatePolicy",
+    "lcp": f"{_POLICIES_FOLDER}.frequency:LcpPolicy",
+    "least_stale": f"{_POLICIES_FOLDER}.passes:LeastStalePolicy",
+    "lfru": f"{_POLICIES_FOLDER}.frequency:LfruPolicy",
+    "lfu": f"{_POLICIES_FOLDER}.frequency:LfuPolicy",
+    "moe_infinity": f"{_POLICIES_FOLDER}.passes:MoeInfinityPolicy",
+    "mrs": f"{_POLICIES_FOLDER}.frequency:MrsPolicy",
+    "plec": f"{_POLICIES_FOLDER}.passes:PlecPolicy",
+    "static": f"{_POLICIES_FOLDER}.frequency:StaticPolicy",
+}
+ORACLES = {  # know the future of a trace: for replays only
+    "belady": f"{_POLICIES_FOLDER}.belady:BeladyPolicy",
+    "belady_no_bypass": f"{_POLICIES_FOLDER}.belady:BeladyNoBypassPolicy",
+}
 
 
-def make_policy(name: str) -> EvictionPolicy:
+def make_policy(name: str, *, oracles: bool = False) -> EvictionPolicy:
     """Return a new policy by its name, or of the class at an import path "package.module:Class".
 
+    What follows an "=" is the class's argument: "horizon=fit.npz" is ``HorizonPolicy("fit.npz")``.
+
+    Args:
+        oracles: also those that must know the future, for a replay.
+
     Raises:
-        ConfigError: no such name, module or class, or the class is no EvictionPolicy.
+        ConfigError: no such name, module or class, or the class is no EvictionPolicy; or the file that
+            it reads is none.
     """
-    if ":" not in name:
-        if name not in POLICIES:
-            raise ConfigError(_unknown_policy(name, "is unknown"))
-        return POLICIES[name]()
-    module_name, _, class_name = name.partition(":")
+    base, equals, argument = name.partition("=")
+    if ":" not in base and base in ORACLES and not oracles:
+        raise ConfigError(f"policy {base!r} knows the future: it exists in replays of a trace only")
+    path = base if ":" in base else {**POLICIES, **ORACLES}.get(base)
+    if path is None:
+        raise ConfigError(_unknown_policy(name, "is unknown"))
+    module_name, _, class_name = path.partition(":")
     try:
-        policy = getattr(import_module(module_name), class_name)()
+        policy = getattr(import_module(module_name), class_name)(*([argument] if equals else []))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(_unknown_policy(name, f"cannot be made ({error})")) from error
     if not isinstance(policy, EvictionPolicy):
@@ -173,5 +200,5 @@ def make_policy(name: str) -> EvictionPolicy:
 
 
 def _unknown_policy(name: str, reason: str) -> str:
-    known = ", ".join(sorted(POLICIES))
+    known = ", ".join(POLICIES)
     return f'policy {name!r} {reason}; known are {known}, or an import path "package.module:Class"'

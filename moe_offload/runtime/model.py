@@ -270,7 +270,12 @@ def _attach(
         partial(skeleton.router_of, weakref.proxy(model)),
         checkpoint.spec.num_experts,
         checkpoint.path.name,
-        partial(handle.account, policy=config.policy, prefetch=prefetcher.enabled),
+        partial(
+            handle.account,
+            policy=config.policy,
+            prefetch=prefetcher.enabled,
+            expert_bytes={str(i): layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()},
+        ),
     )
     weakref.finalize(model, handle.close)
 
