@@ -32,11 +32,11 @@ from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.placement import plan_placement
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes, process_bytes
+from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
-from moe_offload.runtime.offload import OffloadHandle, committed_bytes
+from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
 from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.stats import OffloadStats
@@ -161,7 +161,7 @@ def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig)
         spec,
         checkpoint.experts.layouts,
         ram_bytes=config.ram_bytes if config.ram_bytes is not None else auto_ram_bytes(),
-        base_bytes=process_bytes() + committed_bytes(),
+        base_bytes=base_bytes(),
         dense_bytes=skeleton.dense_resident_bytes(checkpoint, dtype),
         kv_bytes_per_element=dtype.itemsize,
         context_tokens=context_tokens,

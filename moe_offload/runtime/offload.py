@@ -17,7 +17,7 @@ import torch
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.memory import MemoryGuard, peak_bytes
+from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
@@ -25,6 +25,7 @@ from moe_offload.storage.io import DirectReader
 if TYPE_CHECKING:
     from moe_offload.runtime.recorder import RoutingRecorder
 
+_library_bytes = 0
 live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
 
 
@@ -62,6 +63,11 @@ class OffloadHandle:
     def context_tokens(self) -> int:
         """Tokens that the key/value cache was budgeted for, over the whole batch."""
         return self.plan.context_tokens
+
+    @property
+    def planned_bytes(self) -> int:
+        """What this model takes at most, libraries apart."""
+        return self.plan.total_bytes - self.plan.base_bytes
 
     def stats(self) -> OffloadStats:
         """Return the live counters, peak memory brought up to date."""
@@ -181,6 +187,9 @@ class OffloadHandle:
             self.on_prefill(start + int(num_tokens * share), total_tokens)
 
 
-def committed_bytes() -> int:
-    """Bytes that the models already loaded in this process may come to use."""
-    return sum(handle.plan.total_bytes - handle.plan.base_bytes for handle in live_handles)
+def base_bytes() -> int:
+    """Return what the process holds, or will hold once the models loaded before fill their plans."""
+    global _library_bytes
+    now = process_bytes()
+    _library_bytes = min(now, _library_bytes or now)  # the first load measures it without any model
+    return max(now, _library_bytes + sum(handle.planned_bytes for handle in live_handles))
