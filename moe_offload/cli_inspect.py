@@ -9,10 +9,10 @@ from typing import Any
 
 from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB
 from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import activation_bytes, attention_bytes, kv_bytes
+from moe_offload.planning.cost_model import kv_bytes, workspace_bytes
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
-from moe_offload.storage.io import BOUNCE_BYTES, DEFAULT_NUM_IO_THREADS
+from moe_offload.storage.io import BOUNCE_BYTES
 from moe_offload.terminal import gib
 
 # Interpreter, torch and transformers before a model is loaded: 354 MiB with torch 2.13 for CPUs on
@@ -78,7 +78,13 @@ def _fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
         base_bytes=LIBRARIES_ESTIMATE_BYTES,
         dense_bytes=checkpoint.dense_bytes,
         kv_bytes=_kv_bytes(checkpoint, context_tokens),
-        workspace_bytes=_workspace_bytes(checkpoint, context_tokens),
+        workspace_bytes=BOUNCE_BYTES
+        + workspace_bytes(
+            checkpoint.spec,
+            checkpoint.config,
+            context_tokens=context_tokens,
+            stores_scores=checkpoint.spec.model_type in EAGER_FAMILIES,
+        ),
         context_tokens=context_tokens,
     )
 
@@ -87,26 +93,6 @@ def _kv_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
     element_bytes = 4 if checkpoint.source == "gguf" else FLOAT_BYTES.get(dtype, 4)
     return kv_bytes(checkpoint.spec, context_tokens=num_tokens, batch_size=1, bytes_per_element=element_bytes)
-
-
-def _workspace_bytes(checkpoint: Checkpoint, context_tokens: int) -> int:
-    """Return what a run reckons with: activations of a chunk, attention beside them, the reader."""
-    config = checkpoint.config
-    num_heads = int(config["num_attention_heads"])
-    head_dim = config.get("head_dim") or checkpoint.spec.hidden_size // num_heads
-    latent_dim = sum(config.get(name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    activations = activation_bytes(
-        checkpoint.spec,
-        context_tokens=context_tokens,
-        dense_intermediate_size=config.get("intermediate_size") or 0,
-    )
-    attention = attention_bytes(
-        num_heads=num_heads,
-        head_dim=max(head_dim, latent_dim),
-        context_tokens=context_tokens,
-        stores_scores=checkpoint.spec.model_type in EAGER_FAMILIES,
-    )
-    return activations + attention + DEFAULT_NUM_IO_THREADS * BOUNCE_BYTES
 
 
 def _expert_sizes(checkpoint: Checkpoint) -> list[int]:

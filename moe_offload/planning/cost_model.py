@@ -5,9 +5,15 @@ Pure functions on ints. Legend: T tokens, H hidden_size, I an MLP's intermediate
 
 from __future__ import annotations
 
-from moe_offload.config import PREFILL_CHUNK_TOKENS, ModelSpec
+from collections.abc import Mapping
+from typing import Any
+
+from moe_offload.config import MIB, PREFILL_CHUNK_TOKENS, ModelSpec
 
 FLOAT32_BYTES = 4
+ALLOCATOR_SLACK_BYTES = (
+    32 * MIB
+)  # what malloc keeps between uses and Python grows by (measured: 20 to 30 MiB)
 ATTENTION_WIDTH_IN_HIDDEN_SIZES = 12  # query, key, value before and after rotary, context, its projection
 RESIDUAL_WIDTH_IN_HIDDEN_SIZES = 6  # residual, normed, router input, float32 copy, sum of experts, result
 MLP_INTERMEDIATES = 3  # gate, up, their product
@@ -58,3 +64,29 @@ def attention_bytes(*, num_heads: int, head_dim: int, context_tokens: int, store
     expanded = 2 * num_heads * head_dim * context_tokens
     scores = 3 * num_heads * PREFILL_CHUNK_TOKENS * context_tokens if stores_scores else 0
     return FLOAT32_BYTES * (expanded + scores)
+
+
+def workspace_bytes(
+    spec: ModelSpec, config: Mapping[str, Any], *, context_tokens: int, stores_scores: bool
+) -> int:
+    """Return the bytes beside weights and cache while a prompt runs: activations, attention, slack.
+
+    Args:
+        config: the checkpoint's config.json; keys that it leaves out have no part in the shape.
+        stores_scores: the family runs eager attention.
+    """
+    num_heads = int(config["num_attention_heads"])
+    head_dim = config.get("head_dim") or spec.hidden_size // num_heads
+    latent_dims = [config.get(name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    activations = activation_bytes(
+        spec,
+        context_tokens=context_tokens,
+        dense_intermediate_size=config.get("intermediate_size") or 0,
+    )
+    attention = attention_bytes(
+        num_heads=num_heads,
+        head_dim=max(head_dim, sum(latent_dims)),
+        context_tokens=context_tokens,
+        stores_scores=stores_scores,
+    )
+    return activations + attention + ALLOCATOR_SLACK_BYTES

@@ -27,7 +27,7 @@ from moe_offload.config import (
     resolve_expert_cap,
 )
 from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import activation_bytes, attention_bytes
+from moe_offload.planning.cost_model import workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.placement import plan_placement
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
@@ -42,7 +42,7 @@ from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.io import BOUNCE_BYTES, DEFAULT_NUM_IO_THREADS, Arena, open_reader
+from moe_offload.storage.io import BOUNCE_BYTES, Arena, open_reader
 
 PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
@@ -166,28 +166,13 @@ def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig)
         kv_bytes_per_element=dtype.itemsize,
         context_tokens=context_tokens,
         expert_cap=resolve_expert_cap(config.experts, num_experts),
-        reader_bytes=DEFAULT_NUM_IO_THREADS * BOUNCE_BYTES,
-        activation_bytes=_workspace_bytes(model, checkpoint, context_tokens),
-    )
-
-
-def _workspace_bytes(model: PreTrainedModel, checkpoint: Checkpoint, context_tokens: int) -> int:
-    """Activations of one chunk, and what attention over the whole context makes beside them."""
-    config = model.config
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    latent_dims = [
-        getattr(config, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    ]
-    return activation_bytes(
-        checkpoint.spec,
-        context_tokens=context_tokens,
-        dense_intermediate_size=getattr(config, "intermediate_size", 0) or 0,
-    ) + attention_bytes(
-        num_heads=num_heads,
-        head_dim=max(head_dim, sum(latent_dims)),
-        context_tokens=context_tokens,
-        stores_scores=config._attn_implementation == "eager",
+        reader_bytes=BOUNCE_BYTES,
+        activation_bytes=workspace_bytes(
+            spec,
+            checkpoint.config,
+            context_tokens=context_tokens,
+            stores_scores=model.config._attn_implementation == "eager",
+        ),
     )
 
 
