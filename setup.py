@@ -15,9 +15,12 @@ HEADERS = sorted(
 )
 # One translation unit per instruction set; the CPU decides at run time which one is used.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "kernels_avx2.cpp": AVX2,
-    "kernels_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
+    # The warning is about gcc's own header: _mm512_undefined_epi32 is meant to be undefined.
+    "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", "-Wno-maybe-uninitialized"],
 }
 
 ParallelCompile("MOE_OFFLOAD_BUILD_JOBS", default=0).install()
@@ -72,7 +75,7 @@ setup(
         "numpy>=2.4,<3",
         "psutil>=7.2,<8",
     ],
-    extras_require={"llama": ["llama-cpp-python==0.3.36"]},
+    extras_require={"llama": ["llama-cpp-python==0.3.36"], "bench": ["matplotlib"]},
     entry_points={"console_scripts": ["moe-offload = moe_offload.cli:main"]},
     zip_safe=False,
 )

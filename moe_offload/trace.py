@@ -25,6 +25,7 @@ optional header; ``.jsonl`` of objects {"token", "layer", "experts", "weights"*,
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,6 +65,27 @@ class RoutingTrace:
     @property
     def top_k(self) -> int:
         return int(self.experts.shape[2])
+
+    def head(self, num_tokens: int, *, single_steps: bool = False) -> RoutingTrace:
+        """Return the first tokens; with ``single_steps`` as if each had been decoded by itself.
+
+        Steps and sequences that the cut goes through are shortened.
+        """
+        count = min(num_tokens, self.num_tokens)
+        step_tokens = np.ones(count, np.int32) if single_steps else _cut(self.step_tokens, count)
+        phase = np.full(count, DECODE, np.uint8) if single_steps else self.phase[:count]
+        rest: dict[str, Any] = {
+            name: None if getattr(self, name) is None else getattr(self, name)[:count]
+            for name in ("weights", "router_logits", "router_inputs")
+        }
+        return replace(
+            self,
+            experts=self.experts[:count],
+            seq_len=_cut(self.seq_len, count),
+            step_tokens=step_tokens,
+            phase=phase,
+            **rest,
+        )
 
     def decode_only(self) -> RoutingTrace:
         """Return the decode tokens, each a step of its own; the trace itself when it has no others."""
@@ -212,6 +234,12 @@ def read_trace(path: str | Path, num_experts: int | None = None) -> RoutingTrace
         raise CheckpointError(f"trace {path} cannot be read: {error!r}") from error
 
 
+def sequence_digests(trace: RoutingTrace) -> list[str]:
+    """Return a digest of each sequence's choices: a fitted file names its training data by them."""
+    parts = np.split(np.sort(trace.experts, axis=2).astype("<u2"), np.cumsum(trace.seq_len)[:-1])
+    return [hashlib.sha256(repr(part.shape).encode() + part.tobytes()).hexdigest()[:16] for part in parts]
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as file:
         fields: dict[str, Any] = {name: file[name] for name in _NPZ_ARRAYS if name in file}
@@ -274,6 +302,14 @@ def _grid(rows: Iterable[tuple[int, int, Sequence[int], Sequence[float] | None]]
     if all(weights is not None for _, weights in cells.values()):
         fields["weights"] = np.array([cells[cell][1] for cell in order], np.float32).reshape(shape)
     return fields
+
+
+def _cut(lengths: NDArray[np.int32], total: int) -> NDArray[np.int32]:
+    """Return the lengths up to a sum of ``total``."""
+    ends = np.minimum(np.cumsum(lengths), total)
+    parts = np.diff(ends, prepend=0)
+    shortened: NDArray[np.int32] = parts[parts > 0].astype(np.int32)
+    return shortened
 
 
 def _lengths(given: Any, default: Any) -> NDArray[np.int32]:

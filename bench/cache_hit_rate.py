@@ -1,0 +1,286 @@
+"""How often would each eviction policy find an expert in memory, on recorded routing?
+
+    python bench/cache_hit_rate.py --trace FILE... --slots 4,8,16 --policies lru,ewma,belady
+    python bench/cache_hit_rate.py --trace RUN.npz --as-run
+
+Replays decode tokens from cold through the runtime's own policies, event-atomically: a layer's experts
+of a token are looked up together, then the misses come in, then victims are chosen. --slots counts
+resident experts a layer; slots for a step's misses come on top. "closed" is the share of the way from
+LRU to Belady (the most hits that any policy can have). Times are modelled: misses x (latency +
+bytes / bandwidth), nothing overlapped. Prints a card, tables, and one last line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hit_rate_report import commit, cpu_name, print_tables, write_files
+from trace_statistics import segment_cache_hit_rates, segment_routing
+
+from moe_offload.config import PoolPlan, parse_bytes
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.planning.eviction import ORACLES, POLICIES, make_policy
+from moe_offload.replay import layer_pools, replay
+from moe_offload.replay_layers import replay_layers, scorer_of
+from moe_offload.stats import OffloadStats
+from moe_offload.terminal import Progress
+from moe_offload.trace import RoutingTrace, read_trace, sequence_digests
+
+SRP_WINDOWS, SCH_WINDOW = (4, 16, 64, 256), 16
+ASSUMED_EXPERT_BYTES = 1 << 20
+
+TRACES: list[tuple[str, RoutingTrace]] = []  # what the worker processes inherit
+
+
+def main() -> int:
+    args = parse_args()
+    started = time.perf_counter()
+    try:
+        names = policy_names(args.policies)
+        TRACES.extend((path.stem, load(path, args)) for path in args.trace)
+        if args.as_run:
+            return report_runs(args)
+        check_names(names)
+        sizes = [sizes_of(trace, args) for _, trace in TRACES]
+        for (stem, trace), counts in zip(TRACES, sizes, strict=True):
+            describe(stem, trace, counts, args)
+        rows = run_all(names, sizes, args)
+    except (ConfigError, CheckpointError) as error:
+        print(f"cache_hit_rate: error: {error}", file=sys.stderr)
+        return 2
+    add_bounds(rows)
+    print_tables(rows)
+    result = {**card(args), "took_s": round(time.perf_counter() - started, 1), "results": rows}
+    write_files(result, args)
+    print(json.dumps(result))
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trace", type=Path, nargs="+", required=True, help=".npz, .npy, .csv, .jsonl")
+    parser.add_argument("--slots", help="resident experts a layer: 4,8,16 (default: 1/8, 1/4, 1/2 of them)")
+    parser.add_argument("--bytes", help="resident experts of all layers together, as sizes: 2GiB,4GiB")
+    parser.add_argument("--policies", default="all", help='names, import paths "pkg.mod:Class", or all')
+    parser.add_argument(
+        "--pool", choices=["layer", "shared"], default="layer", help="a cache a layer, or one"
+    )
+    parser.add_argument("--num-experts", type=int, help="of a layer, for traces that do not say")
+    parser.add_argument("--expert-bytes", help="of one expert; default: the trace's, else 1 MiB is assumed")
+    parser.add_argument("--max-tokens", type=int, help="only the first tokens of each trace")
+    parser.add_argument("--phase", choices=["decode", "all"], default="decode", help="which tokens count")
+    parser.add_argument("--link-bytes-per-s", type=float, default=2e9, help="of the modelled device")
+    parser.add_argument("--latency-s", type=float, default=1e-4, help="of a read on the modelled device")
+    parser.add_argument(
+        "--as-run", action="store_true", help="replay with the recorded run's plan and policy"
+    )
+    parser.add_argument("--no-statistics", action="store_true", help="leave out SRP and SCH")
+    parser.add_argument("--seed", type=int, default=0, help="for policies that draw random numbers")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG; needs matplotlib")
+    return parser.parse_args()
+
+
+def policy_names(text: str) -> list[str]:
+    return (
+        [*POLICIES, *ORACLES] if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    )
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse a wrong name before minutes of replay."""
+    if not names:
+        raise ConfigError("--policies names none")
+    for name in names:
+        make_policy(name, oracles=True)
+
+
+def load(path: Path, args: argparse.Namespace) -> RoutingTrace:
+    trace = read_trace(path, args.num_experts)
+    if args.as_run:
+        return trace
+    if args.phase == "all":
+        trace = trace.head(trace.num_tokens, single_steps=True)
+    trace = trace.decode_only()
+    if args.max_tokens:
+        trace = trace.head(args.max_tokens)
+    if not trace.num_tokens:
+        raise ConfigError(f"trace {path} has no decode tokens; --phase all takes the prompts' tokens too")
+    return trace
+
+
+def bytes_of(trace: RoutingTrace, args: argparse.Namespace) -> dict[int, int]:
+    """Return an expert's bytes by layer."""
+    if args.expert_bytes:
+        return dict.fromkeys(trace.layers, parse_bytes(args.expert_bytes))
+    known = trace.metadata.get("expert_bytes", {})
+    return {layer_idx: int(known.get(str(layer_idx), ASSUMED_EXPERT_BYTES)) for layer_idx in trace.layers}
+
+
+def sizes_of(trace: RoutingTrace, args: argparse.Namespace) -> list[int]:
+    """Return the cache sizes in resident experts a layer."""
+    if args.bytes:
+        all_layers_bytes = sum(bytes_of(trace, args).values())
+        counts = [parse_bytes(text) // all_layers_bytes for text in args.bytes.split(",")]
+    elif args.slots:
+        if not all(part.strip().isdigit() for part in args.slots.split(",")):
+            raise ConfigError(f"--slots {args.slots!r} is not a list of numbers such as 4,8,16")
+        counts = [int(part) for part in args.slots.split(",")]
+    else:
+        counts = [trace.num_experts // share for share in (8, 4, 2)]
+    if min(counts) < 1:
+        raise ConfigError(f"a cache of {min(counts)} experts a layer holds nothing; ask for more")
+    return counts
+
+
+def describe(stem: str, trace: RoutingTrace, sizes: list[int], args: argparse.Namespace) -> None:
+    """Print what the trace is, how cacheable it is, and which sizes are hopeless."""
+    print(
+        f"{stem}: {trace.num_tokens} tokens of {len(trace.seq_len)} sequences, {len(trace.layers)} layers, "
+        f"{trace.top_k} of {trace.num_experts} experts"
+    )
+    if not args.no_statistics:
+        parts = [segment_routing(trace, window) for window in SRP_WINDOWS]
+        srp = ", ".join(f"m={p.window_tokens} {p.srp:.3f} (rho {p.rho:.2f})" for p in parts if p)
+        print(f"  SRP {srp}")
+        rates = segment_cache_hit_rates(trace, SCH_WINDOW, sizes)
+        sch = ", ".join(f"{size} slots {rate:.3f}" for size, rate in zip(sizes, rates, strict=True))
+        print(f"  SCH m={SCH_WINDOW}: {sch}")
+    for size in sizes:
+        if size < trace.top_k:
+            print(
+                f"  warning: {size} resident experts a layer is under one token's working set "
+                f"(top_k {trace.top_k} in each of {len(trace.layers)} layers)"
+            )
+    print()
+
+
+def run_all(names: list[str], sizes: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Replay every trace under every policy, several processes at a time."""
+    wanted = dict.fromkeys(["lru", "belady", *names])  # the two bounds always
+    tasks = [(index, name) for index in range(len(TRACES)) for name in wanted]
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    context = multiprocessing.get_context("fork")
+    with (
+        Progress("replaying", sys.stderr, lambda count: f"{count:.0f} replays") as progress,
+        ProcessPoolExecutor(max(1, args.jobs), mp_context=context) as pool,
+    ):
+        futures = {pool.submit(run_one, i, name, sizes[i], args): (i, name) for i, name in tasks}
+        for count, future in enumerate(as_completed(futures), start=1):
+            rows[futures[future]] = future.result()
+            progress.update(count, len(tasks))
+    return [{**row, "asked": name in names} for i, name in tasks for row in rows[i, name]]
+
+
+def run_one(index: int, name: str, sizes: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Replay one trace under one policy in all sizes."""
+    stem, trace = TRACES[index]
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    base = {"trace": stem, "policy": name, "pool": args.pool}
+    policy = make_policy(name, oracles=True)
+    shared = set(getattr(policy, "trained_on", ())) & set(sequence_digests(trace))
+    if shared:
+        refusal = f"{len(shared)} of its {len(trace.seq_len)} sequences are among the policy's training data"
+        return [{**base, "slots": size, "hit_rate": None, "refused": refusal} for size in sizes]
+    expert_bytes = bytes_of(trace, args)
+    started = time.perf_counter()
+    scorer = scorer_of(policy, trace) if args.pool == "layer" else None
+    if scorer is not None:
+        results = replay_layers(trace, scorer, sizes, expert_bytes)
+    else:
+        results = [
+            replay(
+                trace,
+                layer_pools(trace, size, shared=args.pool == "shared"),
+                lambda: make_policy(name, oracles=True),
+                expert_bytes,
+            )
+            for size in sizes
+        ]
+    took_s = (time.perf_counter() - started) / len(sizes)
+    return [
+        {**base, "slots": size, **figures(stats, trace, args), "replay_s": round(took_s, 2)}
+        for size, stats in zip(sizes, results, strict=True)
+    ]
+
+
+def figures(stats: OffloadStats, trace: RoutingTrace, args: argparse.Namespace) -> dict[str, Any]:
+    read_s = stats.misses * args.latency_s + stats.demand_bytes / args.link_bytes_per_s
+    return {
+        "hit_rate": stats.hit_rate,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "bytes_moved": stats.demand_bytes,
+        "modelled_read_s_per_token": read_s / trace.num_tokens,
+    }
+
+
+def add_bounds(rows: list[dict[str, Any]]) -> None:
+    """Set each row's distance to Belady, and the share of the way from LRU to it."""
+    bounds = {(r["trace"], r["slots"], r["policy"]): r["hit_rate"] for r in rows}
+    for row in rows:
+        lru, belady = (bounds[row["trace"], row["slots"], name] for name in ("lru", "belady"))
+        if row["hit_rate"] is not None:
+            row["below_belady"] = belady - row["hit_rate"]
+            row["closed"] = (row["hit_rate"] - lru) / (belady - lru) if belady > lru else None
+    rows[:] = [row for row in rows if row.pop("asked")]
+
+
+def report_runs(args: argparse.Namespace) -> int:
+    """Replay recorded runs under their own plan and policy, and compare the counters."""
+    names = ("hits", "misses", "demand_bytes", "stream_bytes", "evictions")
+    results, same = [], True
+    for stem, trace in TRACES:
+        missing = sorted({"plan", "policy", "expert_bytes", "stats"} - set(trace.metadata))
+        if missing:
+            raise ConfigError(f"{stem} is no recorded run: its metadata lacks {', '.join(missing)}")
+        policy = str(trace.metadata["policy"])
+        pools = [
+            PoolPlan(**{**pool, "layers": tuple(pool["layers"])}) for pool in trace.metadata["plan"]["pools"]
+        ]
+        stats = replay(trace, pools, lambda policy=policy: make_policy(policy), bytes_of(trace, args))
+        recorded = trace.metadata["stats"]
+        print(f"{stem}: policy {policy}, prefetch {'on' if trace.metadata.get('prefetch') else 'off'}")
+        for name in names:
+            mark = "" if recorded[name] == getattr(stats, name) else "  differs"
+            same &= not mark
+            print(f"  {name:14} recorded {recorded[name]:14}  replayed {getattr(stats, name):14}{mark}")
+        row = {"trace": stem, "policy": policy, "slots": sum(pool.num_slots for pool in pools)}
+        counters = {name: getattr(stats, name) for name in names}
+        results.append({**row, "hit_rate": stats.hit_rate, "bytes_moved": stats.demand_bytes, **counters})
+    print(json.dumps({**card(args), "same": same, "results": results}))
+    return 0 if same else 1
+
+
+def card(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "bench": "cache_hit_rate",
+        "machine": cpu_name(),
+        "cores": os.cpu_count(),
+        "commit": commit(),
+        "seed": args.seed,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "link_bytes_per_s": args.link_bytes_per_s,
+        "latency_s": args.latency_s,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
