@@ -245,3 +245,12 @@ def test_an_embedding_id_out_of_range_is_named(bad_id: int) -> None:
 
 def test_a_linear_on_no_tokens_returns_no_rows() -> None:
     assert ops.linear(torch.zeros(0, 64), q4_0(), GgmlType.Q4_0, 4, 64).shape == (0, 4)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_read_bandwidth_reads_whole_mebibytes(num_threads: int) -> None:
+    ops.set_num_threads(num_threads)
+    data = np.ones((5 << 20) // 2, np.uint8)
+    assert 0 < _native.read_bandwidth(data.ctypes.data, data.size) < np.inf
+    with pytest.raises(ConfigError, match="read_bandwidth: needs at least 1 MiB to read"):
+        _native.read_bandwidth(data.ctypes.data, (1 << 20) - 1)

@@ -10,7 +10,7 @@ namespace moe {
 
 class ActivationBuffer {
   public:
-    // x (num_tokens, cols) stays where it is; q, d and sums are made if ``quantized``.
+    // x (num_tokens, cols) stays where it is; q, d, sums and tiles are made if ``quantized``.
     Activations prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols,
                         bool quantized);
 
@@ -18,6 +18,7 @@ class ActivationBuffer {
     std::vector<int16_t> q_;
     std::vector<float> d_;
     std::vector<int16_t> sums_;
+    std::vector<ActivationTile> tiles_;
 };
 
 }  // namespace moe

@@ -91,6 +91,12 @@ void py_expert_rows(const ExpertKernel& kernel, uint64_t hidden, int64_t num_tok
     without_gil([&] { kernel.rows(pointer<float>(hidden), num_tokens, pairs, pointer<float>(out)); });
 }
 
+double py_read_bandwidth(uint64_t data, int64_t num_bytes) {
+    double bytes_per_s = 0;
+    without_gil([&] { bytes_per_s = read_bandwidth(pointer<uint8_t>(data), num_bytes); });
+    return bytes_per_s;
+}
+
 // The array is copied and stays for the life of the process.
 void set_grid(int type, const py::array_t<int8_t, py::array::c_style>& grid) {
     check(type >= 0 && type < kNumTypes, "set_grid", "unknown ggml type " + std::to_string(type));
@@ -120,6 +126,7 @@ void register_ops(py::module_& m) {
     m.def("embedding_rows", py_embedding_rows, "Dequantize rows by id, bit for bit as gguf-py does");
     m.def("weighted_sum", py_weighted_sum, py::arg(), py::arg(), py::arg(), py::arg(), py::arg().noconvert(),
           py::arg().noconvert(), "out[token] += weight * row, pairs in order, no fma");
+    m.def("read_bandwidth", py_read_bandwidth, "Bytes per second that the pool's threads read together");
     m.def("set_grid", set_grid, "Hand over the codebook of an IQ type, (entries, width) int8");
     m.def(
         "set_num_threads", [](int n) { without_gil([n] { ThreadPool::instance().set_num_threads(n); }); },

@@ -5,11 +5,23 @@
 
 #include "common/errors.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace moe {
 
 Grids grids;
 
 namespace {
+
+#if defined(__x86_64__)
+// CPUID leaf 7, subleaf 1, EAX bit 4. The operating system saves the registers wherever it saves AVX2's.
+bool cpu_has_avxvnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 
 std::vector<const Kernels*> available() {
     std::vector<const Kernels*> found = {&kernels_baseline};
@@ -18,10 +30,11 @@ std::vector<const Kernels*> available() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     if (avx2) found.push_back(&kernels_avx2);
+    if (avx2 && cpu_has_avxvnni()) found.push_back(&kernels_avxvnni);
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
-        found.push_back(&kernels_avx512);
+        found.push_back(&kernels_avx512vnni);
 #endif
     return found;
 }

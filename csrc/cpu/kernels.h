@@ -47,12 +47,21 @@ constexpr bool is_float(int type) {
     return type == F32 || type == F16 || type == BF16;
 }
 
-// The inputs of a matrix, by token. Quantized weights read q, d and sums; float weights read x.
+// 256 activations in the order of the tiles: blocks 0 2 4 6, then 1 3 5 7.
+struct alignas(64) ActivationTile {
+    int8_t q[kSuperblock];  // [128 * c + 64 * half + 16 * i + j]: weight 16 * half + j of block 2 * i + c
+    float d[8];             // [4 * c + i]
+    int32_t sums[3][8];     // [which][4 * c + i], which: first half, second half, block
+};
+
+// The inputs of a matrix, by token. Quantized weights read q, d and sums, or tiles, which hold the
+// same numbers; float weights read x.
 struct Activations {
-    const float* x = nullptr;       // (num_tokens, cols)
-    const int16_t* q = nullptr;     // (num_tokens, padded_cols), int8 values, zero beyond cols
-    const float* d = nullptr;       // (num_tokens, padded_cols / 32)
-    const int16_t* sums = nullptr;  // (num_tokens, padded_cols / 16), sums of q, at most 16 * 127
+    const float* x = nullptr;               // (num_tokens, cols)
+    const int16_t* q = nullptr;             // (num_tokens, padded_cols), int8 values, zero beyond cols
+    const float* d = nullptr;               // (num_tokens, padded_cols / 32)
+    const int16_t* sums = nullptr;          // (num_tokens, padded_cols / 16), sums of q, at most 16 * 127
+    const ActivationTile* tiles = nullptr;  // (num_tokens, padded_cols / 256)
     int64_t cols = 0;
     int64_t padded_cols = 0;  // cols rounded up to whole superblocks
 };
@@ -85,8 +94,9 @@ struct Kernels {
     RowsFn rows[kNumTypes];             // nullptr where there is no such type
     RowsFn rows_transposed[kNumTypes];  // float types only
     DequantizeFn dequantize[kNumTypes];
-    // x (cols) -> q, d, sums of one token, zero beyond cols
-    void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int16_t* sums);
+    // x (cols) -> q, d, sums and tiles of one token, zero beyond cols
+    void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int16_t* sums,
+                     ActivationTile* tiles);
     // h[i] = act(gate[i * stride]) * up[i * stride]
     void (*activate)(const Activation&, const float* gate, const float* up, int64_t stride, float* h,
                      int64_t n);
@@ -103,7 +113,8 @@ extern Grids grids;
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avxvnni;
+extern const Kernels kernels_avx512vnni;
 #endif
 
 }  // namespace moe

@@ -32,6 +32,9 @@ void weighted_sum(float* out, int64_t num_tokens, int64_t hidden_size,  // (num_
                   const float* rows,                                    // (num_pairs, hidden_size)
                   const int32_t* pair_tokens, const float* pair_weights, int64_t num_pairs);
 
+// Bytes per second that the pool's threads read together, in whole MiB of ``data``
+double read_bandwidth(const uint8_t* data, int64_t num_bytes);
+
 enum class RowOrder : int { GATE_UP = 0, INTERLEAVED = 1, SPLIT = 2 };
 
 // The (token, expert) pairs of a step, grouped by expert.

@@ -5,8 +5,8 @@
 #include "cpu/kernels.h"
 
 namespace moe {
-#define KERNELS kernels_avx512
-#define KERNELS_NAME "avx512"
+#define KERNELS kernels_avx512vnni
+#define KERNELS_NAME "avx512vnni"
 #include "cpu/kernels.inc"
 }  // namespace moe
 #endif
