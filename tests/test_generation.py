@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_models import plain_model, save_toy_model
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 import moe_offload
 from moe_offload import BudgetError
@@ -151,3 +151,19 @@ def test_a_cache_in_use_counts_against_the_context(models_pair):
         offloaded.generate(PROMPT, max_new_tokens=200)
     del cache
     offloaded.generate(PROMPT, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("options", [{"past_key_values": DynamicCache}, {"use_cache": False}])
+def test_no_other_cache_goes_past_the_context(models_pair, options):
+    _, offloaded = models_pair
+    options = {name: value() if callable(value) else value for name, value in options.items()}
+    with pytest.raises(BudgetError, match=r"513 tokens, but 512 were budgeted.*context=513"):
+        offloaded.generate(PROMPT.repeat(1, 63), **{**GREEDY, "max_new_tokens": 10}, **options)
+
+
+def test_caches_made_together_share_the_context(models_pair):
+    _, offloaded = models_pair
+    first, second = offloaded.offload.new_cache(), offloaded.offload.new_cache()
+    offloaded(PROMPT.repeat(1, 40), past_key_values=first)
+    with pytest.raises(BudgetError, match="320 are held by caches still alive"):
+        offloaded(PROMPT.repeat(1, 40), past_key_values=second)

@@ -44,6 +44,7 @@ MISUSES = {
     "add_adapter": (lambda m: m.add_adapter(None), "merge the adapter"),
     "load_adapter": (lambda m: m.load_adapter("x"), "merge the adapter"),
     "resize": (lambda m: m.resize_token_embeddings(10), "resize with transformers"),
+    "set_experts_implementation": (lambda m: m.set_experts_implementation("eager"), "on demand"),
     "compile": (lambda m: m.compile(fullgraph=True), "compiled graph"),
     "compile_config": (lambda m: m.generate(PROMPT, compile_config=object()), "generate without it"),
 }

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
 from moe_offload.errors import BudgetError, ConfigError
@@ -134,8 +135,31 @@ class OffloadHandle:
         self._kv_caches.add(cache)
         return cache
 
-    def _held_tokens(self) -> int:
-        return sum(cache.used_tokens for cache in self._kv_caches)
+    def check_room(self, num_tokens: int, batch_size: int, cache: Cache | None) -> None:
+        """Refuse a forward that would pass the budgeted context, whoever made its cache.
+
+        Caches made together are empty and each may fill the whole context, and a caller's own cache
+        asks nobody before it grows.
+
+        Raises:
+            BudgetError: this call and the other caches in use need more than was budgeted.
+        """
+        cached_tokens = cache.get_seq_length() if cache is not None else 0
+        wanted_tokens = batch_size * (cached_tokens + num_tokens)
+        held_tokens = self._held_tokens(besides=cache)
+        if wanted_tokens + held_tokens > self.context_tokens:
+            gc.collect()
+            held_tokens = self._held_tokens(besides=cache)
+        if wanted_tokens + held_tokens > self.context_tokens:
+            raise BudgetError(
+                f"{batch_size} sequence(s) of {cached_tokens + num_tokens} tokens are {wanted_tokens} "
+                f"tokens, but {self.context_tokens} were budgeted"
+                + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
+                + f"; load the model with context={wanted_tokens + held_tokens} or ask for fewer tokens"
+            )
+
+    def _held_tokens(self, besides: Cache | None = None) -> int:
+        return sum(cache.used_tokens for cache in self._kv_caches if cache is not besides)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -63,6 +63,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     in_chunks = needs_chunks(inputs)
     if cache is None and (keep_cache or in_chunks):
         cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)
+    handle.check_room(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
     with handle.step(batch_size * num_tokens):
         if not in_chunks:
@@ -160,6 +161,9 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("load_adapter()", "merge the adapter into the checkpoint first")
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("set_experts_implementation()", "its experts are read on demand by moe_offload's own")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("resize_token_embeddings()", "resize with transformers and save, then load the result here")
