@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.errors import ConfigError
+from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.storage.expert_format import ExpertKey
 
 
@@ -156,6 +156,7 @@ POLICIES = {
     "arc": f"{_POLICIES_FOLDER}.arc:ArcPolicy",
     "class_lru": f"{_POLICIES_FOLDER}.frequency:ClassLruPolicy",
     "fate": f"{_POLICIES_FOLDER}.arc:FatePolicy",
+    "horizon": f"{_POLICIES_FOLDER}.horizon:HorizonPolicy",
     "lcp": f"{_POLICIES_FOLDER}.frequency:LcpPolicy",
     "least_stale": f"{_POLICIES_FOLDER}.passes:LeastStalePolicy",
     "lfru": f"{_POLICIES_FOLDER}.frequency:LfruPolicy",
@@ -180,8 +181,8 @@ def make_policy(name: str, *, oracles: bool = False) -> EvictionPolicy:
         oracles: also those that must know the future, for a replay.
 
     Raises:
-        ConfigError: no such name, module or class, or the class is no EvictionPolicy; or the file that
-            it reads is none.
+        ConfigError: no such name, module or class, or the class is no EvictionPolicy.
+        CheckpointError: the file that its argument names is damaged.
     """
     base, equals, argument = name.partition("=")
     if ":" not in base and base in ORACLES and not oracles:
@@ -192,6 +193,8 @@ def make_policy(name: str, *, oracles: bool = False) -> EvictionPolicy:
     module_name, _, class_name = path.partition(":")
     try:
         policy = getattr(import_module(module_name), class_name)(*([argument] if equals else []))
+    except (ConfigError, CheckpointError):  # of the policy's own file
+        raise
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(_unknown_policy(name, f"cannot be made ({error})")) from error
     if not isinstance(policy, EvictionPolicy):

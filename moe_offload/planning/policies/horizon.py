@@ -1,0 +1,206 @@
+"""Ours: evict what a linear forecast expects to be used least within its horizon.
+
+The forecast of an expert is its discounted future use, ``sum over j >= 0 of gamma ** j * [chosen j + 1
+tokens from now]``, linear in what is known when victims are chosen:
+
+- the layer's own history: decayed frequencies of all its experts at several rates, so that experts
+  which come and go together vouch for each other;
+- what the layers before it chose: for this token, and for the first layers the last ones' choice for the
+  token before. Together they say what the text is about just now, which one layer's choice does not.
+
+Coefficients come from a file that horizon_fit.py makes of traces of the same checkpoint, in closed form.
+Without one, or for a layer that it does not have, only an expert's own frequencies count, with
+coefficients that are the same for every model.
+
+Such a forecast is cheap to keep up to date: a frequency's contribution decays as the frequency does, and
+a choice adds rows of coefficients.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
+
+Float32Array = NDArray[np.float32]
+
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the decayed frequencies; 1.0 is the last choice itself
+# Of an expert's own frequencies, for models without a fit: the same regression with one coefficient per
+# rate, on gpt-oss-20b's traces mmlu_dev and tulu3_persona_if.
+GENERIC_COEFFICIENTS = (0.06, 0.58, 0.80, 2.22, 2.41)
+
+
+@dataclass(frozen=True, eq=False)
+class HorizonFit:
+    """Coefficients for L layers of E experts.
+
+    Attributes:
+        own: (L, E, rates, E) what expert i's frequency says of expert j of its layer: ``own[l, i, rate, j]``.
+        before: (L, N, E, E) what the choice of i, n + 1 MoE layers before, says of j; the layers before
+            the first are the last ones, at the token before.
+        constant: (L, E).
+        trained_on: digests of the sequences it was made of (trace.sequence_digests).
+    """
+
+    layers: tuple[int, ...]
+    own: Float32Array
+    before: Float32Array
+    constant: Float32Array
+    trained_on: tuple[str, ...]
+    model: str = ""
+
+    def write(self, path: str | Path) -> None:
+        """Write an npz of float16 coefficients."""
+        notes = {"rates": RATES, "trained_on": self.trained_on, "model": self.model}
+        with Path(path).open("wb") as file:
+            np.savez_compressed(
+                file,
+                layers=np.array(self.layers, np.int32),
+                own=self.own.astype(np.float16),
+                before=self.before.astype(np.float16),
+                constant=self.constant.astype(np.float16),
+                notes=np.str_(json.dumps(notes)),
+            )
+
+    def check(self) -> None:
+        """Raise ValueError where the arrays contradict one another."""
+        num_layers, num_experts = self.constant.shape
+        if (
+            len(self.layers) != num_layers
+            or self.own.shape != (num_layers, num_experts, len(RATES), num_experts)
+            or self.before.shape[2:] != (num_experts, num_experts)
+            or len(self.before) != num_layers
+        ):
+            raise ValueError("the shapes of its arrays contradict one another")
+        if not all(np.isfinite(array).all() for array in (self.own, self.before, self.constant)):
+            raise ValueError("a coefficient is not finite")
+
+
+def read_fit(path: str | Path) -> HorizonFit:
+    """Read what ``HorizonFit.write`` wrote.
+
+    Raises:
+        ConfigError: no such file.
+        CheckpointError: it is damaged, or made for other rates.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"horizon={path}: there is no such file; make one with bench/fit_horizon.py")
+    return _read_fit(Path(path), Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read_fit(path: Path, mtime_ns: int) -> HorizonFit:
+    """Read a version of a file once: every pool of a run, every replay, has a policy of its own."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            own, before, constant = (file[name].astype(np.float32) for name in ("own", "before", "constant"))
+            layers = tuple(int(layer_idx) for layer_idx in file["layers"])
+            notes = json.loads(str(file["notes"]))
+        if notes["rates"] != list(RATES):
+            raise ValueError(f"it was made for rates {notes['rates']}")
+        fit = HorizonFit(layers, own, before, constant, tuple(notes["trained_on"]), str(notes["model"]))
+        fit.check()
+        return fit
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise CheckpointError(f"horizon={path} is no fitted file: {error!r}; make it again") from error
+
+
+class HorizonPolicy(TablePolicy):
+    """Evict the lowest forecast; ``path`` names a file of coefficients.
+
+    Between the layers of one pool forecasts are compared as of each layer's last event.
+    """
+
+    name = "horizon"
+    fields: ClassVar[dict[str, float]] = {"forecast": 0.0}
+    forecast: FloatArray
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        fit = None if path is None else read_fit(path)
+        self.trained_on = fit.trained_on if fit is not None else ()
+        self._fitted = (
+            {} if fit is None else {layer: _FittedLayer(fit, i) for i, layer in enumerate(fit.layers)}
+        )
+        self._generic: dict[int, _GenericLayer] = {}
+        # The last choices of the fit's layers, padded with E, which is a row of zeros.
+        shape = (0, 1) if fit is None else (len(fit.layers), 1)
+        self._last_chosen = np.full(shape, 0 if fit is None else fit.constant.shape[1])
+
+    def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
+        if isinstance(row, np.ndarray):
+            for layer_row, layer_ids in zip(row[:, 0].tolist(), np.asarray(expert_ids), strict=True):
+                self._observe_layer(layer_row, layer_ids)
+        else:
+            self._observe_layer(row, np.asarray(expert_ids))
+
+    def scores(self) -> FloatArray:
+        return self.forecast
+
+    def _observe_layer(self, row: int, expert_ids: NDArray[np.intp]) -> None:
+        layer_idx, num_experts = self.layers[row], self.forecast.shape[1]
+        fitted = self._fitted.get(layer_idx)
+        if fitted is None or num_experts > fitted.num_experts:
+            generic = self._generic.setdefault(layer_idx, _GenericLayer())
+            self.forecast[row] = generic.observe(expert_ids, num_experts)
+            return
+        if len(expert_ids) > self._last_chosen.shape[1]:
+            wider = ((0, 0), (0, len(expert_ids) - self._last_chosen.shape[1]))
+            self._last_chosen = np.pad(self._last_chosen, wider, constant_values=fitted.num_experts)
+        self.forecast[row] = fitted.observe(expert_ids, self._last_chosen)[:num_experts]
+        self._last_chosen[fitted.position] = fitted.num_experts
+        self._last_chosen[fitted.position, : len(expert_ids)] = expert_ids
+
+
+class _FittedLayer:
+    """One layer's forecast, kept up to date."""
+
+    def __init__(self, fit: HorizonFit, position: int) -> None:
+        num_layers, num_before = fit.before.shape[:2]
+        self.position, self.num_experts = position, fit.constant.shape[1]
+        rates = np.array(RATES, np.float32)[:, None]
+        self._gain = np.ascontiguousarray(fit.own[position] * rates)  # (E, rates, E)
+        self._decay = 1.0 - rates
+        self._parts = np.zeros((len(RATES), self.num_experts), np.float32)
+        self._constant = fit.constant[position]
+        # Row n * (E + 1) + i: expert i, n + 1 layers before; row E of each is that of no expert.
+        self._before = np.pad(fit.before[position], ((0, 0), (0, 1), (0, 0))).reshape(-1, self.num_experts)
+        self._offsets = np.arange(num_before)[:, None] * (self.num_experts + 1)
+        self._positions_before = (position - 1 - np.arange(num_before)) % num_layers
+
+    def observe(self, expert_ids: NDArray[np.intp], last_chosen: NDArray[np.intp]) -> Float32Array:
+        """Return the forecast (E,) after the layer chose ``expert_ids``."""
+        self._parts *= self._decay
+        self._parts += self._gain.take(expert_ids, axis=0).sum(axis=0)
+        rows_before = last_chosen.take(self._positions_before, axis=0) + self._offsets
+        forecast: Float32Array = self._parts.sum(axis=0)
+        forecast += self._before.take(rows_before.reshape(-1), axis=0).sum(axis=0)
+        forecast += self._constant
+        return forecast
+
+
+class _GenericLayer:
+    """The forecast of a layer without coefficients of its own."""
+
+    _decay = 1.0 - np.array(RATES)[:, None]
+    _gain = (np.array(RATES) * np.array(GENERIC_COEFFICIENTS))[:, None]
+
+    def __init__(self) -> None:
+        self._parts = np.zeros((len(RATES), 0))
+
+    def observe(self, expert_ids: NDArray[np.intp], num_experts: int) -> FloatArray:
+        """Return the forecast (num_experts,) after the layer chose ``expert_ids``."""
+        if num_experts > self._parts.shape[1]:
+            self._parts = np.pad(self._parts, ((0, 0), (0, num_experts - self._parts.shape[1])))
+        self._parts *= self._decay
+        self._parts[:, expert_ids] += self._gain
+        forecast: FloatArray = self._parts.sum(axis=0)
+        return forecast

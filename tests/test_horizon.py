@@ -1,0 +1,167 @@
+"""The horizon policy against its formula, its fit against least squares, its file against damage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.policies.horizon import (
+    GENERIC_COEFFICIENTS,
+    RATES,
+    HorizonFit,
+    HorizonPolicy,
+    read_fit,
+)
+from moe_offload.planning.policies.horizon_fit import fit_horizon
+from moe_offload.replay import layer_pools, replay
+from moe_offload.trace import make_trace, sequence_digests
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 6, 2
+
+
+def random_fit(seed=0, layers=(1, 2, 5, 6), num_before=3):
+    generator = np.random.default_rng(seed)
+    shape = (NUM_LAYERS, NUM_EXPERTS, len(RATES), NUM_EXPERTS)
+    own = generator.normal(size=shape).astype(np.float16).astype(np.float32)
+    before = generator.normal(size=(NUM_LAYERS, num_before, NUM_EXPERTS, NUM_EXPERTS))
+    before = before.astype(np.float16).astype(np.float32)
+    constant = generator.normal(size=(NUM_LAYERS, NUM_EXPERTS)).astype(np.float16).astype(np.float32)
+    return HorizonFit(layers, own, before, constant, ("ab", "cd"), "toy")
+
+
+def random_events(seed, layers, num_tokens=30):
+    """Of one to three experts, as steps of several tokens have."""
+    generator = np.random.default_rng(seed)
+    return [
+        (layer, sorted(generator.choice(NUM_EXPERTS, generator.integers(1, 4), replace=False).tolist()))
+        for _ in range(num_tokens)
+        for layer in layers
+    ]
+
+
+def forecast_by_the_formula(fit, events, layer_idx):
+    """Frequencies and last choices from scratch, multiplied with the coefficients."""
+    position = fit.layers.index(layer_idx)
+    frequency = np.zeros((len(RATES), NUM_EXPERTS))
+    last = np.zeros((NUM_LAYERS, NUM_EXPERTS))
+    until = max(i for i, (layer, _) in enumerate(events) if layer == layer_idx)
+    for layer, expert_ids in events[: until + 1]:
+        chosen = np.isin(np.arange(NUM_EXPERTS), expert_ids)
+        if layer == layer_idx:
+            rates = np.array(RATES)[:, None]
+            frequency = (1 - rates) * frequency + rates * chosen
+        last[fit.layers.index(layer)] = chosen
+    forecast = fit.constant[position] + np.einsum("ri,irj->j", frequency, fit.own[position])
+    for n in range(fit.before.shape[1]):
+        forecast = forecast + last[(position - 1 - n) % NUM_LAYERS] @ fit.before[position, n]
+    return forecast
+
+
+def test_the_forecast_kept_up_to_date_is_the_formulas(tmp_path):
+    fit = random_fit()
+    fit.write(tmp_path / "fit.npz")
+    policy = make_policy(f"horizon={tmp_path / 'fit.npz'}")
+    assert policy.trained_on == ("ab", "cd")
+    events = random_events(1, fit.layers)
+    for layer, expert_ids in events:
+        policy.on_route(layer, expert_ids, None)
+    for row, layer in enumerate(fit.layers):
+        expected = forecast_by_the_formula(fit, events, layer)
+        assert policy.forecast[row] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_without_a_fit_an_experts_own_frequencies_count():
+    policy = HorizonPolicy()
+    events = random_events(2, (0, 3))
+    frequency = np.zeros((len(RATES), NUM_EXPERTS))
+    for layer, expert_ids in events:
+        policy.on_route(layer, expert_ids, None)
+        if layer == 3:
+            rates = np.array(RATES)[:, None]
+            frequency = (1 - rates) * frequency + rates * np.isin(np.arange(NUM_EXPERTS), expert_ids)
+    assert policy.forecast[1] == pytest.approx(GENERIC_COEFFICIENTS @ frequency)
+    assert policy.trained_on == ()
+
+
+def test_a_layer_that_the_fit_has_not_is_forecast_without_it(tmp_path):
+    random_fit().write(tmp_path / "fit.npz")
+    fitted, generic = HorizonPolicy(str(tmp_path / "fit.npz")), HorizonPolicy()
+    for layer, expert_ids in random_events(3, (9,)):
+        fitted.on_route(layer, expert_ids, None)
+        generic.on_route(layer, expert_ids, None)
+    assert np.array_equal(fitted.forecast, generic.forecast)
+
+
+def markov_trace(seed, num_tokens, seq_len=None):
+    """Each layer's expert pair follows from its last one's by a fixed permutation, most of the time."""
+    generator = np.random.default_rng(seed)
+    following = np.random.default_rng(99).permutation(NUM_EXPERTS // TOP_K)
+    state, rows = np.zeros(NUM_LAYERS, np.int64), []
+    for _ in range(num_tokens):
+        jump = generator.random(NUM_LAYERS) < 0.1
+        state = np.where(jump, generator.integers(0, NUM_EXPERTS // TOP_K, NUM_LAYERS), following[state])
+        rows.append(state[:, None] * TOP_K + np.arange(TOP_K))
+    return make_trace(np.array(rows), num_experts=NUM_EXPERTS, seq_len=seq_len)
+
+
+def test_a_fit_is_the_least_squares_solution():
+    """The forecast's error cannot be lowered by changing any coefficient; and it knows its sequences."""
+    trace = markov_trace(0, 200, seq_len=[120, 80])
+    fit = fit_horizon([trace], gamma=0.5, ridge=1e-6, layers_before=1)
+    assert fit.trained_on == tuple(sequence_digests(trace))
+    used = np.zeros((200, NUM_LAYERS, NUM_EXPERTS))
+    np.put_along_axis(used, trace.experts.astype(int), 1, axis=2)
+    future = np.zeros(used.shape)
+    for token in range(198, -1, -1):
+        if token != 119:  # the last of the first sequence has no future
+            future[token] = used[token + 1] + 0.5 * future[token + 1]
+    events = [
+        (layer, sorted(trace.experts[t, layer].tolist())) for t in range(200) for layer in range(NUM_LAYERS)
+    ]
+    layer, errors, chosen = 2, [], []
+    for token in range(0, 200):
+        seen = events[: token * NUM_LAYERS + layer + 1]
+        errors.append(future[token, layer] - forecast_by_the_formula(fit, seen, layer))
+        chosen.append(np.concatenate([used[token, layer], used[token, layer - 1], [1.0]]))
+    assert np.abs(np.array(chosen).T @ np.array(errors)).max() < 0.05  # orthogonal to its inputs
+
+
+def test_a_fit_beats_recency_and_frequency_where_experts_follow_one_another(tmp_path):
+    """Held out: another stretch of the same process."""
+    fit_horizon([markov_trace(0, 400)], ridge=1.0).write(tmp_path / "fit.npz")
+    trace = markov_trace(1, 400)
+    names = ("lru", "ewma", f"horizon={tmp_path / 'fit.npz'}")
+    hits = [
+        replay(
+            trace,
+            layer_pools(trace, 3, shared=True),
+            lambda name=name: make_policy(name),
+            dict.fromkeys(range(4), 1),
+        ).hits
+        for name in names
+    ]
+    assert hits[2] > 1.2 * max(hits[:2]), dict(zip(names, hits, strict=True))
+
+
+def test_traces_of_different_models_make_no_fit():
+    with pytest.raises(ConfigError, match="one checkpoint"):
+        fit_horizon([markov_trace(0, 20), make_trace(np.zeros((5, 2, 1), int), num_experts=2)])
+    with pytest.raises(ConfigError, match="decode tokens"):
+        fit_horizon([])
+
+
+def test_a_missing_or_damaged_fit_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file.*fit_horizon\.py"):
+        make_policy(f"horizon={tmp_path / 'none.npz'}")
+    (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+    with pytest.raises(CheckpointError, match=r"bad\.npz is no fitted file"):
+        make_policy(f"horizon={tmp_path / 'bad.npz'}")
+    fit = random_fit()
+    HorizonFit(fit.layers, fit.own, fit.before, fit.constant[:, :5], (), "").write(tmp_path / "shape.npz")
+    with pytest.raises(CheckpointError, match="contradict"):
+        read_fit(tmp_path / "shape.npz")
+    HorizonFit(fit.layers, fit.own * np.nan, fit.before, fit.constant, (), "").write(tmp_path / "nan.npz")
+    with pytest.raises(CheckpointError, match="not finite"):
+        read_fit(tmp_path / "nan.npz")
