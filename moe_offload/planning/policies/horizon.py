@@ -179,10 +179,10 @@ class _FittedLayer:
     def observe(self, expert_ids: NDArray[np.intp], last_chosen: NDArray[np.intp]) -> Float32Array:
         """Return the forecast (E,) after the layer chose ``expert_ids``."""
         self._parts *= self._decay
-        self._parts += self._gain.take(expert_ids, axis=0).sum(axis=0)
+        self._parts += np.add.reduce(self._gain.take(expert_ids, axis=0), axis=0)
         rows_before = last_chosen.take(self._positions_before, axis=0) + self._offsets
-        forecast: Float32Array = self._parts.sum(axis=0)
-        forecast += self._before.take(rows_before.reshape(-1), axis=0).sum(axis=0)
+        forecast: Float32Array = np.add.reduce(self._before.take(rows_before.reshape(-1), axis=0), axis=0)
+        forecast += np.add.reduce(self._parts, axis=0)
         forecast += self._constant
         return forecast
 
@@ -202,5 +202,5 @@ class _GenericLayer:
             self._parts = np.pad(self._parts, ((0, 0), (0, num_experts - self._parts.shape[1])))
         self._parts *= self._decay
         self._parts[:, expert_ids] += self._gain
-        forecast: FloatArray = self._parts.sum(axis=0)
+        forecast: FloatArray = np.add.reduce(self._parts, axis=0)
         return forecast

@@ -64,7 +64,7 @@ class TablePolicy:
             self.pass_count += 1
         self._last_layer = layer_idx
         self.clock[row] += 1
-        self.observe(row, ids, expert_weights if expert_weights is not None else [1.0 / len(ids)] * len(ids))
+        self.observe(row, ids, expert_weights or [1.0 / len(ids)] * len(ids))
 
     def on_insert(self, key: ExpertKey) -> None:
         row = self.reach(key.layer_idx, key.expert_id)
