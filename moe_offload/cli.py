@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,10 +25,27 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
+def entry() -> None:
+    """Run the command line and end the process.
+
+    After Ctrl-C it leaves without unloading torch and transformers, which takes a second: the command
+    has closed its files and joined its threads by then.
+    """
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     # An idle OpenMP worker that spins takes its core from the expert threads; torch reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch makes a folder for compiled graphs when it is imported; nothing here compiles one.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     args = build_parser().parse_args(argv)
     try:
         code = int(import_module(f"moe_offload.cli_{args.command}").run(args))
@@ -100,7 +118,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
     group.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     group.add_argument(
-        "--policy", default="ewma", metavar="NAME", help="eviction policy: ewma (default), lru"
+        "--policy",
+        default="ewma",
+        metavar="NAME",
+        help="eviction policy: ewma (default), lru, ...: docs/POLICIES.md",
     )
     group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
     group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")

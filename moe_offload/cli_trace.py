@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     cli_session.import_libraries()
     sampling = cli_session.make_sampling(args)
     tokenizer = cli_session.load_tokenizer(args)
+    from moe_offload.replay import belady_hit_rate
     from moe_offload.runtime import generate
     from moe_offload.trace import write_trace
 
@@ -39,12 +40,20 @@ def run(args: argparse.Namespace) -> int:
                 raise KeyboardInterrupt
             progress.update(position + 1, len(encoded))
         trace = recorder.trace()
+        pools = loaded.model.offload.plan.pools
     write_trace(args.output, trace)
     decoded = int(trace.phase.sum())
     print(
         f"{args.output}: {trace.num_tokens} tokens ({decoded} decoded) of {len(trace.seq_len)} sequences, "
         f"{len(trace.layers)} layers, {trace.top_k} of {trace.num_experts} experts, "
         f"{args.output.stat().st_size} bytes"
+    )
+    expert_bytes = {int(i): count for i, count in trace.metadata["expert_bytes"].items()}
+    with Progress("asking Belady", sys.stderr):
+        most = belady_hit_rate(trace, pools, expert_bytes)
+    print(
+        f"hit rate {trace.metadata['stats']['hit_rate']:.4f} (policy {args.policy}); with the same slots and "
+        f"no prefetch at most {most:.4f} (Belady)"
     )
     return 0
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, PoolPlan
 from moe_offload.errors import CheckpointError
-from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.eviction import EvictionPolicy, make_policy
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.trace import RoutingTrace
@@ -157,7 +157,7 @@ class ReplayPool:
 def replay(
     trace: RoutingTrace,
     pools: Sequence[PoolPlan],
-    make_policy: Callable[[], EvictionPolicy],
+    policy_factory: Callable[[], EvictionPolicy],
     expert_bytes: Mapping[int, int],
     on_progress: Callable[[int], None] | None = None,
 ) -> OffloadStats:
@@ -165,7 +165,7 @@ def replay(
 
     Args:
         pools: every layer of the trace is in one of them.
-        make_policy: makes one policy per pool; one that has ``foresee`` is shown its pool's events.
+        policy_factory: makes one policy per pool; one that has ``foresee`` is shown its pool's events.
         expert_bytes: of an expert in the file, by layer index.
         on_progress: called now and then with the events done.
 
@@ -175,7 +175,7 @@ def replay(
     stats = OffloadStats()
     by_layer: dict[int, ReplayPool] = {}
     for plan in pools:
-        pool = ReplayPool(plan, trace.num_experts, make_policy(), stats, expert_bytes)
+        pool = ReplayPool(plan, trace.num_experts, policy_factory(), stats, expert_bytes)
         foresee(pool.policy, trace, pool)
         by_layer |= dict.fromkeys(plan.layers, pool)
     lost = sorted(set(trace.layers) - set(by_layer))
@@ -186,6 +186,11 @@ def replay(
         if on_progress is not None and count % 4096 == 0:
             on_progress(count)
     return stats
+
+
+def belady_hit_rate(trace: RoutingTrace, pools: Sequence[PoolPlan], expert_bytes: Mapping[int, int]) -> float:
+    """Return the most that any policy could have hit on a trace without prefetch, prompts included."""
+    return replay(trace, pools, lambda: make_policy("belady", oracles=True), expert_bytes).hit_rate
 
 
 def foresee(policy: EvictionPolicy, trace: RoutingTrace, pool: ReplayPool) -> None:

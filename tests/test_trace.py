@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -174,7 +175,9 @@ def test_the_command_writes_a_trace_of_every_prompt(tiny_moe, tmp_path, capsys):
     prompts.write_text('{"prompt": "ab"}\n{"turns": ["cd", "later"]}\n"ef"\n')
     command = ["trace", "--model", str(tiny_moe), "--prompts", str(prompts), "-o", str(tmp_path / "t.npz")]
     assert main([*command, "--max-new-tokens", "3", "--raw", "--context", "32"]) == 0
-    assert "3 sequences" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 sequences" in out
+    assert re.search(r"hit rate 0\.\d+ \(policy ewma\); .* at most 0\.\d+ \(Belady\)", out)
     trace = read_trace(tmp_path / "t.npz")
     assert len(trace.seq_len) == 3 and trace.router_logits is None
 
