@@ -19,6 +19,7 @@ uint64_t read_lines(const uint8_t* p, int64_t num_bytes) {
     Line sums[4] = {};
     for (int64_t i = 0; i + int64_t(sizeof sums) <= num_bytes; i += sizeof sums) {
         for (int k = 0; k < 4; ++k) {
+            __builtin_prefetch(p + i + 8192 + k * sizeof(Line), 0, 2);  // faster than hardware's guess alone
             Line line;
             std::memcpy(&line, p + i + k * sizeof line, sizeof line);
             sums[k] ^= line;
