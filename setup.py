@@ -76,6 +76,6 @@ setup(
         "psutil>=7.2,<8",
     ],
     extras_require={"llama": ["llama-cpp-python==0.3.36"], "bench": ["matplotlib"]},
-    entry_points={"console_scripts": ["moe-offload = moe_offload.cli:main"]},
+    entry_points={"console_scripts": ["moe-offload = moe_offload.cli:entry"]},
     zip_safe=False,
 )

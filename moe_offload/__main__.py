@@ -1,8 +1,6 @@
 """``python -m moe_offload``."""
 
-import sys
-
-from moe_offload.cli import main
+from moe_offload.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

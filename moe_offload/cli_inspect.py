@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB
+from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB, gib
 from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import kv_bytes, workspace_bytes
+from moe_offload.planning.cost_model import kv_bytes, tokenizer_bytes, workspace_bytes
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.io import BOUNCE_BYTES
-from moe_offload.terminal import gib
 
-# Interpreter, torch and transformers before a model is loaded: 354 MiB with torch 2.13 for CPUs on
-# x86-64 Linux. A run measures it; here that would mean importing them.
-LIBRARIES_ESTIMATE_BYTES = 360 * MIB
+# Interpreter, torch and transformers before a model is loaded, x86-64 Linux, torch 2.13: 354 MiB with the
+# build for CPUs, 710 and 774 with the one for CUDA. A run measures it; here that would mean importing them.
+CPU_LIBRARIES_BYTES = 360 * MIB
+CUDA_LIBRARIES_BYTES = 780 * MIB
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EAGER_FAMILIES = {"gpt_oss"}  # attention sinks: scores are stored, whole
 BUDGETS_BYTES = (
@@ -73,9 +74,17 @@ def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
     }
 
 
+def _libraries_bytes() -> int:
+    """Return the estimate for the build of torch that is installed, without importing it."""
+    try:
+        return CPU_LIBRARIES_BYTES if version("torch").endswith("+cpu") else CUDA_LIBRARIES_BYTES
+    except PackageNotFoundError:
+        return CPU_LIBRARIES_BYTES
+
+
 def _fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
     return FixedCosts(
-        base_bytes=LIBRARIES_ESTIMATE_BYTES,
+        base_bytes=_libraries_bytes() + tokenizer_bytes(checkpoint.spec),
         dense_bytes=checkpoint.dense_bytes,
         kv_bytes=_kv_bytes(checkpoint, context_tokens),
         workspace_bytes=BOUNCE_BYTES

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_offload.cli import exit_at_once_on_interrupt
-from moe_offload.config import DEMO_MODEL
+from moe_offload.config import DEMO_MODEL, gib
 from moe_offload.planning.placement import cold_cache_warning
-from moe_offload.terminal import Progress, gib, last_line
+from moe_offload.terminal import Progress, last_line
 
 if TYPE_CHECKING:
-    from moe_offload.config import PlacementPlan
     from moe_offload.runtime.generate import GenerationResult, Sampling
 
 OnText = Callable[[str], None]
@@ -46,8 +45,9 @@ def import_libraries() -> None:
 
 def make_sampling(args: argparse.Namespace) -> Sampling:
     """Return the sampling flags, checked; without --seed every run is another one."""
-    from moe_offload.runtime.generate import Sampling
+    from moe_offload.runtime.generate import Sampling, check_limits
 
+    check_limits(args.max_new_tokens, getattr(args, "stop", ()))
     seed = args.seed if args.seed is not None else secrets.randbits(63)
     return Sampling(args.temperature, args.top_p, args.top_k, seed)
 
@@ -81,28 +81,12 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
         )
     try:
         plan = model.offload.plan
-        if args.ram == "auto":
-            print(f"ram auto: {describe_plan(plan)}", file=sys.stderr)
         warning = cold_cache_warning(plan, model.offload.spec, args.policy)
         if warning:
             print(f"moe-offload: note: {warning}", file=sys.stderr)
         yield Loaded(path, model, tokenizer, time.perf_counter() - started)
     finally:
         model.offload.close()
-
-
-def describe_plan(plan: PlacementPlan) -> str:
-    """Return where the budget goes, in one line."""
-    slots = sum(pool.num_slots for pool in plan.pools)
-    experts = sum(pool.num_experts for pool in plan.pools)
-    parts = [
-        f"libraries {gib(plan.base_bytes)}",
-        f"dense weights {gib(plan.dense_bytes)}",
-        f"key/value cache {gib(plan.kv_bytes)} for {plan.context_tokens} tokens",
-        f"workspace {gib(plan.workspace_bytes)}",
-        f"experts {gib(plan.expert_bytes)} ({slots} of {experts})",
-    ]
-    return f"{gib(plan.ram_bytes)} at most; planned {gib(plan.total_bytes)}: {', '.join(parts)}"
 
 
 @contextmanager

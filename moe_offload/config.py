@@ -24,6 +24,14 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNIT_BYTES |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
 
 
+def gib(num_bytes: float) -> str:
+    """Return ``num_bytes`` as "3.96 GiB"; sizes below a GiB in smaller units."""
+    for unit_bytes, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def parse_bytes(text: str | int) -> int:
     """Return the bytes that ``text`` names: "2GiB", "1.5G" (binary), "500MB" (decimal) or a number.
 
@@ -144,3 +152,16 @@ class PlacementPlan:
     @property
     def total_bytes(self) -> int:
         return self.base_bytes + self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.expert_bytes
+
+    def describe(self) -> str:
+        """Return where the budget goes, in one line."""
+        slots = sum(pool.num_slots for pool in self.pools)
+        experts = sum(pool.num_experts for pool in self.pools)
+        parts = [
+            f"libraries {gib(self.base_bytes)}",
+            f"dense weights {gib(self.dense_bytes)}",
+            f"key/value cache {gib(self.kv_bytes)} for {self.context_tokens} tokens",
+            f"workspace {gib(self.workspace_bytes)}",
+            f"experts {gib(self.expert_bytes)} ({slots} of {experts})",
+        ]
+        return f"{gib(self.ram_bytes)} at most; planned {gib(self.total_bytes)}: {', '.join(parts)}"

@@ -7,19 +7,11 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from moe_offload.config import GIB, KIB, MIB
+from moe_offload.config import GIB, gib
 
 FIRST_SHOWN_S = 1.0  # steps that are done by then show nothing
 REDRAW_S = 0.2
 CLEAR_LINE = "\r\x1b[K"
-
-
-def gib(num_bytes: float) -> str:
-    """Return ``num_bytes`` as "3.96 GiB"; sizes below a GiB in smaller units."""
-    for unit_bytes, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if num_bytes >= unit_bytes:
-            return f"{num_bytes / unit_bytes:.2f} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def gigabytes(num_bytes: float) -> str:

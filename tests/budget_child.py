@@ -20,6 +20,7 @@ def main() -> None:
     except BudgetError as error:
         print(json.dumps({"refused": str(error), "peak_bytes": peak_bytes()}))
         return
+    moe_offload.load_tokenizer(path)  # after the model, as in the README: the plan reserved room for it
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(5, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     out = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)

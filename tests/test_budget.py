@@ -34,9 +34,15 @@ def smallest_named(message: str) -> int:
     return int(found[1])
 
 
+def libraries_named(message: str) -> int:
+    found = re.search(r"libraries (\d+\.\d+) ", message)
+    assert found, message
+    return int(float(found[1]) * GIB)
+
+
 def test_the_smallest_budget_that_the_refusal_names_works():
     refusal = run_child(DEMO_MODEL, "100MiB", 512, 4, 1)
-    assert refusal["peak_bytes"] < 450 * MIB, "nothing large may be allocated before the refusal"
+    assert refusal["peak_bytes"] < libraries_named(refusal["refused"]) + 100 * MIB, "refused after allocating"
     smallest = smallest_named(refusal["refused"]) + 8 * MIB  # the libraries' share differs from run to run
     result = run_child(DEMO_MODEL, smallest, 512, 300, 8)
     assert result["peak_bytes"] <= smallest + ALLOWANCE_BYTES
@@ -57,6 +63,9 @@ def synthetic(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_peak_stays_within_1_and_1_5_and_2_gib_on_a_model_of_3_gib(synthetic):
+    libraries = libraries_named(run_child(synthetic, "100MiB", 1024, 4, 1)["refused"])
+    if libraries > 0.5 * GIB:
+        pytest.skip(f"this build of torch takes {libraries / GIB:.2f} GiB: 1 GiB is too little for any model")
     results = {}
     for ram in ("1GiB", "1.5GiB", "2GiB"):
         results[ram] = run_child(synthetic, ram, 1024, 540, 6)
@@ -72,9 +81,32 @@ def test_the_peak_stays_within_1_and_1_5_and_2_gib_on_a_model_of_3_gib(synthetic
 
 
 @pytest.mark.slow
+def test_a_large_vocabulary_is_part_of_the_budget(tmp_path):
+    """A tokenizer of 152k tokens takes more than the allowance."""
+    path = tmp_path / "large-vocabulary.gguf"
+    script = str(ROOT / "bench" / "make_synthetic.py")
+    command = [
+        sys.executable,
+        script,
+        "--like",
+        "toy",
+        "--vocab",
+        "152k",
+        "--mix",
+        "q8_0",
+        "--out",
+        str(path),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    smallest = smallest_named(run_child(path, "100MiB", 512, 4, 1)["refused"]) + 8 * MIB
+    result = run_child(path, smallest, 512, 200, 4)
+    assert result["peak_bytes"] <= smallest + ALLOWANCE_BYTES
+
+
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_the_numbers_before_loading(synthetic):
     refusal = run_child(synthetic, "700MiB", 4096, 4, 1)
-    assert refusal["peak_bytes"] < 450 * MIB
+    assert refusal["peak_bytes"] < libraries_named(refusal["refused"]) + 100 * MIB
     assert re.search(r"libraries .* \+ dense weights .* \+ KV cache \(4096 tokens\)", refusal["refused"])
     assert smallest_named(refusal["refused"]) < 1.5 * GIB
 
@@ -94,12 +126,14 @@ def test_two_models_share_one_budget():
 
 def test_memory_that_others_take_gets_slots_back(monkeypatch):
     model = moe_offload.from_pretrained(ram="8GiB", experts="50%", context=256)
-    handle = model.offload
+    handle, guard = model.offload, model.offload._guard
     prompt = torch.tensor([[5, 6, 7, 8]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
     resident = len(handle.cache.residents())
-    wanted_bytes = iter([3 * MIB])
-    monkeypatch.setattr(handle._guard, "bytes_to_give_back", lambda: next(wanted_bytes, 0))
+    reserve = guard._reserve_bytes
+    free = iter([reserve, reserve, reserve - 3 * MIB])  # then nothing more is missing
+    monkeypatch.setattr(guard, "_interval_s", 0.0)
+    monkeypatch.setattr(guard, "_available", lambda: next(free, reserve))
     again = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert torch.equal(again, expected)
     assert handle.stats().slots_given_back > 0

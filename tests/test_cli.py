@@ -13,7 +13,8 @@ import pytest
 
 from moe_offload import cli, cli_session
 from moe_offload.cli_chat import Conversation
-from moe_offload.terminal import Progress, gib, seconds
+from moe_offload.config import gib
+from moe_offload.terminal import Progress, seconds
 
 LAST_LINE = re.compile(
     r"^prompt \d+ tok .+ s · \d+ tok .+ s( .+ tok/s)? · (hit \d+ % · )?read .+ [MG]B · peak .+ of .+ [GM]iB$"

@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
 from moe_offload import BudgetError, ConfigError
+from moe_offload.config import gib
 from moe_offload.runtime.generate import Sampling, encode_prompt, run
+from moe_offload.storage.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +129,22 @@ def test_the_prompt_progress_counts_up_to_all_tokens(loaded):
         model.offload.on_prefill = None
     assert seen[-1] == (1200, 1200)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) > 2
+
+
+def test_a_prompt_beyond_the_model_is_not_sent_to_a_larger_context(tiny_moe):
+    positions = open_checkpoint(tiny_moe).spec.max_position_embeddings
+    text = "a" * (positions + 5)
+    with pytest.raises(BudgetError, match=rf"shorten it \(the model was made for {positions} positions\)"):
+        moe_offload.generate(tiny_moe, text, raw=True, ram="8GiB", context=positions, stream=False)
+    with pytest.raises(BudgetError, match=rf"shorten it, or ask for context={positions}$"):
+        moe_offload.generate(tiny_moe, text, raw=True, ram="8GiB", context=64, stream=False)
+
+
+def test_ram_auto_says_what_it_took(tiny_moe, capfd):
+    model = moe_offload.from_pretrained(tiny_moe)
+    plan = model.offload.plan
+    model.offload.close()
+    said = capfd.readouterr().err
+    assert said.startswith(f"ram auto: {gib(plan.ram_bytes)} at most; planned {gib(plan.total_bytes)}")
+    moe_offload.from_pretrained(tiny_moe, ram="8GiB").offload.close()
+    assert "ram auto" not in capfd.readouterr().err

@@ -122,6 +122,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_p, top_k, seed)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    check_limits(max_new_tokens, stop)
     on_text = stream if callable(stream) else (_print_piece if stream else _discard)
     path = model if isinstance(model, str | Path) else None
     if path is not None:
@@ -218,10 +219,11 @@ def run(
     Raises:
         BudgetError: prompt or new tokens are beyond the context.
     """
+    check_limits(max_new_tokens, stop)
     config = copy.deepcopy(model.generation_config)
     sampling.apply(config)
     config.num_beams = config.num_return_sequences = 1  # a stream has one line
-    config.max_new_tokens = _room(model.offload.context_tokens, len(input_ids), max_new_tokens)
+    config.max_new_tokens = _room(model.offload, len(input_ids), max_new_tokens)
     config.max_length = None
     eos_ids = _eos_ids(config)
     if config.pad_token_id is None and eos_ids:
@@ -262,24 +264,45 @@ def run(
     )
 
 
-def _room(context_tokens: int, prompt_tokens: int, max_new_tokens: int | None) -> int:
+def check_limits(max_new_tokens: int | None, stop: Sequence[str]) -> None:
+    """Refuse what no model could do; called before one is loaded.
+
+    Raises:
+        ConfigError: fewer than one token, or an empty stop string.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if "" in stop:
+        raise ConfigError("a stop string is empty: nothing would be generated; leave it out")
+
+
+def _room(offload: Any, prompt_tokens: int, max_new_tokens: int | None) -> int:
     """Return how many tokens may be generated."""
+    context_tokens: int = offload.context_tokens
     room = context_tokens - prompt_tokens
     if room < 1:
+        remedy = _larger_context(offload, prompt_tokens + DEFAULT_MAX_NEW_TOKENS)
         raise BudgetError(
             f"the prompt has {prompt_tokens} tokens and leaves no room for an answer in the context of "
-            f"{context_tokens}; shorten it, or ask for context={prompt_tokens + DEFAULT_MAX_NEW_TOKENS}"
+            f"{context_tokens}; shorten it{remedy}"
         )
     if max_new_tokens is None:
         return min(DEFAULT_MAX_NEW_TOKENS, room)
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if max_new_tokens > room:
+        remedy = _larger_context(offload, prompt_tokens + max_new_tokens)
         raise BudgetError(
             f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are beyond the context of "
-            f"{context_tokens}; ask for at most {room}, or for context={prompt_tokens + max_new_tokens}"
+            f"{context_tokens}; ask for at most {room}{remedy}"
         )
     return max_new_tokens
+
+
+def _larger_context(offload: Any, wanted_tokens: int) -> str:
+    """Name a larger context as a remedy where the model was made for one."""
+    most = offload.spec.max_position_embeddings
+    if offload.context_tokens >= most:
+        return f" (the model was made for {most} positions)"
+    return f", or ask for context={min(wanted_tokens, most)}"
 
 
 def _seed(sampling: Sampling, config: Any) -> int | None:

@@ -5,6 +5,7 @@ Nothing large is allocated before the plan says that it fits.
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from moe_offload.config import (
     resolve_expert_cap,
 )
 from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import workspace_bytes
+from moe_offload.planning.cost_model import tokenizer_bytes, workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.placement import plan_placement
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
@@ -43,6 +44,7 @@ from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import BOUNCE_BYTES, Arena, open_reader
+from moe_offload.storage.tokenizer import tokenizer_was_loaded
 
 PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
@@ -74,7 +76,7 @@ def from_pretrained(
     Args:
         path: Hugging Face folder (safetensors) or GGUF file; None is the bundled demo model.
         ram: everything the process may hold ("2GiB", bytes), or "auto" for what the machine and
-            its cgroup have free.
+            its cgroup have free; it prints what it took to stderr.
         experts: cap on experts in memory: "25%", a number, or "all".
         context: tokens of key/value cache, over the whole batch; default 4096 or the model's maximum.
         policy: eviction policy by name or import path.
@@ -115,6 +117,8 @@ def from_pretrained(
     _warm_up(compute_dtype)
     model = skeleton.build_skeleton(checkpoint, compute_dtype, attn_implementation)
     plan = _plan(model, checkpoint, config)
+    if ram == "auto":
+        print(f"ram auto: {plan.describe()}", file=sys.stderr)
     return _load(model, checkpoint, config, plan, progress)
 
 
@@ -172,7 +176,8 @@ def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig)
             checkpoint.config,
             context_tokens=context_tokens,
             stores_scores=model.config._attn_implementation == "eager",
-        ),
+        )
+        + (0 if tokenizer_was_loaded(checkpoint.path) else tokenizer_bytes(spec)),
     )
 
 

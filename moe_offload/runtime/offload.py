@@ -183,7 +183,6 @@ class OffloadHandle:
             if decoding and torch_threads > 1:
                 torch.set_num_threads(torch_threads)
             self._count(decoding, num_tokens, time.perf_counter() - started)
-        self._relieve_memory()
 
     def _count(self, decoding: bool, num_tokens: int, seconds: float) -> None:
         if decoding:
@@ -204,7 +203,8 @@ class OffloadHandle:
         self._chunk = (start, num_tokens, total_tokens)
 
     def layer_done(self, layer_idx: int) -> None:
-        """Report the prompt's progress: a chunk counts layer by layer."""
+        """Give memory back where others need it; report the prompt's progress, layer by layer."""
+        self._relieve_memory()
         if self.on_prefill is not None:
             start, num_tokens, total_tokens = self._chunk
             share = (layer_idx + 1) / self.spec.num_hidden_layers

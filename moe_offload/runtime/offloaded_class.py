@@ -93,6 +93,9 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         config = kwargs.get("generation_config")
         if kwargs.get("compile_config") or getattr(config, "compile_config", None):
             _refuse("compile_config", "generate without it")
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if isinstance(prompt, torch.Tensor) and prompt.numel() == 0:
+            raise ConfigError(f"the prompt is empty: input_ids has shape {tuple(prompt.shape)}")
         with self.offload.exclusive():
             return super().generate(*args, **kwargs)
 
@@ -164,6 +167,15 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("set_experts_implementation()", "its experts are read on demand by moe_offload's own")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("set_adapter()", "merge the adapter into the checkpoint first")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("push_to_hub()", "its experts were never loaded; upload the checkpoint files instead")
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse("gradient_checkpointing_enable()", "train with transformers, then load the result here")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("resize_token_embeddings()", "resize with transformers and save, then load the result here")

@@ -79,6 +79,9 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
+_loaded_paths: set[Path] = set()
+
+
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint: a transformers tokenizer with its chat template.
 
@@ -89,7 +92,14 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, it cannot be read, or its split rule is unknown.
     """
     source, path = locate(DEMO_MODEL if path is None else path)
-    return _from_gguf(read_gguf(path)) if source == "gguf" else _from_folder(path)
+    tokenizer = _from_gguf(read_gguf(path)) if source == "gguf" else _from_folder(path)
+    _loaded_paths.add(path.resolve())
+    return tokenizer
+
+
+def tokenizer_was_loaded(path: Path) -> bool:
+    """Whether this process holds, or held, the tokenizer of ``path``: then its memory is measured."""
+    return path.resolve() in _loaded_paths
 
 
 def end_of_generation_ids(checkpoint: Checkpoint) -> frozenset[int]:
