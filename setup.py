@@ -16,11 +16,12 @@ HEADERS = sorted(
 # One translation unit per instruction set; the CPU decides at run time which one is used.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# gcc warns about its own header, where _mm512_undefined_epi32 is meant to be undefined.
+UNDEFINED = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "kernels_avx2.cpp": AVX2,
     "kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
-    # The warning is about gcc's own header: _mm512_undefined_epi32 is meant to be undefined.
-    "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", "-Wno-maybe-uninitialized"],
+    "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", *UNDEFINED],
 }
 
 ParallelCompile("MOE_OFFLOAD_BUILD_JOBS", default=0).install()
