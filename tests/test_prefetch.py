@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_offload.planning.eviction import LruPolicy
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.residency.prefetch import REST_AFTER_STEPS, Prefetcher
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -99,6 +99,26 @@ def test_with_everything_resident_no_router_is_asked() -> None:
             pass
     prefetcher.look_ahead(0, None)
     assert predictor.asked == 1
+
+
+def test_prediction_rests_while_nothing_is_missed_and_wakes_with_a_miss() -> None:
+    cache, _, _ = make_cache(10)
+    predictor = Scripted()
+    prefetcher = Prefetcher(cache, predictor)
+
+    def run_step(expert_id: int) -> None:
+        step = cache.begin(0, [expert_id])
+        assert step is not None
+        prefetcher.look_ahead(0, None)
+        for pending in step.pending:
+            cache.wait(step, pending)
+        cache.end(step)
+
+    for _ in range(3 * REST_AFTER_STEPS):
+        run_step(4)
+    assert predictor.asked == 1 + REST_AFTER_STEPS  # the first step missed
+    run_step(5)
+    assert predictor.asked == 2 + REST_AFTER_STEPS
 
 
 def make_router(family: str, router_class: str, config_class: str, sizes: dict[str, Any]) -> nn.Module:

@@ -219,6 +219,11 @@ class ExpertCache:
                 pool.cancel(entry)
 
     @property
+    def needs_not_resident(self) -> int:
+        """How often a step needed an expert that was not resident, prefetched or not."""
+        return self._stats.misses + self._stats.prefetch_hits
+
+    @property
     def has_every_expert(self) -> bool:
         """Whether a prefetch could find nothing to do."""
         return all(len(pool.residents) == pool.num_experts for pool in self._pools)
