@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_offload._native import HorizonForecast
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.policies.horizon import (
@@ -59,17 +60,24 @@ def forecast_by_the_formula(fit, events, layer_idx):
     return forecast
 
 
+def tolerance(fit):
+    """The native coefficients are bfloat16, 2 ** -9 off at most; at most this many of them are added."""
+    largest = max(np.abs(fit.own).max(), np.abs(fit.before).max())
+    return 2.0**-9 * float(largest) * NUM_EXPERTS * (len(RATES) + fit.before.shape[1])
+
+
 def test_the_forecast_kept_up_to_date_is_the_formulas(tmp_path):
     fit = random_fit()
     fit.write(tmp_path / "fit.npz")
     policy = make_policy(f"horizon={tmp_path / 'fit.npz'}")
+    assert tolerance(fit) < 0.4
     assert policy.trained_on == ("ab", "cd")
     events = random_events(1, fit.layers)
     for layer, expert_ids in events:
         policy.on_route(layer, expert_ids, None)
     for row, layer in enumerate(fit.layers):
         expected = forecast_by_the_formula(fit, events, layer)
-        assert policy.forecast[row] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert policy.forecast[row] == pytest.approx(expected, abs=tolerance(fit))
 
 
 def test_without_a_fit_an_experts_own_frequencies_count():
@@ -143,6 +151,22 @@ def test_a_fit_beats_recency_and_frequency_where_experts_follow_one_another(tmp_
         for name in names
     ]
     assert hits[2] > 1.2 * max(hits[:2]), dict(zip(names, hits, strict=True))
+
+
+def test_the_native_forecast_refuses_what_it_has_no_coefficients_for():
+    fit = random_fit()
+    with pytest.raises(ValueError, match="do not agree"):
+        HorizonForecast(fit.own[:3], list(RATES), fit.before, fit.constant)
+    forecast = HorizonForecast(fit.own, list(RATES), fit.before, fit.constant)
+    for position, expert_ids, width in (
+        (NUM_LAYERS, [0], 1),
+        (-1, [0], 1),
+        (0, [NUM_EXPERTS], 1),
+        (0, [-1], 1),
+        (0, [0], 99),
+    ):
+        with pytest.raises(ValueError, match="out of range"):
+            forecast.observe(position, expert_ids, np.zeros(width))
 
 
 def test_traces_of_different_models_make_no_fit():

@@ -12,8 +12,8 @@ Coefficients come from a file that horizon_fit.py makes of traces of the same ch
 Without one, or for a layer that it does not have, only an expert's own frequencies count, with
 coefficients that are the same for every model.
 
-Such a forecast is cheap to keep up to date: a frequency's contribution decays as the frequency does, and
-a choice adds rows of coefficients.
+Such a forecast is cheap to keep up to date (csrc/planning/horizon.h): a frequency's contribution decays as
+the frequency does, and a choice adds rows of coefficients.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload._native import HorizonForecast
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
 
@@ -127,64 +128,30 @@ class HorizonPolicy(TablePolicy):
         super().__init__()
         fit = None if path is None else read_fit(path)
         self.trained_on = fit.trained_on if fit is not None else ()
-        self._fitted = (
-            {} if fit is None else {layer: _FittedLayer(fit, i) for i, layer in enumerate(fit.layers)}
-        )
         self._generic: dict[int, _GenericLayer] = {}
-        # The last choices of the fit's layers, padded with E, which is a row of zeros.
-        shape = (0, 1) if fit is None else (len(fit.layers), 1)
-        self._last_chosen = np.full(shape, 0 if fit is None else fit.constant.shape[1])
+        self._positions = {} if fit is None else {layer_idx: i for i, layer_idx in enumerate(fit.layers)}
+        self._num_fitted = 0 if fit is None else fit.constant.shape[1]
+        if fit is not None:
+            self._fitted = HorizonForecast(fit.own, list(RATES), fit.before, fit.constant)
 
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
         if isinstance(row, np.ndarray):
             for layer_row, layer_ids in zip(row[:, 0].tolist(), np.asarray(expert_ids), strict=True):
-                self._observe_layer(layer_row, layer_ids)
+                self._observe_layer(layer_row, layer_ids.tolist())
         else:
-            self._observe_layer(row, np.asarray(expert_ids))
+            self._observe_layer(row, list(expert_ids))
 
     def scores(self) -> FloatArray:
         return self.forecast
 
-    def _observe_layer(self, row: int, expert_ids: NDArray[np.intp]) -> None:
+    def _observe_layer(self, row: int, expert_ids: list[int]) -> None:
         layer_idx, num_experts = self.layers[row], self.forecast.shape[1]
-        fitted = self._fitted.get(layer_idx)
-        if fitted is None or num_experts > fitted.num_experts:
+        position = self._positions.get(layer_idx)
+        if position is not None and num_experts <= self._num_fitted:
+            self._fitted.observe(position, expert_ids, self.forecast[row])
+        else:
             generic = self._generic.setdefault(layer_idx, _GenericLayer())
             self.forecast[row] = generic.observe(expert_ids, num_experts)
-            return
-        if len(expert_ids) > self._last_chosen.shape[1]:
-            wider = ((0, 0), (0, len(expert_ids) - self._last_chosen.shape[1]))
-            self._last_chosen = np.pad(self._last_chosen, wider, constant_values=fitted.num_experts)
-        self.forecast[row] = fitted.observe(expert_ids, self._last_chosen)[:num_experts]
-        self._last_chosen[fitted.position] = fitted.num_experts
-        self._last_chosen[fitted.position, : len(expert_ids)] = expert_ids
-
-
-class _FittedLayer:
-    """One layer's forecast, kept up to date."""
-
-    def __init__(self, fit: HorizonFit, position: int) -> None:
-        num_layers, num_before = fit.before.shape[:2]
-        self.position, self.num_experts = position, fit.constant.shape[1]
-        rates = np.array(RATES, np.float32)[:, None]
-        self._gain = np.ascontiguousarray(fit.own[position] * rates)  # (E, rates, E)
-        self._decay = 1.0 - rates
-        self._parts = np.zeros((len(RATES), self.num_experts), np.float32)
-        self._constant = fit.constant[position]
-        # Row n * (E + 1) + i: expert i, n + 1 layers before; row E of each is that of no expert.
-        self._before = np.pad(fit.before[position], ((0, 0), (0, 1), (0, 0))).reshape(-1, self.num_experts)
-        self._offsets = np.arange(num_before)[:, None] * (self.num_experts + 1)
-        self._positions_before = (position - 1 - np.arange(num_before)) % num_layers
-
-    def observe(self, expert_ids: NDArray[np.intp], last_chosen: NDArray[np.intp]) -> Float32Array:
-        """Return the forecast (E,) after the layer chose ``expert_ids``."""
-        self._parts *= self._decay
-        self._parts += np.add.reduce(self._gain.take(expert_ids, axis=0), axis=0)
-        rows_before = last_chosen.take(self._positions_before, axis=0) + self._offsets
-        forecast: Float32Array = np.add.reduce(self._before.take(rows_before.reshape(-1), axis=0), axis=0)
-        forecast += np.add.reduce(self._parts, axis=0)
-        forecast += self._constant
-        return forecast
 
 
 class _GenericLayer:
@@ -196,7 +163,7 @@ class _GenericLayer:
     def __init__(self) -> None:
         self._parts = np.zeros((len(RATES), 0))
 
-    def observe(self, expert_ids: NDArray[np.intp], num_experts: int) -> FloatArray:
+    def observe(self, expert_ids: list[int], num_experts: int) -> FloatArray:
         """Return the forecast (num_experts,) after the layer chose ``expert_ids``."""
         if num_experts > self._parts.shape[1]:
             self._parts = np.pad(self._parts, ((0, 0), (0, num_experts - self._parts.shape[1])))

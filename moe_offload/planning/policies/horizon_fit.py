@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.errors import ConfigError
-from moe_offload.planning.policies.horizon import RATES, Float32Array, HorizonFit
+from moe_offload.planning.policies.horizon import GENERIC_COEFFICIENTS, RATES, Float32Array, HorizonFit
 from moe_offload.trace import RoutingTrace, sequence_digests
 
-GAMMA, RIDGE, LAYERS_BEFORE = 0.85, 300.0, 7
+GAMMA, RIDGE, LAYERS_BEFORE = 0.85, 100.0, 7
 CHUNK_TOKENS = 8192
 
 
@@ -30,7 +30,7 @@ def fit_horizon(
         traces: of one checkpoint; their decode tokens count. Futures end with their sequences, histories
             go on over them, as a policy's do.
         gamma: discount per token; about what an expert's stay in the cache is long.
-        ridge: added to the diagonal: how much evidence a coefficient takes.
+        ridge: how much evidence it takes to leave the coefficients that are the same for every model.
         layers_before: how many layers' choices are looked at beside the layer's own.
         on_progress: called with (layers done, layers in all).
 
@@ -44,6 +44,7 @@ def fit_horizon(
     layers, num_experts = shapes.pop()
     num_before = min(layers_before, len(layers) - 1)
     chosen = [_one_hot(trace) for trace in traces]
+    prior = _generic(num_experts, num_before)
     weights = []
     for position in range(len(layers)):
         inputs = [_inputs(used, position, num_before) for used in chosen]
@@ -51,7 +52,7 @@ def fit_horizon(
             _future_use(used[:, position], trace.seq_len, gamma)
             for used, trace in zip(chosen, traces, strict=True)
         ]
-        weights.append(_ridge(inputs, targets, ridge))
+        weights.append(_ridge(inputs, targets, ridge, prior))
         if on_progress is not None:
             on_progress(position + 1, len(layers))
     table = np.stack(weights)  # (L, rates * E + N * E + 1, E)
@@ -104,7 +105,14 @@ def _future_use(used: NDArray[np.uint8], seq_len: NDArray[np.int32], gamma: floa
     return result
 
 
-def _ridge(inputs: Sequence[Float32Array], targets: Sequence[Float32Array], ridge: float) -> Any:
+def _generic(num_experts: int, num_before: int) -> Any:
+    """Return the coefficients that are the same for every model, in the shape of a layer's fit."""
+    own = [coefficient * np.eye(num_experts) for coefficient in GENERIC_COEFFICIENTS]
+    return np.concatenate([*own, np.zeros((num_before * num_experts + 1, num_experts))])
+
+
+def _ridge(inputs: Sequence[Float32Array], targets: Sequence[Float32Array], ridge: float, prior: Any) -> Any:
+    """Return the W of the least ``|Y - X W|^2 + ridge * |W - prior|^2``."""
     gram: Any = np.zeros((inputs[0].shape[1],) * 2)
     moment: Any = np.zeros((inputs[0].shape[1], targets[0].shape[1]))
     for x, y in zip(inputs, targets, strict=True):
@@ -113,4 +121,4 @@ def _ridge(inputs: Sequence[Float32Array], targets: Sequence[Float32Array], ridg
             gram += part.T @ part
             moment += part.T @ y[start : start + CHUNK_TOKENS]
     gram[np.diag_indices_from(gram)] += ridge
-    return np.linalg.solve(gram, moment).astype(np.float32)
+    return np.linalg.solve(gram, moment + ridge * prior).astype(np.float32)
