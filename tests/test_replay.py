@@ -182,6 +182,7 @@ def test_a_layer_without_a_pool_is_an_error():
         ("25%", "lru"),
         ("25%", "ewma"),
         ("25%", "mrs"),
+        ("25%", "horizon"),
         ("50%", "ewma"),
         ("all", "lru"),
     ],
