@@ -24,7 +24,7 @@ from moe_offload.trace import make_trace
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 7, 2
 COUNTERS = ("hits", "misses", "demand_bytes", "stream_bytes", "evictions")
 ALL_POLICIES = [*POLICIES, *ORACLES]
-LOOK_AT_RESIDENTS = {"arc", "fate", "least_stale", "moe_infinity", "plec"}
+LOOK_AT_RESIDENTS = {"arc", "fate", "least_stale", "moe_infinity"}
 
 
 def random_trace(seed, step_tokens, *, with_weights=True, num_experts=NUM_EXPERTS):

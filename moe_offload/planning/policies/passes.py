@@ -101,7 +101,6 @@ class PlecPolicy(TablePolicy):
     """
 
     name = "plec"
-    scores_know_residents = True
     demand_tokens = 64
     fields: ClassVar[dict[str, float]] = {"last_use": -1e9, "chance": 0.0}
     last_use: FloatArray
@@ -113,7 +112,14 @@ class PlecPolicy(TablePolicy):
         self._previous: dict[int, list[int]] = {}
 
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
-        layer, num_experts = self.layers[int(row)], self._resident.shape[1]
+        if isinstance(row, np.ndarray):
+            for layer_row, layer_ids in zip(row[:, 0].tolist(), np.asarray(expert_ids), strict=True):
+                self._observe_layer(layer_row, layer_ids.tolist())
+        else:
+            self._observe_layer(row, list(expert_ids))
+
+    def _observe_layer(self, row: int, expert_ids: list[int]) -> None:
+        layer, num_experts = self.layers[row], self._resident.shape[1]
         counts = self._transitions.get(layer)
         if counts is None or len(counts) < num_experts:
             wider = np.zeros((num_experts, num_experts))
@@ -123,7 +129,7 @@ class PlecPolicy(TablePolicy):
         previous = self._previous.get(layer)
         if previous is not None:
             counts[np.asarray(previous)[:, None], expert_ids] += 1.0
-        self._previous[layer] = list(expert_ids)
+        self._previous[layer] = expert_ids
         self.last_use[row, expert_ids] = self.clock[row, 0]
         chance = counts[expert_ids].sum(axis=0)
         threshold = np.sort(chance)[-min(2 * len(expert_ids), num_experts)]

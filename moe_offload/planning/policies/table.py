@@ -24,8 +24,8 @@ class TablePolicy:
 
     Attributes:
         clock: (layers, 1) events that each layer has had, the one being observed included.
-        scores_know_residents: whether ``scores`` depends on what is resident, or ``observe`` on how the
-            layers of one pass follow one another.
+        scores_know_residents: whether in a pool of one layer ``scores`` depends on what is resident, or
+            on how passes are counted.
         pass_count: forward passes begun; a layer that is not above the one before begins a new one.
     """
 
