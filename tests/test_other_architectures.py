@@ -63,8 +63,10 @@ def test_aarch64_gives_the_golden_bits(tmp_path: Path) -> None:
     num_cases = write_cases(data)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.startswith(f"{num_cases} cases on baseline") and ": 0 differ" in result.stdout
+    assert (
+        result.stdout.startswith(f"{num_cases} cases on baseline dotprod:") and ": 0 differ" in result.stdout
+    )
 
     write_cases(data, spoiled=True)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 1 and "1 differ" in result.stdout, "a wrong bit must be found"
+    assert result.returncode == 1 and "on dotprod: 2 differ" in result.stdout, "a wrong bit must be found"

@@ -115,6 +115,8 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const Kernels kernels_dotprod;
 #endif
 
 }  // namespace moe
