@@ -43,14 +43,29 @@ def codebook(ggml_type: GgmlType) -> np.ndarray:
     return np.ascontiguousarray(traits.grid, dtype=np.int8)
 
 
-def build(compiler: str, folder: Path) -> Path:
+def build(compiler: str, folder: Path, *, replaced: dict[str, Path] | None = None) -> Path:
+    """Compile the checking program; ``replaced`` gives other files for some of csrc/cpu."""
     sources = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.name.startswith("bindings")]
+    sources = [(replaced or {}).get(path.name, path) for path in sources]
     program = folder / "check_golden_ops"
     sources.append(ROOT / "tests" / "native" / "check_golden_ops.cpp")
-    command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", *sources, "-o", program]
+    run_compiler([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", *sources, "-o", program])
+    return program
+
+
+def run_compiler(command: list[str | Path]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return program
+
+
+def check(command: list[str | Path], data: Path, isas: str) -> None:
+    """Run the program on the golden vectors: all right, and not all right with one wrong bit."""
+    num_cases = write_cases(data)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.stdout == f"{num_cases} cases on {isas}: 0 differ\n" and result.returncode == 0, result
+    write_cases(data, spoiled=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert f"on {isas.split()[-1]}: 2 differ" in result.stdout and result.returncode == 1, result
 
 
 @pytest.mark.slow
@@ -58,15 +73,26 @@ def test_aarch64_gives_the_golden_bits(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (apt: g++-aarch64-linux-gnu, qemu-user)")
-    program, data = build(compiler, tmp_path), tmp_path / "cases.bin"
-    command = [emulator, program, data]
-    num_cases = write_cases(data)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert (
-        result.stdout.startswith(f"{num_cases} cases on baseline dotprod:") and ": 0 differ" in result.stdout
-    )
+    data = tmp_path / "cases.bin"
+    check([emulator, build(compiler, tmp_path), data], data, "baseline dotprod")
 
-    write_cases(data, spoiled=True)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 1 and "on dotprod: 2 differ" in result.stdout, "a wrong bit must be found"
+
+@pytest.mark.slow
+def test_avxvnni_gives_the_golden_bits_in_avx512s_encoding(tmp_path: Path) -> None:
+    """Few machines have AVX-VNNI: the same instructions run in AVX-512's encoding."""
+    compiler = shutil.which("g++")
+    if compiler is None or " avx512_vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs g++ and a CPU with AVX-512 VNNI")
+    assembly = tmp_path / "kernels_avxvnni.s"
+    isa_flags = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"]
+    # It takes the place of the table for AVX-512, the one that this CPU is known to offer.
+    rename = "-Dkernels_avxvnni=kernels_avx512vnni"
+    source = ROOT / "csrc" / "cpu" / "kernels_avxvnni.cpp"
+    flags = [flag for flag in FLAGS if flag != "-static"]
+    run_compiler([compiler, *flags, *isa_flags, rename, f"-I{ROOT / 'csrc'}", "-S", source, "-o", assembly])
+    code = assembly.read_text()
+    assert code.count("{vex} vpdpbusd") > 100
+    assembly.write_text(code.replace("{vex} vpdpbusd", "vpdpbusd"))
+    data = tmp_path / "cases.bin"
+    program = build(compiler, tmp_path, replaced={"kernels_avx512vnni.cpp": assembly})
+    check([program, data], data, "baseline avx2 avxvnni")
