@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hit_rate_report import commit, cpu_name, print_tables, write_files
+from card import commit, cpu_name
+from hit_rate_report import print_tables, write_files
 from trace_statistics import segment_cache_hit_rates, segment_routing
 
 from moe_offload.config import PoolPlan, parse_bytes

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-from pathlib import Path
 from typing import Any
+
+from card import commit, cpu_name
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
 
@@ -86,21 +85,6 @@ def report(runs: dict[tuple[str, bool], list[dict[str, Any]]], args: argparse.Na
         )
         rows.append({"experts": share, "prefetch": prefetch, "speeds": speeds, **median})
     print(json.dumps({"bench": "decode_speed", "machine": cpu_name(), "commit": commit(), "results": rows}))
-
-
-def cpu_name() -> str:
-    """Return the processor's name, or the architecture where /proc has none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def commit() -> str:
-    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,19 +62,3 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=trace, xlabel="resident experts a layer", ylabel="hit rate")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def cpu_name() -> str:
-    """Return the processor's name, or the architecture where /proc has none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def commit() -> str:
-    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

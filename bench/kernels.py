@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from decode_speed import commit, cpu_name
+from card import commit, cpu_name
 
 from moe_offload import _native, ops
 from moe_offload.storage.expert_format import GgmlType, row_bytes
