@@ -15,6 +15,7 @@ import moe_offload
 from moe_offload import CheckpointError
 from moe_offload.config import DEMO_MODEL
 from moe_offload.runtime import skeleton
+from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
 from moe_offload.storage.checkpoint import open_checkpoint
 
@@ -78,6 +79,21 @@ def test_a_read_error_while_running_names_file_and_expert(demo_copy, num_prompt_
         model(prompt)
     model.offload.cache.check()
     assert torch.isfinite(model(prompt).logits).all()
+    model.offload.close()
+
+
+def test_an_interrupt_between_lookup_and_use_leaves_the_model_usable(monkeypatch):
+    model = moe_offload.from_pretrained(ram="8GiB", experts=8, context=64)
+    expected = model.generate(PROMPT, **GREEDY)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ExpertExecutor, "_decode", interrupted)
+        model.generate(PROMPT, **GREEDY)
+    model.offload.cache.check()
+    assert torch.equal(model.generate(PROMPT, **GREEDY), expected)
     model.offload.close()
 
 

@@ -168,6 +168,11 @@ class ExpertCache:
         if self._open is step:
             self._open = None
 
+    def abort_open(self) -> None:
+        """Give up the step that an interrupt left open between ``begin`` and ``end``, if there is one."""
+        if isinstance(self._open, Step):
+            self.abort(self._open)
+
     # A prompt: expert after expert, past the residents.
 
     def stream(

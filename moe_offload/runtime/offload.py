@@ -179,6 +179,10 @@ class OffloadHandle:
         started = time.perf_counter()
         try:
             yield
+        except BaseException:
+            if self.cache is not None:
+                self.cache.abort_open()  # Ctrl-C may come between any two instructions
+            raise
         finally:
             if decoding and torch_threads > 1:
                 torch.set_num_threads(torch_threads)
