@@ -87,6 +87,7 @@ class ExpertCache:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._arena, self._top_k, self._stats = arena, top_k, stats
+        self._policy_factory = policy_factory
         self._pools: list[SlotPool] = []
         self._pool_of: dict[int, SlotPool] = {}
         self._open: Step | int | None = None  # the open step, or the layer of the open stream
@@ -168,10 +169,17 @@ class ExpertCache:
         if self._open is step:
             self._open = None
 
-    def abort_open(self) -> None:
-        """Give up the step that an interrupt left open between ``begin`` and ``end``, if there is one."""
-        if isinstance(self._open, Step):
-            self.abort(self._open)
+    def recover(self) -> None:
+        """Give up what was under way when an interrupt came, wherever it came; never blocks.
+
+        Ctrl-C may fall between any two instructions, so nothing is believed but what adds up:
+        residents stay, policies start anew, a slot that nobody can account for is lost.
+        """
+        self._open = None
+        for pool in self._pools:
+            pool.recover(self._policy_factory())
+            pool.num_staging = staging_slots(pool.num_slots, pool.num_experts, self._top_k)
+            pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
 
     # A prompt: expert after expert, past the residents.
 

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Protocol
 
 from moe_offload.config import PoolPlan
-from moe_offload.errors import CheckpointError
+from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
@@ -122,18 +122,22 @@ class SlotPool:
     def read(self, key: ExpertKey, *, speculative: bool) -> Entry:
         """Start reading an expert into a free slot."""
         assert self.find(key) is None, f"{key} has a slot already"
-        slot = self.free[-1]
+        slot = self.free.pop()  # before the read begins: an interrupt may lose a slot, never share one
         address = self.slot_address(slot)
+        try:
+            ticket = self.store.read(key, address, speculative=speculative)
+        except Exception:
+            self.free.append(slot)
+            raise
         entry = Entry(
             key=key,
             slot=slot,
             addresses=self.store.addresses(key, address),
             num_bytes=self.store.expert_bytes(key),
-            ticket=self.store.read(key, address, speculative=speculative),
+            ticket=ticket,
             state=SlotState.IN_FLIGHT,
             unclaimed=speculative,
         )
-        self.free.pop()
         self.table[key.layer_idx][key.expert_id] = entry
         self.staged[key] = entry
         return entry
@@ -201,7 +205,7 @@ class SlotPool:
 
     def discard(self, entry: Entry) -> None:
         """Free a staged expert's slot, or abandon its read: at once when it had not begun."""
-        if entry.state is SlotState.IN_FLIGHT:
+        if entry.state is SlotState.IN_FLIGHT and not self._was_forgotten(entry.ticket):
             self._abandon(entry)
             return
         if entry.unclaimed:
@@ -270,6 +274,53 @@ class SlotPool:
     def unclaimed(self) -> list[Entry]:
         """Return the speculative entries that no step has asked for, oldest first."""
         return [entry for entry in self.staged.values() if entry.unclaimed]
+
+    def recover(self, policy: EvictionPolicy) -> None:
+        """Make the books agree again after an interrupt between any two instructions; never blocks.
+
+        Finished residents stay; all else is given up. A slot that neither list nor entry accounts
+        for may have a read under way that nobody knows: it is never used again.
+        """
+        owners = [*self.residents.values(), *self.staged.values()]
+        owners += [entry for row in self.table.values() for entry in row if entry is not None]
+        entries = {entry.slot: entry for entry in owners}
+        self.residents, self.staged = {}, {}
+        for row in self.table.values():
+            row[:] = [None] * len(row)
+        drained = {slot for _, slot in self.draining}
+        self.draining = [pair for pair in self.draining if not self._was_forgotten(pair[0])]
+        known_free = set(self.free) - drained - entries.keys()
+        known_free |= drained - {slot for _, slot in self.draining}
+        self.free = sorted(known_free, reverse=True)
+        for slot, entry in entries.items():
+            if slot not in drained:
+                self._recover_entry(entry)
+        self.num_slots = len(self.free) + len(self.draining) + len(self.residents)
+        self.policy = policy
+        for key in self.residents:
+            policy.on_insert(key)
+
+    def _recover_entry(self, entry: Entry) -> None:
+        """Keep a resident; free a slot whose read is over; leave one whose read is not to drain."""
+        entry.pins = 0
+        if entry.state is SlotState.RESIDENT and self.find(entry.key) is None:
+            self.residents[entry.key] = entry
+            self.table[entry.key.layer_idx][entry.key.expert_id] = entry
+            return
+        if entry.state is SlotState.IN_FLIGHT and not self._was_forgotten(entry.ticket):
+            if not self.store.cancel(entry.ticket):
+                self.draining.append((entry.ticket, entry.slot))
+                return
+            self.store.forget(entry.ticket)
+        self.free.append(entry.slot)
+
+    def _was_forgotten(self, ticket: int) -> bool:
+        """Whether a ticket is unknown: then its read is over."""
+        try:
+            self.store.done(ticket)
+        except ConfigError:
+            return True
+        return False
 
     def check(self) -> None:
         """Assert what holds whenever no step or stream is open."""

@@ -179,9 +179,9 @@ class OffloadHandle:
         started = time.perf_counter()
         try:
             yield
-        except BaseException:
+        except KeyboardInterrupt:
             if self.cache is not None:
-                self.cache.abort_open()  # Ctrl-C may come between any two instructions
+                self.cache.recover()
             raise
         finally:
             if decoding and torch_threads > 1:

@@ -113,7 +113,7 @@ class ExpertStore:
         """Drop the record of a finished read; False, and nothing happens, while it is not finished."""
         forgotten = self.reader.forget(ticket)
         if forgotten:
-            del self._keys[ticket]
+            self._keys.pop(ticket, None)  # an interrupt may have come before it was noted
         return forgotten
 
     def read_bytes(self, span: Span) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,140 @@
+"""Ctrl-C may come between any two instructions of the cache: it must stay right and usable.
+
+A trace function raises KeyboardInterrupt at the n-th line of the cache's own code, for every n that a
+busy scenario has; then the cache recovers and goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
+
+from moe_offload.errors import ConfigError
+from moe_offload.planning.eviction import EwmaPolicy
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.expert_format import ExpertKey
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 8, 2
+CODE = ("expert_cache.py", "slot_pool.py", "prompt_stream.py")
+
+
+class ForgetfulDisk(SimulatedDisk):
+    """Says of a forgotten ticket what the native reader says."""
+
+    def check_known(self, ticket: int) -> None:
+        if self.reads[ticket].state == "ended":
+            raise ConfigError(f"ticket {ticket} is unknown or forgotten")
+
+    def done(self, ticket: int) -> bool:
+        self.check_known(ticket)
+        return self.reads[ticket].state in ("done", "failed")
+
+    def cancel(self, ticket: int) -> bool:
+        self.check_known(ticket)
+        return self.reads[ticket].state == "cancelled" or super().cancel(ticket)
+
+
+def make_cache() -> tuple[ExpertCache, ForgetfulDisk]:
+    layouts = make_layouts(NUM_LAYERS, NUM_EXPERTS)
+    disk = ForgetfulDisk(layouts, seed=3)
+    pools = [make_pool(layouts, 8, TOP_K)]
+    return ExpertCache(pools, layouts, disk, FakeArena(), EwmaPolicy, OffloadStats(), top_k=TOP_K), disk
+
+
+def run_token(cache: ExpertCache, disk: SimulatedDisk, token: int) -> None:
+    """Decode one token through all layers, with guesses right and wrong, and look at every byte."""
+    for layer_idx in range(NUM_LAYERS):
+        ids = sorted({(token + layer_idx) % NUM_EXPERTS, (3 * token + 1) % NUM_EXPERTS})
+        cache.contradict(layer_idx, ids)
+        step = cache.begin(layer_idx, ids)
+        assert step is not None
+        guesses = [ExpertKey((layer_idx + 1) % NUM_LAYERS, (token + i) % NUM_EXPERTS) for i in (1, 2)]
+        cache.prefetch(guesses)
+        for expert_id in ids:
+            cache.wait(step, expert_id)
+            address = cache.addresses(layer_idx, expert_id)[0]
+            assert disk.contents[address] == (layer_idx, expert_id)
+        cache.end(step)
+
+
+def run_scenario(cache: ExpertCache, disk: SimulatedDisk) -> None:
+    for token in range(3):
+        run_token(cache, disk, token)
+    for expert_id, addresses in cache.stream(0, list(range(NUM_EXPERTS))):
+        assert disk.contents[addresses[0]] == (0, expert_id)
+    run_token(cache, disk, 5)
+
+
+def interrupt_at(line_number: int) -> Any:
+    """Return a trace function that interrupts at the n-th line of the cache's code."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith(CODE):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line_number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def count_lines() -> int:
+    cache, disk = make_cache()
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(CODE):
+            return None
+        lines += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run_scenario(cache, disk)
+    finally:
+        sys.settrace(None)
+    return lines
+
+
+def test_an_interrupt_at_any_line_is_recovered_from() -> None:
+    num_lines = count_lines()
+    assert num_lines > 500
+    interrupted = 0
+    for line_number in range(1, num_lines + 1):
+        cache, disk = make_cache()
+        sys.settrace(interrupt_at(line_number))
+        try:
+            run_scenario(cache, disk)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        cache.recover()
+        (pool,) = cache._pools
+        assert pool.num_slots >= 8 - 1, "an interrupt loses one slot at most"
+        cache.check()
+        run_scenario(cache, disk)
+        cache.check()
+    assert interrupted == num_lines
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_recovering_an_untouched_cache_keeps_its_residents(times: int) -> None:
+    cache, disk = make_cache()
+    run_scenario(cache, disk)
+    residents = cache.residents()
+    for _ in range(times):
+        cache.recover()
+    assert cache.residents() == residents
+    cache.check()
