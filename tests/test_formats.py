@@ -18,7 +18,7 @@ import moe_offload
 from moe_offload.runtime.quant_modules import QuantLinear
 from moe_offload.storage.expert_format import GgmlType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))
+sys.path.append(str(Path(__file__).parents[1] / "bench" / "demo_model"))  # not before tests/reference.py
 from export_gguf import export_gguf
 
 IDS = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]

@@ -24,7 +24,7 @@ from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.expert_format import GgmlType, RowOrder
 from moe_offload.storage.tokenizer import load_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))
+sys.path.append(str(Path(__file__).parents[1] / "bench" / "demo_model"))  # not before tests/reference.py
 from export_gguf import export_gguf
 
 VOCAB_SIZE = 260

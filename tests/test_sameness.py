@@ -19,7 +19,7 @@ from moe_offload import ops
 from moe_offload.config import DEMO_MODEL
 from moe_offload.storage.checkpoint import open_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "demo_model"))
+sys.path.append(str(Path(__file__).parents[1] / "bench" / "demo_model"))  # not before tests/reference.py
 from dequantize_gguf import dequantize_gguf
 
 PROMPT = "In the spring of that year the engineers began to measure the old bridge, and"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ Ids = list[int] | NDArray[np.intp]
 Weights = Sequence[float] | NDArray[Any]
 
 
-class TablePolicy:
+class TablePolicy(ABC):
     """Evict the residents of the lowest ``scores()``; ties go to the smaller key.
 
     A subclass names its arrays with their first values in ``fields`` and finds each as an attribute
@@ -43,17 +44,17 @@ class TablePolicy:
         for field, start in self.fields.items():
             setattr(self, field, np.full((0, 0), start))
 
+    @abstractmethod
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
         """Take note of an event of a layer; ``weights`` are equal where the router's are not known.
 
         A replay shows all layers of a token at once, ``row`` (layers, 1) and the others (layers, K), to
         a policy whose ``scores`` do not depend on what is resident.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self) -> FloatArray:
         """Return (layers, experts): the lowest leaves first. May be the policy's own array."""
-        raise NotImplementedError
 
     def on_route(
         self, layer_idx: int, expert_ids: Sequence[int], expert_weights: Sequence[float] | None
