@@ -50,9 +50,16 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=[*find_packages(include=["moe_offload", "moe_offload.*"]), "moe_offload.predictors"],
-    package_dir={"moe_offload.predictors": "predictors"},
-    package_data={"moe_offload": ["py.typed", "_native.pyi", "demo/*"]},
+    packages=[
+        *find_packages(include=["moe_offload", "moe_offload.*"]),
+        "moe_offload.predictors",
+        "moe_offload.device_profiles",
+    ],
+    package_dir={"moe_offload.predictors": "predictors", "moe_offload.device_profiles": "device_profiles"},
+    package_data={
+        "moe_offload": ["py.typed", "_native.pyi", "demo/*"],
+        "moe_offload.device_profiles": ["*.toml"],
+    },
     ext_modules=[
         Pybind11Extension(
             "moe_offload._native",

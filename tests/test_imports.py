@@ -18,6 +18,7 @@ REPOSITORY = PACKAGE.parent
 READING_ORDER = [
     ("errors", "config"),
     ("storage.expert_format",),
+    ("device",),
     ("stats", "trace"),
     ("_native",),
     ("planning",),
@@ -32,6 +33,7 @@ READING_ORDER = [
 WITHOUT_TORCH = {
     "errors",
     "config",
+    "device",
     "storage.expert_format",
     "stats",
     "trace",
