@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 from torch import Tensor, nn
 
 from moe_offload.planning.eviction import LruPolicy
+from moe_offload.planning.prediction import Forecast, StatelessPredictor, expected_keys, used_by_any
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.prefetch import REST_AFTER_STEPS, Prefetcher
@@ -40,15 +42,27 @@ ROUTERS = [
 ]
 
 
-class Scripted:
-    """A predictor that says what it was told."""
+NOTHING = np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32)  # ids and weights of a made-up step
+
+
+class Scripted(StatelessPredictor):
+    """A predictor that is sure of what it was told, the first the surest."""
 
     def __init__(self, *keys: ExpertKey) -> None:
         self.keys, self.asked = keys, 0
+        self.observed: list[list[int]] = []
 
-    def predict(self, layer_idx: int, router_input: Any) -> tuple[ExpertKey, ...]:
+    def observe(self, layer_idx: int, expert_ids: Any, expert_weights: Any) -> None:
+        self.observed.append([layer_idx, *expert_ids.reshape(-1).tolist()])
+
+    def predict(
+        self, layer_idx: int, router_input: Any, expert_ids: Any, expert_weights: Any
+    ) -> list[Forecast]:
         self.asked += 1
-        return self.keys
+        forecasts = {key.layer_idx: np.zeros(NUM_EXPERTS, np.float32) for key in self.keys}
+        for rank, key in enumerate(self.keys):
+            forecasts[key.layer_idx][key.expert_id] = 1.0 - 0.01 * rank
+        return [Forecast(layer_idx, forecasts[layer_idx]) for layer_idx in sorted(forecasts)]
 
 
 def make_cache(num_slots: int) -> tuple[ExpertCache, SimulatedDisk, OffloadStats]:
@@ -63,7 +77,7 @@ def test_guesses_are_read_in_order_after_the_demands() -> None:
     prefetcher = Prefetcher(cache, Scripted(ExpertKey(1, 5), ExpertKey(1, 2)))
     step = cache.begin(0, [3])
     assert step is not None
-    prefetcher.look_ahead(0, None)
+    prefetcher.look_ahead(0, None, *NOTHING)
     assert disk.submitted == [(0, 3), (1, 5), (1, 2)]
     assert [read.speculative for read in disk.reads.values()] == [False, True, True]
     cache.abort(step)
@@ -72,8 +86,8 @@ def test_guesses_are_read_in_order_after_the_demands() -> None:
 def test_what_the_router_contradicts_is_cancelled() -> None:
     cache, disk, stats = make_cache(10)
     prefetcher = Prefetcher(cache, Scripted(ExpertKey(1, 5), ExpertKey(1, 2)))
-    prefetcher.look_ahead(0, None)
-    prefetcher.routed(1, torch.tensor([2, 7]).numpy())
+    prefetcher.look_ahead(0, None, *NOTHING)
+    prefetcher.routed(1, [2, 7], np.array([[7, 2]]), np.array([[0.6, 0.4]], np.float32))
     assert disk.cancelled == [(1, 5)]
     assert stats.prefetch_cancelled == 1
 
@@ -84,8 +98,8 @@ def test_what_the_router_contradicts_is_cancelled() -> None:
 def test_a_prefetcher_that_is_off_reads_nothing(off: dict[str, Any]) -> None:
     cache, disk, _ = make_cache(10)
     prefetcher = Prefetcher(cache, **off)
-    prefetcher.look_ahead(0, None)
-    prefetcher.routed(1, [1])
+    prefetcher.look_ahead(0, None, *NOTHING)
+    prefetcher.routed(1, [1], np.array([[1]]), np.ones((1, 1), np.float32))
     assert disk.submitted == []
 
 
@@ -93,11 +107,11 @@ def test_with_everything_resident_no_router_is_asked() -> None:
     cache, _, _ = make_cache(3 * NUM_EXPERTS)
     predictor = Scripted()
     prefetcher = Prefetcher(cache, predictor)
-    prefetcher.look_ahead(0, None)
+    prefetcher.look_ahead(0, None, *NOTHING)
     for layer_idx in range(3):
         for _ in cache.stream(layer_idx, list(range(NUM_EXPERTS))):
             pass
-    prefetcher.look_ahead(0, None)
+    prefetcher.look_ahead(0, None, *NOTHING)
     assert predictor.asked == 1
 
 
@@ -109,7 +123,7 @@ def test_prediction_rests_while_nothing_is_missed_and_wakes_with_a_miss() -> Non
     def run_step(expert_id: int) -> None:
         step = cache.begin(0, [expert_id])
         assert step is not None
-        prefetcher.look_ahead(0, None)
+        prefetcher.look_ahead(0, None, *NOTHING)
         for pending in step.pending:
             cache.wait(step, pending)
         cache.end(step)
@@ -134,50 +148,52 @@ def make_router(family: str, router_class: str, config_class: str, sizes: dict[s
     return router
 
 
+def guesses(gate: CrossLayerGate, layer_idx: int, router_input: Tensor) -> list[ExpertKey]:
+    return expected_keys(gate.predict(layer_idx, router_input, *NOTHING))
+
+
 @pytest.mark.parametrize("family", ROUTERS, ids=lambda family: family[0])
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_the_guess_is_what_the_next_router_would_choose(family: tuple[Any, ...], num_tokens: int) -> None:
+def test_the_most_probable_are_what_the_next_router_would_choose(family: tuple[Any, ...]) -> None:
     torch.manual_seed(0)
     routers = {layer_idx: make_router(*family) for layer_idx in (1, 2, 4)}
-    router_input = torch.randn(num_tokens, HIDDEN_SIZE)
-    guesses = CrossLayerGate(routers).predict(2, router_input)
-    _, weights, expert_ids = routers[4](router_input)
-    assert {key.layer_idx for key in guesses} == {4}
-    assert {key.expert_id for key in guesses} == set(expert_ids.reshape(-1).tolist())
-    heaviest = expert_ids.reshape(-1)[weights.reshape(-1).argmax()]
-    assert guesses[0] == (4, heaviest)
+    gate = CrossLayerGate(routers)
+    for router_input in torch.randn(20, 1, HIDDEN_SIZE):
+        forecasts = gate.predict(2, router_input, *NOTHING)
+        assert [forecast.layer_idx for forecast in forecasts] == [4]
+        best = np.argsort(-forecasts[0].probabilities)[:TOP_K]
+        assert set(best.tolist()) == set(routers[4](router_input)[2][0].tolist())
 
 
 @pytest.mark.parametrize("family", ROUTERS, ids=lambda family: family[0])
-def test_wider_guesses_leave_the_router_as_it_was(family: tuple[Any, ...]) -> None:
+def test_asking_leaves_the_router_as_it_was(family: tuple[Any, ...]) -> None:
     torch.manual_seed(0)
     routers = {layer_idx: make_router(*family) for layer_idx in (0, 1)}
     router_input = torch.randn(1, HIDDEN_SIZE)
     before = [output.clone() for output in routers[1](router_input)]
     attributes = {name: value for name, value in vars(routers[1]).items() if not name.startswith("_")}
-    wider = CrossLayerGate(routers, num_guesses=2 * TOP_K).predict(0, router_input)
-    exact = CrossLayerGate(routers).predict(0, router_input)
-    assert len(wider) == 2 * TOP_K and set(exact) <= set(wider)
-    assert wider[:TOP_K] == exact
+    guesses(CrossLayerGate(routers), 0, router_input)
     assert all(map(torch.equal, before, routers[1](router_input)))
     assert attributes == {n: v for n, v in vars(routers[1]).items() if not n.startswith("_")}
 
 
-def test_masked_out_groups_are_not_guessed() -> None:
-    """DeepSeek-V2 chooses within topk_group groups: with more guesses asked, masked experts have weight 0."""
-    torch.manual_seed(0)
-    routers = {layer_idx: make_router(*ROUTERS[3]) for layer_idx in (0, 1)}
-    guesses = CrossLayerGate(routers, num_guesses=NUM_EXPERTS).predict(0, torch.randn(1, HIDDEN_SIZE))
-    assert len(guesses) == 4  # two groups of two experts
+def test_a_batch_uses_an_expert_where_any_token_does() -> None:
+    chances = np.array([[0.5, 0.0, 1.0], [0.5, 0.25, 0.0]], np.float32)
+    assert used_by_any(chances).tolist() == [0.75, 0.25, 1.0]
+    routers = {layer_idx: make_router(*ROUTERS[0]) for layer_idx in (0, 1)}
+    gate, router_input = CrossLayerGate(routers), torch.randn(3, HIDDEN_SIZE)
+    together = gate.predict(0, router_input, *NOTHING)[0].probabilities
+    for row in router_input:
+        alone = gate.predict(0, row[None], *NOTHING)[0].probabilities
+        assert (together >= alone - 1e-6).all()
 
 
 def test_depth_looks_further_and_the_last_layer_looks_nowhere() -> None:
     routers = {layer_idx: make_router(*ROUTERS[0]) for layer_idx in (0, 1, 2)}
     gate = CrossLayerGate(routers, depth=2)
     router_input = torch.randn(1, HIDDEN_SIZE)
-    assert [key.layer_idx for key in gate.predict(0, router_input)] == [1, 1, 2, 2]
-    assert [key.layer_idx for key in gate.predict(1, router_input)] == [2, 2]
-    assert gate.predict(2, router_input) == []
+    assert [forecast.layer_idx for forecast in gate.predict(0, router_input, *NOTHING)] == [1, 2]
+    assert [forecast.layer_idx for forecast in gate.predict(1, router_input, *NOTHING)] == [2]
+    assert gate.predict(2, router_input, *NOTHING) == []
 
 
 def test_a_guess_needs_no_gradient_and_runs_no_hook() -> None:
@@ -186,7 +202,7 @@ def test_a_guess_needs_no_gradient_and_runs_no_hook() -> None:
     routers[1].register_forward_hook(lambda module, args, output: calls.append(output))
     gate = CrossLayerGate(routers)
     with torch.enable_grad():
-        gate.predict(0, torch.randn(1, HIDDEN_SIZE, requires_grad=True))
+        guesses(gate, 0, torch.randn(1, HIDDEN_SIZE, requires_grad=True))
     assert calls == []
 
 
@@ -195,4 +211,13 @@ def test_a_guess_follows_a_router_whose_weights_change() -> None:
     gate, router_input = CrossLayerGate(routers), torch.ones(1, HIDDEN_SIZE)
     with torch.no_grad():
         routers[1].get_parameter("weight").zero_()[6].fill_(1.0)
-    assert gate.predict(0, router_input)[0] == (1, 6)
+    assert gate.predict(0, router_input, *NOTHING)[0].probabilities.argmax() == 6
+
+
+def test_the_predictor_sees_what_routers_chose_also_while_it_rests() -> None:
+    cache, _, _ = make_cache(10)
+    predictor = Scripted()
+    prefetcher = Prefetcher(cache, predictor)
+    for _ in range(2 * REST_AFTER_STEPS):
+        prefetcher.routed(1, [2, 7], np.array([[7, 2]]), np.array([[0.6, 0.4]], np.float32))
+    assert predictor.observed == [[1, 7, 2]] * (2 * REST_AFTER_STEPS)

@@ -1,26 +1,17 @@
-"""From predictions to speculative reads. Knows no torch: a predictor's answers are expert keys."""
+"""From predictions to speculative reads. Knows no torch: a predictor's answers are arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.planning.prediction import Predictor, expected_keys
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.storage.expert_format import ExpertKey
 
 REST_AFTER_STEPS = 64  # a few tokens
-
-
-class Predictor(Protocol):
-    """Guess which experts the next MoE layers will choose, before their routers have spoken."""
-
-    def predict(self, layer_idx: int, router_input: Any) -> Sequence[ExpertKey]:
-        """Return keys of later layers, the most probable first; empty after the last layer.
-
-        Args:
-            layer_idx: the layer that routes now.
-            router_input: (T, H), what its router saw.
-        """
 
 
 class Prefetcher:
@@ -37,17 +28,38 @@ class Prefetcher:
         self._steps_without_need = 0
         self._needs_seen = -1
 
-    def routed(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
-        """Cancel queued reads of this layer that its router did not choose."""
-        if self.enabled:
-            self._cache.contradict(layer_idx, expert_ids)
+    def routed(
+        self,
+        layer_idx: int,
+        used: Iterable[int],
+        expert_ids: NDArray[np.int64],
+        expert_weights: NDArray[np.float32],
+    ) -> None:
+        """Cancel queued reads of this layer that its router did not choose; let the predictor learn.
 
-    def look_ahead(self, layer_idx: int, router_input: Any) -> None:
+        Args:
+            used: distinct experts of the step.
+            expert_ids: (T, K), of each token.
+            expert_weights: (T, K).
+        """
+        if self.enabled:
+            assert self._predictor is not None
+            self._predictor.observe(layer_idx, expert_ids, expert_weights)
+            self._cache.contradict(layer_idx, used)
+
+    def look_ahead(
+        self,
+        layer_idx: int,
+        router_input: Any,
+        expert_ids: NDArray[np.int64],
+        expert_weights: NDArray[np.float32],
+    ) -> None:
         """Queue reads for the next layers; call after ``cache.begin``, whose demand reads go first."""
         if not self.enabled or self._cache.has_every_expert or self._rests():
             return
         assert self._predictor is not None
-        self._cache.prefetch(self._predictor.predict(layer_idx, router_input))
+        forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
+        self._cache.prefetch(expected_keys(forecasts))
 
     def _rests(self) -> bool:
         """Count layer steps since one needed an expert that was not resident."""

@@ -7,6 +7,7 @@ a policy or a prefetch changes the time of a token and never the token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,14 +82,16 @@ class ExpertExecutor:
         hidden = hidden_states.float().contiguous()
         routing = Routing(top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)
-        self.prefetcher.routed(self.layer_idx, routing.expert_ids)
+        chosen = top_k_index.numpy(), top_k_weights.float().numpy()
+        self.prefetcher.routed(self.layer_idx, routing.expert_ids, *chosen)
         step = None
         if len(hidden) <= DECODE_STEP_MAX_TOKENS:
             step = self.cache.begin(self.layer_idx, routing.expert_ids.tolist(), self._scores(routing))
         if step is None:
             self._stream(hidden, routing, out)
         else:
-            self._decode(step, hidden_states, hidden, routing, out)
+            look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, hidden_states, *chosen)
+            self._decode(step, look_ahead, hidden, routing, out)
         self.on_layer_done(self.layer_idx)
         return out.to(hidden_states.dtype)
 
@@ -99,11 +102,11 @@ class ExpertExecutor:
         return sums
 
     def _decode(
-        self, step: Step, router_input: Tensor, hidden: Tensor, routing: Routing, out: Tensor
+        self, step: Step, look_ahead: Callable[[], None], hidden: Tensor, routing: Routing, out: Tensor
     ) -> None:
         """Serve a small step from the cache: experts at hand compute while the others are read."""
         try:
-            self.prefetcher.look_ahead(self.layer_idx, router_input)
+            look_ahead()
             rows = self._rows_as_they_arrive(step, hidden, routing)
             weighted_sum(out, rows, routing.pair_tokens, routing.pair_weights)
         except BaseException:

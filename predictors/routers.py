@@ -1,0 +1,94 @@
+"""Ask a router what it would choose on some input: ranking scores, without the cost of its forward.
+
+transformers' routers differ in what they do with their logits (softmax, sigmoid, a bias that only
+ranks, groups), and a prediction needs the ranking only. Most rank by logits, or by sigmoid plus bias:
+one matmul. A router that ranks otherwise is found by trying it, and then asked whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+PROBES = 16  # random inputs on which the quick way must choose as the router does
+DEFAULT_TEMPERATURE = 0.25  # of a layer's standard deviation of scores; where nothing was fitted
+
+
+class RouterScores:
+    """Scores (T, E) of which each row's ``top_k`` largest are what ``router`` would choose.
+
+    Args:
+        router: transformers' router: (T, H) -> (logits, weights (T, K), expert ids (T, K)). Its
+            weights are used in place, never copied, and its hooks are not called.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        self._router: Any = router
+        self._weight: Tensor = router.get_parameter("weight")
+        self._bias: Tensor | None = getattr(router, "bias", None)
+        self._ranking_bias: Tensor | None = getattr(router, "e_score_correction_bias", None)
+        self.num_experts, self.hidden_size = self._weight.shape
+        self.top_k = self._probe()
+
+    def __call__(self, router_input: Tensor) -> NDArray[np.float32]:
+        """Return (T, E) float32 scores for (T, H)."""
+        with torch.no_grad():
+            return self._quick(router_input) if self.is_quick else self._whole(router_input)
+
+    def _probe(self) -> int:
+        """Set ``is_quick`` by comparing both ways on random inputs; return the router's top_k."""
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(PROBES, self.hidden_size, generator=generator).to(self._weight.dtype)
+        with torch.no_grad():
+            chosen: NDArray[np.int64] = np.sort(self._router.forward(probes)[2].numpy(), axis=1)
+            top_k = chosen.shape[1]
+            best = np.sort(np.argsort(-self._quick(probes), axis=1, kind="stable")[:, :top_k], axis=1)
+        self.is_quick = bool(np.array_equal(best, chosen))
+        return top_k
+
+    def _quick(self, router_input: Tensor) -> NDArray[np.float32]:
+        logits = functional.linear(router_input.to(self._weight.dtype), self._weight, self._bias).float()
+        if self._ranking_bias is not None:
+            logits = logits.sigmoid() + self._ranking_bias.float()
+        scores: NDArray[np.float32] = logits.numpy()
+        return scores
+
+    def _whole(self, router_input: Tensor) -> NDArray[np.float32]:
+        """Let the router choose; its choice ranks above, the others keep the order of their logits."""
+        logits, _, expert_ids = self._router.forward(router_input.to(self._weight.dtype))
+        scores: NDArray[np.float32] = logits.float().numpy().copy()
+        middle = threshold(scores, expert_ids.shape[1])
+        chosen = np.zeros(scores.shape, bool)
+        np.put_along_axis(chosen, expert_ids.numpy(), True, axis=1)
+        step = 1e-3 * (1e-6 + scores.std(axis=1, keepdims=True))
+        return np.where(chosen, np.maximum(scores, middle + step), np.minimum(scores, middle - step))
+
+
+def threshold(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
+    """Return (T, 1): halfway between the last score that is chosen and the first that is not."""
+    first_chosen = scores.shape[1] - top_k
+    if first_chosen == 0:
+        lowest: NDArray[np.float32] = scores.min(axis=1, keepdims=True) - 1e3
+        return lowest
+    parted = np.partition(scores, (first_chosen - 1, first_chosen), axis=1)
+    middle: NDArray[np.float32] = parted[:, first_chosen - 1 : first_chosen + 1].mean(axis=1, keepdims=True)
+    return middle
+
+
+def probabilities(
+    scores: NDArray[np.float32], top_k: int, temperature: float = DEFAULT_TEMPERATURE
+) -> NDArray[np.float32]:
+    """Turn (T, E) ranking scores into (T, E) probabilities of being chosen.
+
+    A logistic curve around the threshold of the choice; ``temperature`` is its width in standard
+    deviations of a token's scores. The ranking is kept; 0 experts more probable than top_k's.
+    """
+    width = temperature * scores.std(axis=1, keepdims=True) + 1e-9
+    logits = np.clip((scores - threshold(scores, top_k)) / width, -30.0, 30.0)
+    chances: NDArray[np.float32] = (1.0 / (1.0 + np.exp(-logits))).astype(np.float32, copy=False)
+    return chances
