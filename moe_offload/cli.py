@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="record which experts are chosen", description=_TRACE)
     _add_model(trace)
     _add_trace(trace)
+    info = commands.add_parser("info", help="show this machine and what is used of it", description=_INFO)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -96,6 +98,9 @@ headers only."""
 
 _TRACE = """Answer prompts and write down, for every token and layer, the experts that the router chose and
 their weights. Budget, policy and prefetch change the time and never the trace."""
+
+_INFO = """Show the machine, memory, instruction set, how disks are read, packages and what is off and why:
+paste it into a bug report."""
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:

@@ -104,7 +104,7 @@ def test_what_cannot_be_is_named(path: tuple[str, ...], to: Any, message: str) -
 
 
 def test_files_that_are_no_profile(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no device profile 'nope'.*rtx-4060-laptop"):
+    with pytest.raises(ConfigError, match=r"no device profile 'nope'.*rtx-4060-laptop"):
         load_profile("nope")
     broken = tmp_path / "broken.toml"
     broken.write_text("name = ")

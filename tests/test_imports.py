@@ -28,7 +28,17 @@ READING_ORDER = [
     ("ops",),
     ("predictors",),
     ("runtime",),
-    ("terminal", "cli", "cli_chat", "cli_generate", "cli_inspect", "cli_session", "cli_trace", "__main__"),
+    (
+        "terminal",
+        "cli",
+        "cli_chat",
+        "cli_generate",
+        "cli_info",
+        "cli_inspect",
+        "cli_session",
+        "cli_trace",
+        "__main__",
+    ),
 ]
 WITHOUT_TORCH = {
     "errors",

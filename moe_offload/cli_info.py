@@ -1,0 +1,162 @@
+"""`moe-offload info`: the machine, what the project makes of it, and why what is off is off.
+
+One screen that a bug report can paste; nothing of it is guessed, and a part that fails says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import moe_offload
+from moe_offload.config import gib
+from moe_offload.residency.memory import auto_ram_bytes, available_bytes, total_bytes
+
+SUPPORTED_MACHINES = ("x86_64", "aarch64")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "psutil",
+    "llama-cpp-python",
+    "onnxruntime",
+    "matplotlib",
+)
+ENVIRONMENT = ("MOE_OFFLOAD_ISA", "MOE_OFFLOAD_IO", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HOME")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the screen, or the JSON object."""
+    report = describe()
+    print(json.dumps(report) if args.json else as_text(report))
+    return 0
+
+
+def describe() -> dict[str, Any]:
+    """Return everything that ``info`` shows; sizes in bytes."""
+    return {
+        "version": moe_offload.__version__,
+        "python": platform.python_version(),
+        "platform": _platform(),
+        "cpu": _try(_cpu),
+        "memory": _try(_memory),
+        "io": _try(_io),
+        "cuda": _cuda(),
+        "profile": {"in_use": None, "reason": "this version measures nothing before it runs"},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a part of the report, or what kept it from being made: a report must not fail."""
+    try:
+        return part()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _platform() -> dict[str, Any]:
+    release = platform.release()
+    supported = sys.platform == "linux" and platform.machine() in SUPPORTED_MACHINES
+    return {
+        "system": f"{platform.system()} {release}",
+        "machine": platform.machine(),
+        "wsl2": "microsoft" in release.lower(),
+        "supported": supported,
+        "reason": "" if supported else "needs Linux (or WSL2) on x86-64 or aarch64",
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    from moe_offload import ops  # imports torch: that it can be imported is part of the report
+
+    return {
+        "name": _cpu_name(),
+        "logical_cores": os.cpu_count(),
+        "threads": ops.num_threads(),
+        "isa": ops.isa(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _memory() -> dict[str, Any]:
+    return {
+        "total_bytes": total_bytes(),
+        "available_bytes": available_bytes(),
+        "ram_auto_bytes": auto_ram_bytes(),
+    }
+
+
+def _io() -> dict[str, Any]:
+    from moe_offload.config import DEMO_MODEL
+    from moe_offload.storage.io import add_file, io_mode_from_env, open_reader
+
+    reader = open_reader()
+    try:
+        mode, reason = reader.file_mode(add_file(reader, DEMO_MODEL))
+    finally:
+        reader.close()
+    return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason}
+
+
+def _cuda() -> dict[str, Any]:
+    return {"on": False, "reason": "this version has no GPU tier"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Return the report for people."""
+    machine = report["platform"]
+    lines = {
+        "moe_offload": f"{report['version']} on Python {report['python']}",
+        "system": f"{machine['system']} {machine['machine']}"
+        + (" (WSL2)" if machine["wsl2"] else "")
+        + ("" if machine["supported"] else f"; unsupported: {machine['reason']}"),
+        "processor": _line(report["cpu"], "{name}, {logical_cores} logical cores"),
+        "threads": _line(report["cpu"], "{threads}, instruction set {isa}"),
+        "memory": _sizes(report["memory"]),
+        "disk reads": _line(report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk")
+        + (f" ({report['io']['reason']})" if report["io"].get("reason") else ""),
+        "CUDA": "on" if report["cuda"]["on"] else f"off: {report['cuda']['reason']}",
+        "profile": report["profile"]["in_use"] or f"none: {report['profile']['reason']}",
+        "packages": _listed({name: found or "missing" for name, found in report["packages"].items()}, " "),
+        "environment": _listed(report["environment"], "=") or "nothing set that matters here",
+    }
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+
+
+def _line(part: dict[str, Any], template: str) -> str:
+    return f"not available: {part['error']}" if "error" in part else template.format(**part)
+
+
+def _sizes(memory: dict[str, Any]) -> str:
+    shown = {key: gib(value) if isinstance(value, int) else value for key, value in memory.items()}
+    return _line(shown, "{total_bytes}, {available_bytes} available, ram auto takes {ram_auto_bytes}")
+
+
+def _listed(items: dict[str, str], between: str) -> str:
+    return ", ".join(f"{name}{between}{value}" for name, value in items.items())
