@@ -214,7 +214,7 @@ def _read_all(
     }
     total_bytes, done_bytes = checkpoint.dense_bytes, 0
     for name, info in checkpoint.dense.items():
-        if name.rpartition(".")[0] in packed and name.endswith(".weight"):
+        if info.packed or (name.rpartition(".")[0] in packed and name.endswith(".weight")):
             tensor = _read_packed(info, store)
         else:
             tensor = _read_float(info, store, dtype)
@@ -283,7 +283,7 @@ def dense_resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
         for size in info.shape:
             num_elements *= size
         is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
-        if checkpoint.source == "gguf" and is_matrix:
+        if info.packed or (checkpoint.source == "gguf" and is_matrix):
             total += info.span.num_bytes
         else:
             total += num_elements * dtype.itemsize

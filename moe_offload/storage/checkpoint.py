@@ -33,6 +33,7 @@ class TensorInfo:
     shape: tuple[int, ...]  # torch order: (rows, cols)
     span: Span
     unpermute_heads: int | None = None  # rows are llama.cpp's rotary order of so many heads: put them back
+    packed: bool = False  # quantized by storage/quantize.py: the model keeps its blocks as they are
 
 
 @dataclass(frozen=True)
