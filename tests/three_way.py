@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_offload.storage.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from moe_offload.runtime.dense_tensors import OPERATIONS
+from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.storage.dense_tensor import TensorInfo
 from moe_offload.storage.expert_format import ExpertKey, GgmlType, RowOrder, Span
 
 Logits = Callable[[Path, list[int]], Tensor]  # (checkpoint path, token ids) -> (num_tokens, vocab_size)
@@ -60,12 +62,11 @@ def logits_from_spans(path: Path, ids: list[int], dtype: torch.dtype = torch.flo
 
 
 def read_dense(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
-    rows, *cols = info.shape
-    weight = dequantize(checkpoint, info.span, info.ggml_type, (rows, *cols))
-    if info.unpermute_heads is None:
-        return weight
-    pairs = weight.reshape(info.unpermute_heads, rows // info.unpermute_heads // 2, 2, *cols)
-    return pairs.swapaxes(1, 2).reshape(info.shape)
+    """A parameter in float, its recipe followed by the runtime's own operations on gguf-py's numbers."""
+    if info.recipe is None:
+        return dequantize(checkpoint, info.span, info.ggml_type, info.shape)
+    parts = [read_dense(checkpoint, part) for part in info.recipe.parts]
+    return OPERATIONS[info.recipe.operation](parts, *info.recipe.sizes).reshape(info.shape)
 
 
 def read_experts(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -19,16 +19,14 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from moe_offload import ops
 from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_packed
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
-from moe_offload.storage.checkpoint import Checkpoint, TensorInfo
-from moe_offload.storage.expert_format import FLOAT_TYPES, GgmlType, Span, row_bytes
+from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.storage.expert_format import GgmlType
 from moe_offload.storage.expert_store import ExpertStore
 
-CONVERT_ELEMENTS = 4 << 20
 EXPERTS_IMPLEMENTATION = "moe_offload"
-TORCH_DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
 
 # What transformers merges into one experts parameter: (gate, up) in this order, or down alone.
@@ -215,78 +213,25 @@ def _read_all(
     total_bytes, done_bytes = checkpoint.dense_bytes, 0
     for name, info in checkpoint.dense.items():
         if info.packed or (name.rpartition(".")[0] in packed and name.endswith(".weight")):
-            tensor = _read_packed(info, store)
+            tensor = read_packed(info, store)
         else:
-            tensor = _read_float(info, store, dtype)
+            tensor = read_float(info, store, dtype)
         done_bytes += info.span.num_bytes
         if progress is not None:
             progress(done_bytes, total_bytes)
         yield name, tensor
 
 
-def _read_packed(info: TensorInfo, store: ExpertStore) -> Tensor:
-    rows, cols = info.shape
-    tensor = torch.empty(rows, row_bytes(info.ggml_type, cols), dtype=torch.uint8)
-    store.read_into(info.span, tensor.data_ptr())
-    return _unpermute(tensor, info.unpermute_heads)
-
-
-def _read_float(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
-    """Read a tensor that the model wants in a float dtype; small quantized ones are dequantized."""
-    if info.ggml_type in FLOAT_TYPES:
-        tensor = _read_converted(info, store, dtype)
-    else:
-        cols = info.shape[-1]
-        rows = 1 if len(info.shape) == 1 else info.shape[0]
-        packed = torch.empty(info.span.num_bytes, dtype=torch.uint8)
-        store.read_into(info.span, packed.data_ptr())
-        tensor = ops.embedding_rows(torch.arange(rows), packed, info.ggml_type, rows, cols)
-        tensor = tensor.view(info.shape).to(dtype)
-    return _unpermute(tensor, info.unpermute_heads)
-
-
-def _read_converted(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
-    """Read piece by piece into the final dtype, so that no second copy of a large tensor exists."""
-    source_dtype = TORCH_DTYPES[info.ggml_type]
-    tensor = torch.empty(info.shape, dtype=dtype)
-    if source_dtype == dtype:
-        store.read_into(info.span, tensor.data_ptr())
-        return tensor
-    flat = tensor.view(-1)
-    buffer = torch.empty(min(flat.numel(), CONVERT_ELEMENTS), dtype=source_dtype)
-    for start in range(0, flat.numel(), CONVERT_ELEMENTS):
-        piece = buffer[: min(CONVERT_ELEMENTS, flat.numel() - start)]
-        offset = info.span.offset + start * source_dtype.itemsize
-        store.read_into(Span(info.span.file_id, offset, piece.nbytes), piece.data_ptr())
-        flat[start : start + piece.numel()] = piece
-    return tensor
-
-
-def _unpermute(rows: Tensor, num_heads: int | None) -> Tensor:
-    """Undo llama.cpp's interleaving of each head's rotary halves (GGUF llama: Q and K).
-
-    The file holds row pairs (i, i + head_dim/2) side by side; works on packed rows because whole
-    rows move.
-    """
-    if num_heads is None:
-        return rows
-    head_dim = rows.shape[0] // num_heads
-    halves = rows.view(num_heads, head_dim // 2, 2, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
-
-
 def dense_resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Return what the dense tensors will occupy: packed bytes in a GGUF, ``dtype`` elsewhere."""
     total = 0
     for name, info in checkpoint.dense.items():
-        num_elements = 1
-        for size in info.shape:
-            num_elements *= size
         is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
-        if info.packed or (checkpoint.source == "gguf" and is_matrix):
+        is_unpacked = info.recipe is not None and info.ggml_type is GgmlType.F32
+        if info.packed or (checkpoint.source == "gguf" and is_matrix and not is_unpacked):
             total += info.span.num_bytes
         else:
-            total += num_elements * dtype.itemsize
+            total += info.num_elements * dtype.itemsize
     return total
 
 

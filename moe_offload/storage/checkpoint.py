@@ -14,26 +14,16 @@ from typing import Any
 
 from moe_offload.config import ModelSpec
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.expert_format import ExpertIndex, GgmlType, Span
+from moe_offload.storage.dense_tensor import TensorInfo
+from moe_offload.storage.expert_format import ExpertIndex, GgmlType
 from moe_offload.storage.gguf import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
 from moe_offload.storage.gguf_config import gguf_config, gguf_generation_config
 from moe_offload.storage.gguf_tensors import map_tensors
 from moe_offload.storage.header_reader import HeaderReader, read_json_object
-from moe_offload.storage.hf_config import model_spec
+from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config
 from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder
 from moe_offload.storage.safetensors_experts import index_experts
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One dense tensor. ``name`` is the transformers parameter (GGUF) or the file's key (safetensors)."""
-
-    name: str
-    ggml_type: GgmlType
-    shape: tuple[int, ...]  # torch order: (rows, cols)
-    span: Span
-    unpermute_heads: int | None = None  # rows are llama.cpp's rotary order of so many heads: put them back
-    packed: bool = False  # quantized by storage/quantize.py: the model keeps its blocks as they are
+from moe_offload.storage.text_only import text_tensors
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Checkpoint:
     experts: ExpertIndex  # without layouts for a dense model
     dense: Mapping[str, TensorInfo]  # every tensor that is not a routed expert's weight
     gguf: GgufHeader | None = None  # tokenizer and other metadata
+    notes: tuple[str, ...] = ()  # what a user should know before it is loaded, one line each
 
     @property
     def dense_bytes(self) -> int:
@@ -126,9 +117,11 @@ def _only_gguf(folder: Path) -> Path:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
-    config = read_json_object(config_path)
+    config = text_config(read_json_object(config_path))
     spec = model_spec(config, str(config_path))
-    shards = read_folder(folder)
+    shards, left_out = text_tensors(
+        read_folder(folder), spec.num_hidden_layers, next_token_layers(config, str(config_path))
+    )
     found = index_experts(shards, spec)
     generation_path = folder / "generation_config.json"
     return Checkpoint(
@@ -140,6 +133,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         generation_config=read_json_object(generation_path) if generation_path.exists() else None,
         experts=found.index,
         dense={name: _dense_tensor(shards, name) for name in found.dense_names},
+        notes=(left_out,) if left_out else (),
     )
 
 
@@ -166,11 +160,6 @@ def _open_gguf(path: Path) -> Checkpoint:
         config=config,
         generation_config=gguf_generation_config(header, config),
         experts=experts,
-        dense={
-            item.name: TensorInfo(
-                item.name, item.tensor.ggml_type, item.tensor.shape, item.tensor.span, item.unpermute_heads
-            )
-            for item in dense
-        },
+        dense={info.name: info for info in dense},
         gguf=header,
     )

@@ -7,11 +7,11 @@ fused (``ffn_gate_up_exps``), those of 2023 as one tensor per expert (``ffn_up.7
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moe_offload.config import ModelSpec
 from moe_offload.errors import CheckpointError
+from moe_offload.storage.dense_tensor import TensorInfo, made_tensor
 from moe_offload.storage.expert_format import (
     ExpertIndex,
     ExpertKey,
@@ -63,15 +63,6 @@ _NOT_LOADED = frozenset({"rope_freqs.weight", "attn_rot_embd.weight"})
 _PERMUTED_QK = frozenset({"llama"})  # architectures whose Q and K rows are in llama.cpp's rotary order
 
 
-@dataclass(frozen=True)
-class DenseTensor:
-    """A tensor outside the routed experts and the parameter that it becomes."""
-
-    name: str
-    tensor: GgufTensor
-    unpermute_heads: int | None
-
-
 def has_experts(header: GgufHeader, layer_idx: int) -> bool:
     """Say whether a layer's feed-forward is made of experts."""
     names = (f"blk.{layer_idx}.ffn_down_exps.weight", f"blk.{layer_idx}.ffn_down.0.weight")
@@ -80,7 +71,7 @@ def has_experts(header: GgufHeader, layer_idx: int) -> bool:
 
 def map_tensors(
     header: GgufHeader, spec: ModelSpec, config: Mapping[str, Any]
-) -> tuple[tuple[DenseTensor, ...], ExpertIndex]:
+) -> tuple[tuple[TensorInfo, ...], ExpertIndex]:
     """Find every tensor that the model needs.
 
     Raises:
@@ -107,7 +98,7 @@ class _Finder:
         self.header, self.spec, self.config = header, spec, config
         self.moe_layers = frozenset(spec.moe_layers)
         self.left = dict(header.tensors)
-        self.dense: list[DenseTensor] = []
+        self.dense: list[TensorInfo] = []
         self.spans: dict[ExpertKey, tuple[Span, ...]] = {}
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         head_dim = config["head_dim"]
@@ -151,7 +142,10 @@ class _Finder:
             heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(
                 name.rpartition(".")[0].rpartition(".")[2]
             )
-        self.dense.append(DenseTensor(name, tensor, heads))
+        info = TensorInfo(name, tensor.ggml_type, tensor.shape, tensor.span)
+        self.dense.append(
+            info if heads is None else made_tensor(name, tensor.shape, "unpermute", [info], (heads,))
+        )
 
     def take_experts(self, layer_idx: int) -> ExpertLayout:
         """Take a layer's experts in whichever of the three ways the file stores them."""

@@ -1,0 +1,120 @@
+"""Read dense tensors into owned memory: packed rows or floats, recipes applied on the way.
+
+Nothing is mapped, and a large float tensor is converted piece by piece, so that no second copy of it
+exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from moe_offload import ops
+from moe_offload.storage.dense_tensor import Recipe, TensorInfo
+from moe_offload.storage.expert_format import FLOAT_TYPES, GgmlType, Span, row_bytes
+from moe_offload.storage.expert_store import ExpertStore
+
+CONVERT_ELEMENTS = 4 << 20
+TORCH_DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
+
+
+def read_packed(info: TensorInfo, store: ExpertStore) -> Tensor:
+    """Return the blocks of a matrix as (rows, row bytes) of uint8."""
+    rows, cols = info.shape[0], prod(info.shape[1:])
+    if info.recipe is None:
+        tensor = torch.empty(rows, row_bytes(info.ggml_type, cols), dtype=torch.uint8)
+        store.read_into(info.span, tensor.data_ptr())
+        return tensor
+    if any(part.ggml_type is not info.ggml_type for part in info.recipe.parts):
+        return read_float(info, store, TORCH_DTYPES[info.ggml_type]).view(rows, cols).view(torch.uint8)
+    return _apply(info.recipe, [read_packed(part, store) for part in info.recipe.parts])
+
+
+def read_float(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in ``dtype``; quantized ones are dequantized."""
+    if info.recipe is not None:
+        parts = [read_float(part, store, torch.float32) for part in info.recipe.parts]
+        return _apply(info.recipe, parts).reshape(info.shape).to(dtype).contiguous()
+    if info.ggml_type in FLOAT_TYPES:
+        return _read_converted(info, store, dtype)
+    cols = info.shape[-1]
+    rows = info.num_elements // cols
+    packed = torch.empty(info.span.num_bytes, dtype=torch.uint8)
+    store.read_into(info.span, packed.data_ptr())
+    tensor = ops.embedding_rows(torch.arange(rows), packed, info.ggml_type, rows, cols)
+    return tensor.view(info.shape).to(dtype)
+
+
+def _read_converted(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
+    """Read piece by piece into the final dtype, so that no second copy of a large tensor exists."""
+    source_dtype = TORCH_DTYPES[info.ggml_type]
+    tensor = torch.empty(info.shape, dtype=dtype)
+    if source_dtype == dtype:
+        store.read_into(info.span, tensor.data_ptr())
+        return tensor
+    flat = tensor.view(-1)
+    buffer = torch.empty(min(flat.numel(), CONVERT_ELEMENTS), dtype=source_dtype)
+    for start in range(0, flat.numel(), CONVERT_ELEMENTS):
+        piece = buffer[: min(CONVERT_ELEMENTS, flat.numel() - start)]
+        offset = info.span.offset + start * source_dtype.itemsize
+        store.read_into(Span(info.span.file_id, offset, piece.nbytes), piece.data_ptr())
+        flat[start : start + piece.numel()] = piece
+    return tensor
+
+
+def _apply(recipe: Recipe, parts: list[Tensor]) -> Tensor:
+    return OPERATIONS[recipe.operation](parts, *recipe.sizes).contiguous()
+
+
+def _unpermute(parts: Sequence[Tensor], num_heads: int) -> Tensor:
+    """Undo llama.cpp's interleaving of each head's rotary halves (llama, granitemoe: Q and K).
+
+    The file holds row pairs (i, i + head_dim/2) side by side.
+    """
+    (rows,) = parts
+    head_dim = rows.shape[0] // num_heads
+    halves = rows.view(num_heads, head_dim // 2, 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _as_is(parts: Sequence[Tensor]) -> Tensor:
+    """Only the shape differs: a dimension of one was dropped."""
+    return parts[0]
+
+
+def _concat_rows(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
+
+
+def _concat_columns(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), dim=-1)
+
+
+def _join_kv_b(parts: Sequence[Tensor]) -> Tensor:
+    """(heads, rank, nope) and (heads, value, rank) -> (heads * (nope + value), rank): MLA's two halves."""
+    key, value = parts
+    return torch.cat([key.transpose(1, 2), value], dim=1).flatten(0, 1)
+
+
+def _minus_one(parts: Sequence[Tensor]) -> Tensor:
+    """Norms that multiply by 1 + weight are stored with the 1 added."""
+    return parts[0] - 1.0
+
+
+def _log_negated(parts: Sequence[Tensor]) -> Tensor:
+    """``-exp(A_log)`` -> ``A_log``."""
+    return torch.log(-parts[0])
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "unpermute": _unpermute,
+    "as_is": _as_is,
+    "concat_rows": _concat_rows,
+    "concat_columns": _concat_columns,
+    "join_kv_b": _join_kv_b,
+    "minus_one": _minus_one,
+    "log_negated": _log_negated,
+}
