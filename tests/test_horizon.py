@@ -17,6 +17,7 @@ from moe_offload.planning.policies.horizon import (
 )
 from moe_offload.planning.policies.horizon_fit import fit_horizon
 from moe_offload.replay import layer_pools, replay
+from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.trace import make_trace, sequence_digests
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 6, 2
@@ -77,7 +78,7 @@ def test_the_forecast_kept_up_to_date_is_the_formulas(tmp_path):
         policy.on_route(layer, expert_ids, None)
     for row, layer in enumerate(fit.layers):
         expected = forecast_by_the_formula(fit, events, layer)
-        assert policy.forecast[row] == pytest.approx(expected, abs=tolerance(fit))
+        assert policy.scores()[row] == pytest.approx(expected, abs=tolerance(fit))
 
 
 def test_without_a_fit_an_experts_own_frequencies_count():
@@ -89,7 +90,7 @@ def test_without_a_fit_an_experts_own_frequencies_count():
         if layer == 3:
             rates = np.array(RATES)[:, None]
             frequency = (1 - rates) * frequency + rates * np.isin(np.arange(NUM_EXPERTS), expert_ids)
-    assert policy.forecast[1] == pytest.approx(GENERIC_COEFFICIENTS @ frequency)
+    assert policy.scores()[1] == pytest.approx(GENERIC_COEFFICIENTS @ frequency)
     assert policy.trained_on == ()
 
 
@@ -99,7 +100,7 @@ def test_a_layer_that_the_fit_has_not_is_forecast_without_it(tmp_path):
     for layer, expert_ids in random_events(3, (9,)):
         fitted.on_route(layer, expert_ids, None)
         generic.on_route(layer, expert_ids, None)
-    assert np.array_equal(fitted.forecast, generic.forecast)
+    assert np.array_equal(fitted.scores(), generic.scores())
 
 
 def markov_trace(seed, num_tokens, seq_len=None):
@@ -166,7 +167,7 @@ def test_the_native_forecast_refuses_what_it_has_no_coefficients_for():
         (0, [0], 99),
     ):
         with pytest.raises(ValueError, match="out of range"):
-            forecast.observe(position, expert_ids, np.zeros(width))
+            forecast.observe(position, expert_ids, np.zeros(width, np.float32))
 
 
 def test_traces_of_different_models_make_no_fit():
@@ -189,3 +190,58 @@ def test_a_missing_or_damaged_fit_is_named(tmp_path):
     HorizonFit(fit.layers, fit.own * np.nan, fit.before, fit.constant, (), "").write(tmp_path / "nan.npz")
     with pytest.raises(CheckpointError, match="not finite"):
         read_fit(tmp_path / "nan.npz")
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_victims_are_the_lowest_scores_among_the_candidates(tmp_path, fitted):
+    """The native book-keeping against a sort, over a life of insertions and evictions."""
+    random_fit().write(tmp_path / "fit.npz")
+    policy = HorizonPolicy(str(tmp_path / "fit.npz") if fitted else None)
+    generator, residents = np.random.default_rng(4), set()
+    for layer, expert_ids in random_events(4, (1, 2, 5, 6), num_tokens=40):
+        for key in {ExpertKey(layer, expert_id) for expert_id in expert_ids} - residents:
+            policy.on_insert(key)
+            residents.add(key)
+        policy.on_route(layer, expert_ids, None)
+        candidates = {key for key in residents if generator.random() < 0.8}
+        count = int(generator.integers(0, 4))
+        scores, rows = policy.scores(), {layer: policy.reach(layer, 0) for layer in (1, 2, 5, 6)}
+        expected = sorted(candidates, key=lambda key: (scores[rows[key.layer_idx], key.expert_id], key))
+        victims = policy.victims(candidates, count)
+        assert victims == expected[:count]
+        for key in victims:
+            policy.on_evict(key)
+        residents -= set(victims)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_restored_state_forecasts_as_the_policy_that_left_it(tmp_path, fitted):
+    random_fit().write(tmp_path / "fit.npz")
+    policy, later, cold = (HorizonPolicy(str(tmp_path / "fit.npz") if fitted else None) for _ in range(3))
+    events = random_events(5, (1, 2, 5, 6))
+    for layer, expert_ids in events:
+        policy.on_route(layer, expert_ids, None)
+    later.restore(policy.state())
+    if not fitted:  # with a fit, the layers before a layer count, too, from its next event on
+        assert np.array_equal(later.scores(), policy.scores())
+    for layer, expert_ids in random_events(6, (1, 2, 5, 6), num_tokens=3):
+        for each in (policy, later, cold):
+            each.on_route(layer, expert_ids, None)
+    assert np.allclose(later.scores(), policy.scores(), atol=1e-5)
+    assert not np.allclose(cold.scores(), policy.scores(), atol=1e-2)
+
+
+def test_a_state_of_other_shapes_is_refused():
+    policy = HorizonPolicy()
+    state = policy.state()
+    for broken in (
+        {"layers": np.array([0, 1]), "parts": np.zeros((1, len(RATES), 4), np.float32)},
+        {"layers": np.array([0]), "parts": np.zeros((1, 2, 4), np.float32)},
+        {"layers": np.array([0]), "parts": np.full((1, len(RATES), 4), np.nan, np.float32)},
+        {**state, "parts": np.zeros((0, len(RATES), 0), np.float32)},
+    ):
+        with pytest.raises(ValueError, match=r"wanted|finite"):
+            policy.restore(broken)
+    policy.on_route(0, [9], None)
+    with pytest.raises(ValueError, match="more experts"):
+        policy.restore({"layers": np.array([0]), "parts": np.zeros((1, len(RATES), 4), np.float32)})

@@ -9,14 +9,17 @@
 #include "planning/horizon.h"
 
 namespace py = pybind11;
+using moe::ExpertIds;
 using moe::HorizonForecast;
+using moe::HorizonTable;
 
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style>;
-using Doubles = py::array_t<double, py::array::c_style>;
+constexpr int64_t MAX_EXPERTS = 1 << 16;  // of a layer; the expert ids of a trace are uint16
 
-std::unique_ptr<HorizonForecast> make_horizon_forecast(const Floats& own, std::vector<float> rates,
+using Floats = py::array_t<float, py::array::c_style>;
+
+std::shared_ptr<HorizonForecast> make_horizon_forecast(const Floats& own, std::vector<float> rates,
                                                        const Floats& before, const Floats& constant) {
     if (own.ndim() != 4 || before.ndim() != 4 || constant.ndim() != 2) {
         throw py::value_error(
@@ -27,12 +30,17 @@ std::unique_ptr<HorizonForecast> make_horizon_forecast(const Floats& own, std::v
                       own.shape(2) == static_cast<int64_t>(rates.size()) && before.shape(0) == layers &&
                       before.shape(2) == experts && before.shape(3) == experts;
     if (!fits) throw py::value_error("HorizonForecast: the shapes of own, before and constant do not agree");
-    return std::make_unique<HorizonForecast>(layers, experts, std::move(rates), before.shape(1), own.data(),
+    return std::make_shared<HorizonForecast>(layers, experts, std::move(rates), before.shape(1), own.data(),
                                              before.data(), constant.data());
 }
 
-void observe(HorizonForecast& forecast, int64_t position, const std::vector<int64_t>& expert_ids,
-             Doubles& out) {
+void check_expert_id(const char* op, int64_t expert_id) {
+    if (expert_id < 0 || expert_id >= MAX_EXPERTS) {
+        throw py::value_error(std::string(op) + ": expert id " + std::to_string(expert_id) + " out of range");
+    }
+}
+
+void observe(HorizonForecast& forecast, int64_t position, const ExpertIds& expert_ids, Floats& out) {
     const bool known = std::all_of(expert_ids.begin(), expert_ids.end(), [&](int64_t expert_id) {
         return 0 <= expert_id && expert_id < forecast.num_experts();
     });
@@ -43,11 +51,81 @@ void observe(HorizonForecast& forecast, int64_t position, const std::vector<int6
     forecast.observe(position, expert_ids, out.mutable_data(), out.shape(0));
 }
 
+void observe_layer(HorizonTable& table, int64_t layer_idx, const ExpertIds& expert_ids) {
+    if (expert_ids.empty()) throw py::value_error("HorizonTable.observe: no expert ids");
+    for (const int64_t expert_id : expert_ids) check_expert_id("HorizonTable.observe", expert_id);
+    table.observe(layer_idx, expert_ids);
+}
+
+void reach(HorizonTable& table, int64_t layer_idx, int64_t expert_id) {
+    check_expert_id("HorizonTable.reach", expert_id);
+    table.reach(layer_idx, expert_id);
+}
+
+void set_resident(HorizonTable& table, int64_t layer_idx, int64_t expert_id, bool resident) {
+    check_expert_id("HorizonTable.set_resident", expert_id);
+    table.set_resident(layer_idx, expert_id, resident);
+}
+
+void use_fit(HorizonTable& table, std::shared_ptr<HorizonForecast> fit, std::vector<int64_t> layers) {
+    if (static_cast<int64_t>(layers.size()) != fit->num_layers() || fit->num_rates() != table.num_rates()) {
+        throw py::value_error("HorizonTable.use_fit: layers or rates do not agree with the fit's");
+    }
+    table.use_fit(std::move(fit), std::move(layers));
+}
+
+Floats forecasts(const HorizonTable& table) {
+    const auto num_rows = static_cast<int64_t>(table.layers().size());
+    Floats out({num_rows, table.num_experts()});
+    for (int64_t row = 0; row < num_rows; ++row) {
+        std::copy_n(table.forecast(row).data(), table.num_experts(), out.mutable_data(row, 0));
+    }
+    return out;
+}
+
+Floats parts(HorizonTable& table) {
+    const auto num_rows = static_cast<int64_t>(table.layers().size());
+    Floats out({num_rows, table.num_rates(), table.num_experts()});
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const std::vector<float> values = table.parts(row);
+        std::copy(values.begin(), values.end(), out.mutable_data(row, 0, 0));
+    }
+    return out;
+}
+
+void set_parts(HorizonTable& table, const std::vector<int64_t>& layers, const Floats& values) {
+    const bool fits = values.ndim() == 3 && values.shape(0) == static_cast<int64_t>(layers.size()) &&
+                      values.shape(1) == table.num_rates() && 0 < values.shape(2) &&
+                      values.shape(2) <= MAX_EXPERTS;
+    if (!fits) throw py::value_error("HorizonTable.set_parts: (layers, rates, experts) wanted");
+    for (const int64_t layer_idx : layers) table.reach(layer_idx, values.shape(2) - 1);
+    const std::vector<int64_t> rows = table.layers();
+    if (table.num_experts() != values.shape(2)) {
+        throw py::value_error("HorizonTable.set_parts: more experts were seen already");
+    }
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const auto row = std::lower_bound(rows.begin(), rows.end(), layers[i]) - rows.begin();
+        table.set_parts(row, values.data(static_cast<int64_t>(i), 0, 0));
+    }
+}
+
 }  // namespace
 
 void register_planning(py::module_& m) {
-    py::class_<HorizonForecast>(m, "HorizonForecast")
+    py::class_<HorizonForecast, std::shared_ptr<HorizonForecast>>(m, "HorizonForecast")
         .def(py::init(&make_horizon_forecast), py::arg("own"), py::arg("rates"), py::arg("before"),
              py::arg("constant"))
         .def("observe", &observe, py::arg("position"), py::arg("expert_ids"), py::arg("out").noconvert());
+    py::class_<HorizonTable>(m, "HorizonTable")
+        .def(py::init<std::vector<float>, std::vector<float>>(), py::arg("rates"), py::arg("coefficients"))
+        .def("use_fit", &use_fit, py::arg("fit"), py::arg("layers"))
+        .def("reach", &reach, py::arg("layer_idx"), py::arg("expert_id"))
+        .def("observe", &observe_layer, py::arg("layer_idx"), py::arg("expert_ids"))
+        .def("set_resident", &set_resident, py::arg("layer_idx"), py::arg("expert_id"), py::arg("resident"))
+        .def("lowest", &HorizonTable::lowest, py::arg("count"))
+        .def("layers", &HorizonTable::layers)
+        .def("num_residents", &HorizonTable::num_residents)
+        .def("forecasts", &forecasts)
+        .def("parts", &parts)
+        .def("set_parts", &set_parts, py::arg("layers"), py::arg("values"));
 }
