@@ -152,7 +152,7 @@ def embedding_rows_reference(
 
 
 class ExpertKernel:
-    """Gate, up, activation and down of one layer's experts: unweighted rows.
+    """Gate, up, activation and down of one layer's experts, as unweighted rows or summed.
 
     Args:
         layout: formats and row order; gate, up and down may differ in type.
@@ -205,16 +205,58 @@ class ExpertKernel:
             pair_offsets: (n + 1,) pairs [pair_offsets[i], pair_offsets[i + 1]) are expert i's.
             pair_tokens: (P,) row of ``hidden`` of each pair.
         """
-        _check_tensor("ExpertKernel", "hidden", hidden, torch.float32, (None, self.layout.hidden_size))
-        _check_array("ExpertKernel", "expert_ids", expert_ids, np.int32)
-        _check_array("ExpertKernel", "addresses", addresses, np.uint64)
-        _check_array("ExpertKernel", "pair_offsets", pair_offsets, np.int32)
-        _check_array("ExpertKernel", "pair_tokens", pair_tokens, np.int32)
+        self._check_step(hidden, expert_ids, addresses, pair_offsets, pair_tokens)
         out = torch.empty(len(pair_tokens), self.layout.hidden_size)
         self._native.rows(
             hidden.data_ptr(), len(hidden), expert_ids, addresses, pair_offsets, pair_tokens, out.data_ptr()
         )
         return out
+
+    def sum(
+        self,
+        hidden: Tensor,
+        expert_ids: NDArray[np.int32],
+        addresses: NDArray[np.uint64],
+        pair_offsets: NDArray[np.int32],
+        pair_tokens: NDArray[np.int32],
+        pair_weights: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Add ``pair_weights[p]`` times row p of ``rows`` to ``out[pair_tokens[p]]``, in place.
+
+        The bits are those of ``rows`` and ``weighted_sum``: the caller orders experts by id.
+
+        Args:
+            pair_weights: (P,) float32.
+            out: (T, H) float32.
+        """
+        self._check_step(hidden, expert_ids, addresses, pair_offsets, pair_tokens)
+        _check_tensor("ExpertKernel", "pair_weights", pair_weights, torch.float32, (len(pair_tokens),))
+        _check_tensor("ExpertKernel", "out", out, torch.float32, tuple(hidden.shape))
+        self._native.sum(
+            hidden.data_ptr(),
+            len(hidden),
+            expert_ids,
+            addresses,
+            pair_offsets,
+            pair_tokens,
+            pair_weights.detach().numpy(),
+            out.data_ptr(),
+        )
+
+    def _check_step(
+        self,
+        hidden: Tensor,
+        expert_ids: NDArray[np.int32],
+        addresses: NDArray[np.uint64],
+        pair_offsets: NDArray[np.int32],
+        pair_tokens: NDArray[np.int32],
+    ) -> None:
+        _check_tensor("ExpertKernel", "hidden", hidden, torch.float32, (None, self.layout.hidden_size))
+        _check_array("ExpertKernel", "expert_ids", expert_ids, np.int32)
+        _check_array("ExpertKernel", "addresses", addresses, np.uint64)
+        _check_array("ExpertKernel", "pair_offsets", pair_offsets, np.int32)
+        _check_array("ExpertKernel", "pair_tokens", pair_tokens, np.int32)
 
 
 def expert_reference(

@@ -78,15 +78,18 @@ class Layer:
             down_bias=None if self.down_bias is None else self.down_bias[expert_id].numpy(),
         )
 
-    def rows(self, hidden: Tensor, tokens_of: dict[int, list[int]]) -> Tensor:
+    def step(self, hidden: Tensor, tokens_of: dict[int, list[int]]) -> tuple[Tensor, *tuple[np.ndarray, ...]]:
         counts = [len(tokens) for tokens in tokens_of.values()]
-        return self.kernel().rows(
+        return (
             hidden,
             np.array(list(tokens_of), np.int32),
             self.addresses(list(tokens_of)),
             np.cumsum([0, *counts]).astype(np.int32),
             np.array([t for tokens in tokens_of.values() for t in tokens], np.int32),
         )
+
+    def rows(self, hidden: Tensor, tokens_of: dict[int, list[int]]) -> Tensor:
+        return self.kernel().rows(*self.step(hidden, tokens_of))
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES, ids=lambda case: case.name)
@@ -109,6 +112,24 @@ def test_an_experts_row_does_not_depend_on_its_company(case: ExpertCase) -> None
     alone = [layer.rows(hidden[t : t + 1], {0: [0]}) for t in range(70)]
     assert_same_bits(together[:70], torch.cat(alone))
     assert_same_bits(together[70:71], layer.rows(hidden[5:6], {1: [0]}))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 300])
+def test_sum_has_the_bits_of_rows_and_weighted_sum(num_tokens: int) -> None:
+    """With 300 tokens a group of experts ends between two experts, with 40 the columns are shared out."""
+    layer = Layer(EXPERT_CASES[1])
+    hidden = activations(num_tokens, 256, seed=25)
+    tokens_of = {0: list(range(num_tokens)), 1: [num_tokens // 2], 2: list(range(0, num_tokens, 2))}
+    arguments = layer.step(hidden, tokens_of)
+    weights = torch.from_numpy(np.random.default_rng(26).uniform(0, 1, len(arguments[-1])).astype(np.float32))
+    expected = activations(num_tokens, 256, seed=27)
+    out = expected.clone()
+    ops.weighted_sum(expected, layer.kernel().rows(*arguments), arguments[-1], weights)
+    for isa in ISAS:
+        _native.force_isa(isa)
+        actual = out.clone()
+        layer.kernel().sum(*arguments, weights, actual)
+        assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("case", FLOAT_EXPERTS, ids=lambda case: case.name)

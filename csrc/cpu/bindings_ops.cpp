@@ -80,15 +80,30 @@ std::unique_ptr<ExpertKernel> make_expert_kernel(
                                           pointer<float>(gate_up_bias), pointer<float>(down_bias));
 }
 
-void py_expert_rows(const ExpertKernel& kernel, uint64_t hidden, int64_t num_tokens, const Ints& expert_ids,
-                    const Addresses& addresses, const Ints& pair_offsets, const Ints& pair_tokens,
-                    uint64_t out) {
+ExpertPairs pairs_of(const ExpertKernel& kernel, const Ints& expert_ids, const Addresses& addresses,
+                     const Ints& pair_offsets, const Ints& pair_tokens) {
     const int64_t num_experts = expert_ids.size();
     check_equal("ExpertKernel", "size of addresses", num_experts * kernel.num_matrices(), addresses.size());
     check_equal("ExpertKernel", "length of pair_offsets", num_experts + 1, pair_offsets.size());
-    const ExpertPairs pairs{expert_ids.data(),  addresses.data(), pair_offsets.data(),
-                            pair_tokens.data(), num_experts,      pair_tokens.size()};
+    return {expert_ids.data(),  addresses.data(), pair_offsets.data(),
+            pair_tokens.data(), num_experts,      pair_tokens.size()};
+}
+
+void py_expert_rows(const ExpertKernel& kernel, uint64_t hidden, int64_t num_tokens, const Ints& expert_ids,
+                    const Addresses& addresses, const Ints& pair_offsets, const Ints& pair_tokens,
+                    uint64_t out) {
+    const ExpertPairs pairs = pairs_of(kernel, expert_ids, addresses, pair_offsets, pair_tokens);
     without_gil([&] { kernel.rows(pointer<float>(hidden), num_tokens, pairs, pointer<float>(out)); });
+}
+
+void py_expert_sum(const ExpertKernel& kernel, uint64_t hidden, int64_t num_tokens, const Ints& expert_ids,
+                   const Addresses& addresses, const Ints& pair_offsets, const Ints& pair_tokens,
+                   const Floats& pair_weights, uint64_t out) {
+    const ExpertPairs pairs = pairs_of(kernel, expert_ids, addresses, pair_offsets, pair_tokens);
+    check_equal("ExpertKernel", "length of pair_weights", pairs.num_pairs, pair_weights.size());
+    without_gil([&] {
+        kernel.sum(pointer<float>(hidden), num_tokens, pairs, pair_weights.data(), pointer<float>(out));
+    });
 }
 
 double py_read_bandwidth(uint64_t data, int64_t num_bytes) {
@@ -140,5 +155,8 @@ void register_ops(py::module_& m) {
     py::class_<ExpertKernel>(m, "ExpertKernel", "Gate, up, activation and down of one layer's experts")
         .def(py::init(&make_expert_kernel))
         .def("rows", py_expert_rows, py::arg(), py::arg(), py::arg().noconvert(), py::arg().noconvert(),
-             py::arg().noconvert(), py::arg().noconvert(), py::arg(), "Unweighted rows, one per pair");
+             py::arg().noconvert(), py::arg().noconvert(), py::arg(), "Unweighted rows, one per pair")
+        .def("sum", py_expert_sum, py::arg(), py::arg(), py::arg().noconvert(), py::arg().noconvert(),
+             py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg(),
+             "out[token] += weight * row, pairs in order, no fma");
 }

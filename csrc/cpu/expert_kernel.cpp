@@ -18,6 +18,11 @@ constexpr int64_t kUnitTile = kRowTile / 2;  // a unit is one gate row and one u
 // Kept between operations, guarded by ThreadPool::Operation.
 ActivationBuffer hidden_inputs, down_inputs;
 std::vector<float> intermediate;  // (num_pairs, intermediate_size)
+std::vector<float> pair_rows;     // (num_pairs, hidden_size) of a group of experts, for sum()
+
+std::vector<int32_t> group_offsets;
+
+constexpr int64_t kPairsPerGroup = 512;  // sum() keeps the rows of so many pairs at once, or of one expert
 
 int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -26,6 +31,20 @@ int64_t ceil_div(int64_t a, int64_t b) {
 std::string range_error(const char* array, int64_t index, int64_t end, int64_t got) {
     return std::string(array) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(end) +
            "), got " + std::to_string(got);
+}
+
+// Experts [begin, end) of a step, their pairs counted from 0 in ``offsets``.
+ExpertPairs group_of(const ExpertPairs& pairs, int64_t begin, int64_t end, int64_t num_matrices,
+                     std::vector<int32_t>& offsets) {
+    const int32_t first = pairs.pair_offsets[begin];
+    offsets.clear();
+    for (int64_t i = begin; i <= end; ++i) offsets.push_back(pairs.pair_offsets[i] - first);
+    return {pairs.expert_ids + begin,
+            pairs.addresses + begin * num_matrices,
+            offsets.data(),
+            pairs.pair_tokens + first,
+            end - begin,
+            offsets.back()};
 }
 
 }  // namespace
@@ -74,8 +93,31 @@ void ExpertKernel::check_pairs(const ExpertPairs& pairs, int64_t num_tokens) con
 
 void ExpertKernel::rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const {
     check_pairs(pairs, num_tokens);
+    ThreadPool::Operation operation(ThreadPool::instance());
+    compute_rows(hidden, num_tokens, pairs, out);
+}
+
+void ExpertKernel::sum(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs,
+                       const float* pair_weights, float* out) const {
+    check_pairs(pairs, num_tokens);
+    ThreadPool::Operation operation(ThreadPool::instance());
+    for (int64_t begin = 0, end; begin < pairs.num_experts; begin = end) {
+        const int32_t first = pairs.pair_offsets[begin];
+        for (end = begin + 1; end < pairs.num_experts; ++end)
+            if (pairs.pair_offsets[end + 1] - first > kPairsPerGroup) break;
+        const ExpertPairs group = group_of(pairs, begin, end, num_matrices(), group_offsets);
+        if (int64_t(pair_rows.size()) < group.num_pairs * hidden_size())
+            pair_rows.resize(group.num_pairs * hidden_size());
+        compute_rows(hidden, num_tokens, group, pair_rows.data());
+        weighted_sum(out, num_tokens, hidden_size(), pair_rows.data(), group.pair_tokens,
+                     pair_weights + first, group.num_pairs);
+    }
+}
+
+// The caller holds the pool.
+void ExpertKernel::compute_rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs,
+                                float* out) const {
     ThreadPool& pool = ThreadPool::instance();
-    ThreadPool::Operation operation(pool);
     const int64_t num_units = intermediate_size();
     if (int64_t(intermediate.size()) < pairs.num_pairs * num_units)
         intermediate.resize(pairs.num_pairs * num_units);

@@ -26,31 +26,55 @@ void add_bias(float* out, int64_t stride, int num_tokens, const float* bias, int
 
 }  // namespace
 
-void linear(const float* x, int64_t num_tokens, const uint8_t* weight, int64_t weight_bytes,
-            const Matrix& matrix, const float* bias, float* out) {
-    check_matrix("linear", "weight", matrix);
-    check_equal("linear", "bytes of weight", matrix_bytes(matrix), weight_bytes);
+namespace {
+
+// Rows [row, row + kRowTile) of a part for tokens [first, last).
+void linear_tile(const LinearPart& part, const Activations& inputs, int64_t row, int64_t first,
+                 int64_t last) {
+    const Matrix& matrix = part.matrix;
+    const RowsFn rows_kernel = rows_of(matrix);
+    const int64_t row_end = std::min(matrix.rows, row + kRowTile);
+    for (int64_t t = first; t < last; t += kTokenTile) {
+        int32_t tokens[kTokenTile];
+        const int tile = int(std::min<int64_t>(kTokenTile, last - t));
+        for (int i = 0; i < tile; ++i) tokens[i] = int32_t(t + i);
+        float* tile_out = part.out + t * matrix.rows + row;
+        rows_kernel({part.weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, tile, tile_out,
+                     matrix.rows});
+        if (part.bias) add_bias(tile_out, matrix.rows, tile, part.bias + row, row_end - row);
+    }
+}
+
+}  // namespace
+
+void linears(const float* x, int64_t num_tokens, const LinearPart* parts, int64_t num_parts) {
+    if (num_parts == 0) return;
+    const int64_t cols = parts[0].matrix.cols;
+    bool quantized = false;
+    int64_t row_tiles = 0;
+    for (const LinearPart* part = parts; part < parts + num_parts; ++part) {
+        check_matrix("linear", "weight", part->matrix);
+        check_equal("linear", "bytes of weight", matrix_bytes(part->matrix), part->weight_bytes);
+        check_equal("linear", "columns of weight", cols, part->matrix.cols);
+        quantized |= !is_float(part->matrix.type);
+        row_tiles += ceil_div(part->matrix.rows, kRowTile);
+    }
     ThreadPool& pool = ThreadPool::instance();
     ThreadPool::Operation operation(pool);
-    const Activations inputs =
-        linear_inputs.prepare(kernels(), x, num_tokens, matrix.cols, !is_float(matrix.type));
-    const RowsFn rows_kernel = rows_of(matrix);
-    const int64_t row_tiles = ceil_div(matrix.rows, kRowTile);
+    const Activations inputs = linear_inputs.prepare(kernels(), x, num_tokens, cols, quantized);
     pool.run(row_tiles * ceil_div(num_tokens, kTokensPerChunk), [&](int64_t chunk) {
-        const int64_t row = chunk % row_tiles * kRowTile;
-        const int64_t row_end = std::min(matrix.rows, row + kRowTile);
+        const LinearPart* part = parts;
+        int64_t tile = chunk % row_tiles;
+        for (int64_t tiles; tile >= (tiles = ceil_div(part->matrix.rows, kRowTile)); ++part) tile -= tiles;
         const int64_t first = chunk / row_tiles * kTokensPerChunk;
-        const int64_t last = std::min(num_tokens, first + kTokensPerChunk);
-        for (int64_t t = first; t < last; t += kTokenTile) {
-            int32_t tokens[kTokenTile];
-            const int tile = int(std::min<int64_t>(kTokenTile, last - t));
-            for (int i = 0; i < tile; ++i) tokens[i] = int32_t(t + i);
-            float* tile_out = out + t * matrix.rows + row;
-            rows_kernel({weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, tile, tile_out,
-                         matrix.rows});
-            if (bias) add_bias(tile_out, matrix.rows, tile, bias + row, row_end - row);
-        }
+        linear_tile(*part, inputs, tile * kRowTile, first, std::min(num_tokens, first + kTokensPerChunk));
     });
+}
+
+void linear(const float* x, int64_t num_tokens, const uint8_t* weight, int64_t weight_bytes,
+            const Matrix& matrix, const float* bias, float* out) {
+    const LinearPart part{weight, weight_bytes, matrix, bias, out};
+    linears(x, num_tokens, &part, 1);
 }
 
 void embedding_rows(const int64_t* ids, int64_t num_ids, const uint8_t* weight, int64_t weight_bytes,

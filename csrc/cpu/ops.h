@@ -1,4 +1,5 @@
-// The operations that Python sees, on raw pointers; each holds the thread pool while it runs.
+// The operations that Python sees, on raw pointers; each holds the thread pool while it runs. A native
+// caller of several holds a ThreadPool::Operation around them.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,19 @@ void linear(const float* x,  // (num_tokens, cols)
             int64_t weight_bytes, const Matrix& matrix,
             const float* bias,  // (rows,) or nullptr
             float* out);        // (num_tokens, rows)
+
+// One of several matrices that multiply the same activations.
+struct LinearPart {
+    const uint8_t* weight;
+    int64_t weight_bytes;
+    Matrix matrix;
+    const float* bias;  // (rows,) or nullptr
+    float* out;         // (num_tokens, rows)
+};
+
+// linear() of each part; the activations are quantized once and the pool starts once.
+void linears(const float* x,  // (num_tokens, cols), the same cols for every part
+             int64_t num_tokens, const LinearPart* parts, int64_t num_parts);
 
 // out[i] = dequantized row ids[i]; the bits are gguf-py's
 void embedding_rows(const int64_t* ids, int64_t num_ids, const uint8_t* weight, int64_t weight_bytes,
@@ -58,6 +72,12 @@ class ExpertKernel {
               const ExpertPairs& pairs,
               float* out) const;  // (num_pairs, hidden_size)
 
+    // out[pair_tokens[p]] += pair_weights[p] * row of pair p, p ascending, two roundings: the bits of
+    // rows() and weighted_sum(). Experts in the order given, which the caller makes ascending.
+    void sum(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs,
+             const float* pair_weights,  // (num_pairs,)
+             float* out) const;          // (num_tokens, hidden_size)
+
     int64_t num_matrices() const { return int64_t(matrices_.size()); }
     int64_t hidden_size() const { return matrices_.back().rows; }
     int64_t intermediate_size() const { return matrices_.back().cols; }
@@ -65,6 +85,7 @@ class ExpertKernel {
   private:
     struct Step;
     void check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const;
+    void compute_rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const;
     void gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const;
     void down_rows(const Step& step, int64_t expert, int64_t first_row) const;
 

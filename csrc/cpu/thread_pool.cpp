@@ -82,15 +82,19 @@ ThreadPool& ThreadPool::instance() {
     return *pool;
 }
 
-ThreadPool::Operation::Operation(ThreadPool& pool) : lock_(pool.operation_, std::defer_lock) {
+ThreadPool::Operation::Operation(ThreadPool& pool)
+    : pool_(pool), lock_(pool.operation_, std::defer_lock) {
     if (pool.owner_pid_ != 0 && pool.owner_pid_ != getpid())
         throw ConfigError("moe_offload was used by process " + std::to_string(pool.owner_pid_) +
                           " before it forked this one (" + std::to_string(getpid()) +
                           "); its threads do not survive a fork: use the spawn start method");
     while (!lock_.try_lock_for(kLongestWait))
         if (pool.interrupted_ && pool.interrupted_()) throw Interrupted{};
-    pool.last_poll_ns_ = now_ns();
-    pool.start_workers();
+    if (pool.depth_ == 0) {
+        pool.last_poll_ns_ = now_ns();
+        pool.start_workers();
+    }
+    ++pool.depth_;
 }
 
 void ThreadPool::set_num_threads(int num_threads) {

@@ -46,13 +46,16 @@ class ThreadPool {
     // Joins the workers; the next operation starts them again.
     void shutdown();
 
-    // Holds the pool for one operation of several run() calls.
+    // Holds the pool for one operation of several run() calls. A thread that holds one may open more
+    // inside of it: an operation made of operations.
     class Operation {
       public:
         explicit Operation(ThreadPool& pool);
+        ~Operation() { --pool_.depth_; }
 
       private:
-        std::unique_lock<std::timed_mutex> lock_;
+        ThreadPool& pool_;
+        std::unique_lock<std::recursive_timed_mutex> lock_;
         FloatEnvironment environment_;
     };
 
@@ -66,7 +69,8 @@ class ThreadPool {
     void take_chunks(bool is_caller);
     void poll_signals();
 
-    std::timed_mutex operation_;
+    std::recursive_timed_mutex operation_;
+    int depth_ = 0;  // operations inside each other, under operation_
     std::vector<std::thread> workers_;
     int num_threads_ = 0;  // 0: not decided yet
     int owner_pid_ = 0;
