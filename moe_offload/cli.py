@@ -124,7 +124,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     group.add_argument(
         "--policy",
-        default="ewma",
+        default="horizon",
         metavar="NAME",
         help="eviction policy: ewma (default), lru, ...: docs/POLICIES.md",
     )

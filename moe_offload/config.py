@@ -98,7 +98,7 @@ class RuntimeConfig:
     ram_bytes: int | None = None  # everything that the process holds; None = auto
     experts: str | int | None = None  # "25%", 96, "all": cap on experts in memory; None = bytes decide
     context_tokens: int | None = None
-    policy: str = "ewma"
+    policy: str = "horizon"
     predictor: str = "cross_layer_gate"
     prefetch: bool = True
     num_threads: int | None = None

@@ -33,7 +33,7 @@ PLACEMENTS = [
     (TOP_K + 1, "ewma", True, 2),
     (11, "lru", True, 2),
     ("12%", "ewma", False, 2),
-    ("25%", "ewma", True, 2),
+    ("25%", "horizon", True, 2),
     ("25%", "lru", False, 1),
     ("50%", "lru", True, 3),
     ("all", "ewma", False, 2),

@@ -164,7 +164,7 @@ def test_the_recorder_sees_every_step_and_stops_when_told(tiny_moe):
     assert trace.router_inputs.shape[2] == 64
     chosen = np.take_along_axis(trace.router_logits, trace.experts.astype(np.int64), axis=2)
     assert (chosen.min(axis=2) >= np.sort(trace.router_logits, axis=2)[:, :, -2]).all()
-    assert trace.metadata["policy"] == "ewma" and trace.metadata["plan"]["pools"]
+    assert trace.metadata["policy"] == "horizon" and trace.metadata["plan"]["pools"]
     model.offload.close()
     with pytest.raises(ConfigError, match="closed"):
         model.offload.trace()

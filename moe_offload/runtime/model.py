@@ -62,7 +62,7 @@ def from_pretrained(
     ram: str | int = "auto",
     experts: str | int | None = None,
     context: int | None = None,
-    policy: str = "ewma",
+    policy: str = "horizon",
     predictor: str = "cross_layer_gate",
     prefetch: bool = True,
     num_threads: int | None = None,
