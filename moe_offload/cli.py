@@ -126,7 +126,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default="horizon",
         metavar="NAME",
-        help="eviction policy: ewma (default), lru, ...: docs/POLICIES.md",
+        help="eviction policy: horizon (default), ewma, lru, ...: docs/POLICIES.md",
     )
     group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
     group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")
