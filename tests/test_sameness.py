@@ -30,7 +30,7 @@ TOP_K = 4
 PLACEMENTS = [
     (TOP_K, "ewma", True, 2),
     (TOP_K, "lru", False, 1),
-    (TOP_K + 1, "ewma", True, 2),
+    (TOP_K + 1, "horizon", True, 2),
     (11, "lru", True, 2),
     ("12%", "ewma", False, 2),
     ("25%", "horizon", True, 2),
