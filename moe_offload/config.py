@@ -89,6 +89,8 @@ class ModelSpec:
     moe_intermediate_size: int
     moe_layers: tuple[int, ...]  # indices of the decoder layers that have experts
     kv_elements_per_token: tuple[int, ...]  # by layer: cached key and value elements of one token
+    # by layer: elements of recurrent or convolution state, of one sequence however long
+    state_elements_per_sequence: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import fuzz_headers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_models import FAMILIES, save_toy_model
+from toy_models import FAMILIES, cached_elements, experts_by_layer, model_on_meta, save_toy_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_offload import CheckpointError
@@ -91,24 +91,41 @@ def test_the_spec_is_that_of_the_transformers_model(family: str, toy_folder: Any
     assert spec.kv_elements_per_token == elements
 
 
+REQUIRED_KEYS: dict[str, dict[str, Any]] = {  # transformers has no default that works
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
+}
+
+
 @pytest.mark.parametrize("model_type", [*MOE_FAMILIES, *DENSE_FAMILIES])
 def test_absent_keys_mean_what_transformers_takes_them_for(model_type: str) -> None:
-    extra = {"num_experts_per_tok": 2} if model_type == "deepseek_v2" else {}  # it has no default
+    extra = {"num_hidden_layers": 6, **REQUIRED_KEYS.get(model_type, {})}
     spec = model_spec({"model_type": model_type, **extra}, "config.json")
     config = AutoConfig.for_model(model_type, **extra)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_elements = 2 * config.num_key_value_heads * head_dim
-    if model_type == "deepseek_v2":
-        kv_elements = config.kv_lora_rank + config.qk_rope_head_dim
+    model = model_on_meta(config)
+    experts = experts_by_layer(model)
     assert spec.hidden_size == config.hidden_size and spec.vocab_size == config.vocab_size
     assert spec.max_position_embeddings == config.max_position_embeddings
-    assert spec.kv_elements_per_token == (kv_elements,) * config.num_hidden_layers
-    if model_type in MOE_FAMILIES:
-        assert (spec.num_experts, spec.top_k) == (config.num_experts, config.num_experts_per_tok)
-        assert spec.moe_intermediate_size == getattr(
-            config, "moe_intermediate_size", config.intermediate_size
-        )
-        assert spec.moe_layers == tuple(range(config.num_hidden_layers))
+    assert (spec.kv_elements_per_token, spec.state_elements_per_sequence) == cached_elements(model)
+    assert spec.moe_layers == tuple(experts)
+    for module in experts.values():
+        assert module.down_proj.numel() == spec.num_experts * spec.moe_intermediate_size * spec.hidden_size
+        assert module.num_experts == spec.num_experts
+    if experts:
+        assert spec.top_k == (getattr(config, "top_k_experts", None) or config.num_experts_per_tok)
+
+
+@pytest.mark.parametrize("model_type", [*MOE_FAMILIES, *DENSE_FAMILIES])
+def test_the_number_of_layers_has_transformers_default(model_type: str) -> None:
+    defaults = {**MOE_FAMILIES, **DENSE_FAMILIES}[model_type].defaults
+    assert defaults["num_hidden_layers"] == AutoConfig.for_model(model_type).num_hidden_layers
 
 
 def test_shards_of_a_model_are_one_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from transformers import (
     OlmoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto import AutoModelForCausalLM
 
 COMMON = {
@@ -77,6 +79,37 @@ def save_toy_model(
             parameter.normal_(0.0, 0.15 if parameter.ndim > 1 else 0.5)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def model_on_meta(config: Any) -> Any:
+    """Transformers' model of a configuration, without memory; its experts compute nothing."""
+    ExpertsInterface.register("nothing", lambda experts, hidden, ids, weights: torch.empty_like(hidden))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, experts_implementation="nothing")
+
+
+def cached_elements(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By layer, what transformers' own cache holds: elements of one token, and of a sequence's state."""
+    with torch.device("meta"):
+        cache = DynamicCache(config=model.config)
+        model(torch.ones(1, 5, dtype=torch.long), use_cache=True, past_key_values=cache)
+    tokens, states = [], []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        tokens.append(0 if keys is None else (keys.numel() + values.numel()) // 5)
+        held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        states.append(sum(state.numel() for state in held if state is not None))
+    return tuple(tokens), tuple(states)
+
+
+def experts_by_layer(model: Any) -> dict[int, Any]:
+    """Every experts module by its decoder layer."""
+    return {
+        layer_idx: module
+        for layer_idx, layer in enumerate(model.get_decoder().layers)
+        for module in layer.modules()
+        if hasattr(module, "is_transposed")
+    }
 
 
 def plain_model(folder: Path, **kwargs: Any) -> Any:

@@ -31,6 +31,21 @@ def kv_bytes(spec: ModelSpec, *, context_tokens: int, batch_size: int, bytes_per
     return sum(spec.kv_elements_per_token) * context_tokens * batch_size * bytes_per_element
 
 
+def state_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of one sequence's recurrent and convolution state; counted in float32."""
+    return FLOAT32_BYTES * sum(spec.state_elements_per_sequence)
+
+
+def state_tokens(spec: ModelSpec, *, bytes_per_element: int) -> int:
+    """Return how many tokens of key/value cache one sequence's state weighs (0 without any state).
+
+    A budget holds the state of one sequence beside ``context`` tokens; each further sequence of a
+    batch takes the place of so many tokens.
+    """
+    token_bytes = sum(spec.kv_elements_per_token) * bytes_per_element
+    return -(-state_bytes(spec) // token_bytes) if token_bytes else 0
+
+
 def activation_bytes(
     spec: ModelSpec,
     *,

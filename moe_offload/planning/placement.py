@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moe_offload.config import GIB, ModelSpec, PlacementPlan, PoolPlan
 from moe_offload.errors import BudgetError
-from moe_offload.planning.cost_model import kv_bytes
+from moe_offload.planning.cost_model import kv_bytes, state_bytes
 from moe_offload.storage.expert_format import ExpertLayout
 
 
@@ -84,7 +84,8 @@ def plan_placement(
             context_tokens=context_tokens,
             batch_size=batch_size,
             bytes_per_element=kv_bytes_per_element,
-        ),
+        )
+        + state_bytes(spec) * batch_size,
         workspace_bytes=reader_bytes + activation_bytes,
         context_tokens=context_tokens,
     )

@@ -1,8 +1,8 @@
 """Finding the experts among a safetensors folder's tensors, by name and without torch.
 
 Two ways of storing them: a tensor per expert and matrix (``experts.7.up_proj.weight``, Mixtral's
-``w1`` gate, ``w3`` up, ``w2`` down), or one tensor of all experts (``experts.gate_up_proj``, gate
-rows first; gpt-oss stores it transposed with gate and up interleaved).
+``w1`` gate, ``w3`` up, ``w2`` down), or one tensor of all experts (``experts.gate_up_proj``, Granite's
+``input_linear``, gate rows first; gpt-oss stores it transposed with gate and up interleaved).
 """
 
 from __future__ import annotations
@@ -23,13 +23,21 @@ from moe_offload.storage.expert_format import (
     RowOrder,
     Span,
 )
+from moe_offload.storage.families import find_family
 from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, SafetensorsTensor
 
 _K = TypeVar("_K")
-_EXPERTS = re.compile(r"(?:^|\.)layers\.([0-9]{1,6})\.(?:mlp|block_sparse_moe)\.experts\.(.+)", re.DOTALL)
+_EXPERTS = re.compile(
+    r"(?:model\.)?layers\.([0-9]{1,6})\."
+    r"(?:(?:(?:mlp|block_sparse_moe|feed_forward)\.)?experts\.|block_sparse_moe\.(?=(?:in|out)put_linear))(.+)",
+    re.DOTALL,
+)
 _ONE_EXPERT = re.compile(r"([0-9]{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _MATRIX = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-_FUSED = {"gate_up_proj": "gate_up", "down_proj": "down"}
+_FUSED = {
+    "gate_up_proj": "gate_up", "down_proj": "down",
+    "input_linear.weight": "gate_up", "output_linear.weight": "down",
+}  # fmt: skip
 _GPT_OSS_BIASES = frozenset({"gate_up_proj_bias", "down_proj_bias"})
 _SPLIT_ORDER, _FUSED_ORDER = ("gate", "up", "down"), ("gate_up", "down")
 
@@ -63,13 +71,14 @@ def index_experts(folder: SafetensorsFolder, spec: ModelSpec) -> FolderExperts:
 class _Finder:
     def __init__(self, folder: SafetensorsFolder, spec: ModelSpec) -> None:
         self.folder, self.spec = folder, spec
+        self.family = find_family(spec.model_type, str(folder.files[0].parent))
         self.moe_layers = frozenset(spec.moe_layers)
         self.split: defaultdict[int, dict[tuple[int, str], SafetensorsTensor]] = defaultdict(dict)
         self.fused: defaultdict[int, dict[str, SafetensorsTensor]] = defaultdict(dict)
 
     def take(self, tensor: SafetensorsTensor) -> bool:
         """Keep ``tensor`` if it belongs to routed experts; say whether it does."""
-        match = _EXPERTS.search(tensor.name)
+        match = _EXPERTS.fullmatch(tensor.name)
         if match is None:
             return False
         layer_idx, rest = int(match[1]), match[2]
@@ -132,7 +141,7 @@ class _Finder:
                 f"{self.folder.files[0].parent}: layer {layer_idx} has {next(iter(found.values())).name!r} "
                 f"but not its {missing[0]}_proj; a shard is missing: fetch it"
             )
-        transposed = spec.model_type == "gpt_oss"
+        transposed = self.family.transposed
         sizes = {
             "gate_up": (2 * spec.moe_intermediate_size, spec.hidden_size),
             "down": (spec.hidden_size, spec.moe_intermediate_size),
@@ -149,7 +158,7 @@ class _Finder:
                 _slice(found[matrix].span, expert_id, form.num_bytes)
                 for matrix, form in zip(_FUSED_ORDER, matrices, strict=True)
             )
-        order = RowOrder.INTERLEAVED if transposed else RowOrder.GATE_UP
+        order = RowOrder.INTERLEAVED if self.family.interleaved else RowOrder.GATE_UP
         return ExpertLayout(layer_idx, spec.num_experts, order, tuple(matrices))
 
     def weight_type(self, tensor: SafetensorsTensor) -> GgmlType:
