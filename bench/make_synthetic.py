@@ -4,8 +4,8 @@
     python bench/make_synthetic.py --like small --size-gib 3 --mix q4_k_m --out big.gguf
 
 Blocks are random bytes with constant scales, so that weights have the spread of a trained model's
-and logits stay finite. Router rows differ in length as in Zipf's law, in another order in each layer,
-so that some experts are chosen often and others seldom. One tensor at a time is in memory.
+and logits stay finite. Routers and embedding are not random: token ids in ascending order are routed as
+--routing says (synthetic_routing.py), so feed them in that order. One tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from typing import BinaryIO
 
 import gguf
 import numpy as np
+import synthetic_routing as routing
 from gguf import GGMLQuantizationType as Type
 
 END_OF_TEXT = "<|endoftext|>"
+# Of the embedding's elements, where a layer adds about 0.5: an embedding of 1 drowns in what attention
+# averages over the text, one of 4 leaves the residual stream so still that predictors never err.
+EMBEDDING_SPREAD = 2.5
 WRITE_BYTES = 16 << 20
 
 
@@ -84,15 +88,19 @@ def main() -> None:
     shape = chosen_shape(args)
     begin = time.perf_counter()
     tensors = list_tensors(shape, args.mix)
-    write(args.out, shape, tensors, args.seed)
+    experts = chosen_experts(args, shape)
+    write(args.out, shape, tensors, experts, args.seed)
     seconds = time.perf_counter() - begin
     expert_bytes = sum(t.num_bytes for t in tensors if "_exps" in t.name)
     result = {
         "bench": "make_synthetic", "like": args.like, "mix": args.mix, "layers": shape.num_hidden_layers,
         "file_bytes": args.out.stat().st_size, "expert_bytes": expert_bytes, "seconds": seconds,
+        "routing": args.routing, "adjacent_reuse": routing.adjacent_reuse(experts),
     }  # fmt: skip
     sizes = f"{result['file_bytes'] / 2**30:.2f} GiB, {expert_bytes / 2**30:.2f} of experts"
     print(f"{args.out}: {sizes}, {seconds:.1f} s")
+    reuse = f"{result['adjacent_reuse']:.0%} of a token's experts are the next token's, too"
+    print(f"routing {args.routing}: {reuse} (intended; what the model makes of it is to be measured)")
     print(json.dumps(result))
 
 
@@ -106,22 +114,41 @@ def parse_args() -> argparse.Namespace:
     length.add_argument("--size-gib", type=float, help="as few layers as make the file at least this large")
     parser.add_argument("--mix", choices=MIXES, default="q4_0", help="formats, as in llama.cpp")
     parser.add_argument("--vocab", choices=VOCAB_SIZES, default="small")
+    parser.add_argument(
+        "--routing", default="zipf-markov", help="zipf-markov, independent, or a recorded trace to follow"
+    )
+    parser.add_argument("--num-experts", type=int, help="a layer; default: as the original")
+    parser.add_argument("--top-k", type=int, help="experts of a token; default: as the original")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def chosen_shape(args: argparse.Namespace) -> Shape:
-    """Apply --layers, --size-gib and --vocab to the preset."""
-    shape = replace(SHAPES[args.like], vocab_size=VOCAB_SIZES[args.vocab])
-    if args.like == "toy":
-        shape = SHAPES["toy"]
+    """Apply --layers, --size-gib, --vocab, --num-experts and --top-k to the preset."""
+    preset = SHAPES[args.like]
+    shape = replace(
+        preset,
+        vocab_size=preset.vocab_size if args.like == "toy" else VOCAB_SIZES[args.vocab],
+        num_experts=args.num_experts or preset.num_experts,
+        top_k=args.top_k or preset.top_k,
+    )
     if args.size_gib is not None:
         shape = replace(shape, num_hidden_layers=1)
         while sum(t.num_bytes for t in list_tensors(shape, args.mix)) < args.size_gib * 2**30:
             shape = replace(shape, num_hidden_layers=shape.num_hidden_layers + 1)
         return shape
     return replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers)
+
+
+def chosen_experts(args: argparse.Namespace, shape: Shape) -> routing.Experts:
+    """Return what every token id is to choose, (tokens, layers, top_k), as --routing says."""
+    sizes = (shape.num_hidden_layers, shape.num_experts, shape.top_k)
+    if args.routing == "zipf-markov":
+        return routing.zipf_markov(*sizes, args.seed)
+    if args.routing == "independent":
+        return routing.independent(*sizes, args.seed)
+    return routing.from_trace(Path(args.routing), *sizes)
 
 
 # Which tensor has which format
@@ -158,6 +185,8 @@ def list_tensors(shape: Shape, mix: str) -> list[Tensor]:
     def add(name: str, *dims: int, layer_idx: int = 0) -> None:
         is_float = len(dims) == 1 or "ffn_gate_inp" in name
         tensor_type = Type.F32 if is_float else MIXES[mix](name, layer_idx, shape.num_hidden_layers)
+        if name == "token_embd.weight":
+            tensor_type = Type.Q8_0  # one row of it is read per token; gguf-py cannot quantize to K formats
         tensors.append(Tensor(name, dims, tensor_type))
 
     add("token_embd.weight", shape.vocab_size, hidden)
@@ -182,7 +211,7 @@ def list_tensors(shape: Shape, mix: str) -> list[Tensor]:
 # Bytes
 
 
-def write(out: Path, shape: Shape, tensors: list[Tensor], seed: int) -> None:
+def write(out: Path, shape: Shape, tensors: list[Tensor], experts: routing.Experts, seed: int) -> None:
     """Write a temporary file beside ``out`` and rename it when it is whole."""
     partial = out.with_name(out.name + ".partial")
     writer = gguf.GGUFWriter(partial, "qwen3moe")
@@ -196,7 +225,14 @@ def write(out: Path, shape: Shape, tensors: list[Tensor], seed: int) -> None:
     with open(partial, "ab") as file:
         pad(file)
         for index, tensor in enumerate(tensors):
-            for piece in tensor_pieces(tensor, np.random.default_rng([seed, index])):
+            if tensor.name == "token_embd.weight":
+                pieces = embedding_pieces(tensor, experts, shape, seed)
+            elif "ffn_gate_inp" in tensor.name:
+                rows = routing.router_rows(int(tensor.name.split(".")[1]), *tensor.shape, seed)
+                pieces = iter([rows.data.cast("B")])
+            else:
+                pieces = tensor_pieces(tensor, np.random.default_rng([seed, index]))
+            for piece in pieces:
                 file.write(piece)
             pad(file)
     os.replace(partial, out)
@@ -244,10 +280,20 @@ def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
     return tokens + fillers, types + [gguf.TokenType.NORMAL] * len(fillers), merges
 
 
+def embedding_pieces(
+    tensor: Tensor, experts: routing.Experts, shape: Shape, seed: int
+) -> Iterator[memoryview]:
+    """Yield the embedding's rows, the routed ones again and again up to the vocabulary's size."""
+    rows = routing.embedding_rows(experts, shape.num_experts, shape.hidden_size, seed, EMBEDDING_SPREAD)
+    packed = np.ascontiguousarray(gguf.quantize(rows, tensor.type))
+    for first in range(0, shape.vocab_size, len(packed)):
+        yield packed[: shape.vocab_size - first].data.cast("B")
+
+
 def tensor_pieces(tensor: Tensor, rng: np.random.Generator) -> Iterator[memoryview]:
     """Yield the tensor's bytes in pieces of at most WRITE_BYTES."""
     if tensor.type == Type.F32:
-        yield float_tensor(tensor, rng).data.cast("B")
+        yield np.ones(tensor.shape, np.float32).data.cast("B")  # a norm's
         return
     block_bytes = gguf.GGML_QUANT_SIZES[tensor.type][1]
     scales = block_scales(tensor.type, 1 / math.sqrt(tensor.shape[-1]))
@@ -256,16 +302,6 @@ def tensor_pieces(tensor: Tensor, rng: np.random.Generator) -> Iterator[memoryvi
         blocks = random_blocks(min(piece_blocks, num_blocks - first), block_bytes, rng)
         set_scales(blocks, scales)
         yield blocks.data.cast("B")
-
-
-def float_tensor(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Return ones for a norm, random rows for a router: length ~ 1/rank^0.3 in a random order."""
-    if len(tensor.shape) == 1:
-        return np.ones(tensor.shape, dtype=np.float32)
-    experts, hidden = tensor.shape
-    lengths = (1 + rng.permutation(experts)) ** -0.3
-    rows = rng.standard_normal((experts, hidden), dtype=np.float32) / math.sqrt(hidden)
-    return (2 * lengths[:, None] * rows).astype(np.float32)
 
 
 def random_blocks(num_blocks: int, block_bytes: int, rng: np.random.Generator) -> np.ndarray:
