@@ -35,15 +35,18 @@ from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.runtime import skeleton
+from moe_offload.runtime import quantized, skeleton
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
 from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
 from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.stats import OffloadStats
+from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import BOUNCE_BYTES, Arena, open_reader
+from moe_offload.storage.quantize import quantize_once
+from moe_offload.storage.quantize_rules import check_quant
 from moe_offload.storage.tokenizer import tokenizer_was_loaded
 
 PREDICTORS = ("cross_layer_gate", "none")
@@ -67,6 +70,7 @@ def from_pretrained(
     prefetch: bool = True,
     num_threads: int | None = None,
     allow_dense: bool = False,
+    quant: str | None = None,
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
     **kwargs: Any,
@@ -84,6 +88,8 @@ def from_pretrained(
         prefetch: read predicted experts early; changes time, never tokens.
         num_threads: native threads; default from affinity, cgroup quota and cores.
         allow_dense: load a model without experts wholly into memory.
+        quant: "q8_0", "q4_0" or "q4_k": quantize a safetensors folder once, into a file in the user's
+            cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
         **kwargs: transformers' ``attn_implementation``, and ``device_map`` "auto" or "cpu".
@@ -107,6 +113,7 @@ def from_pretrained(
         num_threads=num_threads,
         allow_dense=allow_dense,
     )
+    quant = None if quant is None else check_quant(quant)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
     make_policy(config.policy)  # a wrong name is an error before anything is read
@@ -116,6 +123,8 @@ def from_pretrained(
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
     model = skeleton.build_skeleton(checkpoint, compute_dtype, attn_implementation)
+    if quant is not None:
+        checkpoint = _quantize(model, checkpoint, config, quant, progress)
     plan = _plan(model, checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
@@ -149,6 +158,29 @@ def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dt
         raise ConfigError(f"dtype={dtype!r} is not supported; use 'auto', float32, bfloat16 or float16")
     assert resolved is not None
     return resolved
+
+
+def _quantize(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    quant: str,
+    progress: Callable[[int, int], None] | None,
+) -> Checkpoint:
+    """Return the quantized checkpoint and pack the skeleton's layers for it.
+
+    A budget that cannot hold the result is refused before minutes are spent on making it.
+    """
+    plan = quantized.make_plan(model, checkpoint, quant)
+    result = quantize_plan.quantized_checkpoint(plan)
+    quantized.pack_layers(model, checkpoint, result)
+    ram_bytes = _plan(model, result, config).ram_bytes
+    return quantize_once(
+        plan,
+        say=lambda line: print(f"moe-offload: {line}", file=sys.stderr, flush=True),
+        progress=progress,
+        num_threads=lambda: quantized.threads_within(plan, ram_bytes),
+    )
 
 
 def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig) -> PlacementPlan:
