@@ -177,10 +177,16 @@ def _quantize(
     ram_bytes = _plan(model, result, config).ram_bytes
     return quantize_once(
         plan,
-        say=lambda line: print(f"moe-offload: {line}", file=sys.stderr, flush=True),
+        say=_say,
         progress=progress,
         num_threads=lambda: quantized.threads_within(plan, ram_bytes),
     )
+
+
+def _say(line: str) -> None:
+    """Tell the user on stderr; on a terminal, over what a progress line has drawn there."""
+    clear_line = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{clear_line}moe-offload: {line}", file=sys.stderr, flush=True)
 
 
 def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig) -> PlacementPlan:
