@@ -41,11 +41,27 @@ class OffloadStats:
         return (self.hits + self.prefetch_hits) / needs if needs else 0.0
 
     @property
+    def decode_bytes(self) -> int:
+        """Bytes of experts read for decode steps, speculation included."""
+        prefetched = self.prefetch_useful_bytes + self.prefetch_late_bytes + self.prefetch_wasted_bytes
+        return self.demand_bytes + prefetched
+
+    @property
+    def prefetch_accuracy(self) -> float:
+        """Share of the prefetched bytes that a step then needed; 0 when there were none."""
+        used = self.prefetch_useful_bytes + self.prefetch_late_bytes
+        return used / (used + self.prefetch_wasted_bytes) if used else 0.0
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of experts read from storage, speculation included."""
-        prefetched = self.prefetch_useful_bytes + self.prefetch_late_bytes + self.prefetch_wasted_bytes
-        return self.demand_bytes + prefetched + self.stream_bytes
+        return self.decode_bytes + self.stream_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every counter and the two derived figures, ready for JSON."""
-        return {**asdict(self), "hit_rate": self.hit_rate, "bytes_read": self.bytes_read}
+        """Return every counter and the derived figures, ready for JSON."""
+        return {
+            **asdict(self),
+            "hit_rate": self.hit_rate,
+            "prefetch_accuracy": self.prefetch_accuracy,
+            "bytes_read": self.bytes_read,
+        }

@@ -216,14 +216,17 @@ def test_a_prefetch_neither_evicts_nor_takes_the_slots_of_a_step(bench: Bench) -
     assert bench.stats.evictions == 2
 
 
-def test_the_oldest_finished_guess_makes_room_for_new_ones(bench: Bench) -> None:
+def test_a_finished_guess_makes_room_for_one_that_is_needed_sooner(bench: Bench) -> None:
     for expert_id in range(4):
         bench.cache.prefetch([ExpertKey(1, expert_id)])
         bench.disk.advance()
-    bench.cache.prefetch([ExpertKey(2, 0)])
+    bench.cache.prefetch([ExpertKey(2, 0)])  # comes after layer 1
+    assert bench.disk.submitted[-1] == ExpertKey(1, 3)
+    bench.cache.prefetch([ExpertKey(0, 0)])
+    assert bench.disk.submitted[-1] == ExpertKey(0, 0)
+    bench.cache.prefetch([ExpertKey(2, 0)], after_layer=1)  # now layer 1 comes with the next token only
     assert bench.disk.submitted[-1] == ExpertKey(2, 0)
-    assert bench.stats.prefetch_wasted_bytes == bench.layouts[1].expert_bytes
-    assert bench.begin(1, 0, 1).ready == [1]
+    bench.cache.check()
 
 
 def test_guesses_of_one_call_do_not_overwrite_one_another(bench: Bench) -> None:

@@ -208,19 +208,47 @@ class ExpertCache:
 
     # Hints.
 
-    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
+    def prefetch(self, keys: Iterable[ExpertKey], *, after_layer: int | None = None) -> None:
         """Start speculative reads, in order of ``keys``, into staging slots that no step claims.
 
-        Drops what is in memory or on its way, and the rest when there is no room. The oldest
-        finished speculation that nobody claimed makes room (wasted), never a resident.
+        Drops what is in memory or on its way, and the rest when there is no room. A finished
+        speculation that nobody claimed makes room (wasted) for one that is needed sooner; a resident
+        never does.
+
+        Args:
+            after_layer: the layer that has just routed; None: the open step's, or none has.
         """
         if isinstance(self._open, int):
             return  # a stream uses all the slots
-        wanted = dict.fromkeys(keys)
-        for key in wanted:
+        if after_layer is None:
+            after_layer = self._open.layer_idx if self._open is not None else -1
+        for key in keys:
             pool = self._pool_of[key.layer_idx]
-            if pool.find(key) is None and pool.make_room_for_hint(wanted):
+            if pool.find(key) is None and pool.make_room_for_hint(key, after_layer):
                 pool.read(key, speculative=True)
+
+    def absent(self, layer_idx: int, expert_ids: Iterable[int]) -> list[int]:
+        """Return which of a layer's experts have no slot."""
+        row = self._pool_of[layer_idx].table[layer_idx]
+        return [expert_id for expert_id in expert_ids if row[expert_id] is None]
+
+    def queued_bytes(self, layer_idx: int) -> int:
+        """Return the bytes being read or about to be, for the pool of a layer."""
+        return self._pool_of[layer_idx].queued_bytes()
+
+    def expert_bytes(self, layer_idx: int) -> int:
+        """Return the bytes of an expert of a layer in the file."""
+        return self._pool_of[layer_idx].store.expert_bytes(ExpertKey(layer_idx, 0))
+
+    @property
+    def largest_expert_bytes(self) -> int:
+        """Bytes of the largest slot: about the largest expert's."""
+        return max((pool.slot_bytes for pool in self._pools), default=0)
+
+    @property
+    def stats(self) -> OffloadStats:
+        """The counters that it keeps up to date."""
+        return self._stats
 
     def contradict(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """Cancel queued speculation of a layer whose router chose ``expert_ids`` instead."""

@@ -1,17 +1,31 @@
-"""From predictions to speculative reads. Knows no torch: a predictor's answers are arrays."""
+"""From predictions to speculative reads. Knows no torch: a predictor's answers are arrays.
+
+What is worth reading is planning/prefetch_plan.py's to say; here it is measured how fast the link reads, how
+long a layer computes, how much of what is read is wasted, and whether prefetching pays at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.planning.prediction import Predictor, expected_keys
+from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.prediction import Forecast, Predictor
+from moe_offload.planning.prefetch_plan import Guess, Threshold, break_even, plan_reads
 from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.storage.expert_format import ExpertKey
 
 REST_AFTER_STEPS = 64  # a few tokens
+MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
+SMOOTHING = 0.2  # of measured windows
+SUBMIT_S = 2e-5  # compute time that asking for a read takes
+
+LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
 
 
 class Prefetcher:
@@ -19,14 +33,69 @@ class Prefetcher:
 
     ``predictor`` None or ``enabled`` False: every call returns at once. A prediction costs a router's
     time in every layer, so it rests while ``REST_AFTER_STEPS`` layer steps in a row found all they
-    needed resident, until one does not.
+    needed resident, until one does not; and ``switch`` turns it off where steps are faster without.
+
+    Args:
+        link: of the reader; None: guesses are admitted by probability alone.
+        switch: None: always on.
     """
 
-    def __init__(self, cache: ExpertCache, predictor: Predictor | None, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        cache: ExpertCache,
+        predictor: Predictor | None,
+        *,
+        enabled: bool = True,
+        link: LinkCounters | None = None,
+        switch: GainSwitch | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._cache, self._predictor = cache, predictor
         self.enabled = enabled and predictor is not None
+        self.switch = switch
+        self.threshold = Threshold()
+        self._link, self._clock = link, clock
         self._steps_without_need = 0
         self._needs_seen = -1
+        self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
+        self._window_s = math.inf  # a layer's compute time
+        self._bytes_per_s = math.inf
+        self._link_seen = (0, 0.0)
+        self._steps = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the next step prefetches: enabled, and not switched off by what was measured."""
+        return self.enabled and (self.switch is None or self.switch.is_on)
+
+    def describe(self) -> str:
+        """Return in a few words what it does and why, for stats."""
+        if not self.enabled:
+            return "off"
+        if self.switch is None or self.switch.gain is None:
+            return "on" if self.is_on else "off for comparison"
+        gain = self.switch.gain
+        does = f"{'saves' if gain >= 0 else 'costs'} {abs(gain):.1%} of a step"
+        return f"{'on' if self.switch.decision else 'off'}: it {does}"
+
+    def use(self, predictor: Predictor | None, *, switch: GainSwitch | None) -> None:
+        """Go on with another predictor, for benchmarks."""
+        self._predictor, self.enabled = predictor, predictor is not None
+        self.switch, self.threshold = switch, Threshold()
+
+    def begin_step(self, token_ids: NDArray[np.int64] | None) -> None:
+        """Start a forward pass: read what its tokens alone say of the first layers."""
+        if self._predictor is None or not self.enabled:
+            return
+        self._last_look = None
+        forecasts = self._predictor.begin_step(token_ids)
+        if forecasts and self.is_on and not self._cache.has_every_expert:
+            self._read(forecasts)
+
+    def step_done(self, seconds: float) -> None:
+        """Take note of a decode step's time; a step's prefetching is switched as a whole."""
+        if self.enabled and self.switch is not None and not self._cache.has_every_expert:
+            self.switch.record(seconds)
 
     def routed(
         self,
@@ -45,7 +114,8 @@ class Prefetcher:
         if self.enabled:
             assert self._predictor is not None
             self._predictor.observe(layer_idx, expert_ids, expert_weights)
-            self._cache.contradict(layer_idx, used)
+            if self.is_on:
+                self._cache.contradict(layer_idx, used)
 
     def look_ahead(
         self,
@@ -55,11 +125,65 @@ class Prefetcher:
         expert_weights: NDArray[np.float32],
     ) -> None:
         """Queue reads for the next layers; call after ``cache.begin``, whose demand reads go first."""
-        if not self.enabled or self._cache.has_every_expert or self._rests():
+        if not self.is_on or self._cache.has_every_expert or self._rests():
             return
         assert self._predictor is not None
+        self._measure()
         forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
-        self._cache.prefetch(expected_keys(forecasts))
+        if forecasts:
+            self._read(forecasts)
+
+    def _read(self, forecasts: Sequence[Forecast]) -> None:
+        threshold = self.threshold.value
+        guesses = [
+            guess
+            for windows, forecast in enumerate(forecasts, start=1)
+            for guess in self._absent(forecast, windows, threshold)
+        ]
+        if not guesses:
+            return
+        keys = plan_reads(
+            guesses,
+            queued_bytes=self._cache.queued_bytes(guesses[0].key.layer_idx),
+            window_bytes=self._window_s * self._bytes_per_s,
+            threshold=threshold,
+        )
+        self._cache.prefetch(keys)
+
+    def _absent(self, forecast: Forecast, windows: int, threshold: float) -> list[Guess]:
+        """Return a layer's likely experts that have no slot."""
+        layer_idx, probabilities = forecast
+        likely = np.flatnonzero(probabilities >= threshold).tolist()
+        absent = self._cache.absent(layer_idx, likely)
+        if not absent:
+            return []
+        num_bytes = self._cache.expert_bytes(layer_idx)
+        return [
+            Guess(ExpertKey(layer_idx, expert_id), float(probabilities[expert_id]), num_bytes, windows)
+            for expert_id in absent
+        ]
+
+    def _measure(self) -> None:
+        """Bring the window's compute time up to date; now and then the link's speed and the threshold."""
+        now, stall_s = self._clock(), self._cache.stats.stall_s
+        if self._last_look is not None:
+            window_s = max(1e-6, now - self._last_look[0] - (stall_s - self._last_look[1]))
+            known = self._window_s < math.inf
+            self._window_s = self._window_s + SMOOTHING * (window_s - self._window_s) if known else window_s
+        self._last_look = (now, stall_s)
+        self._steps += 1
+        if self._link is not None and self._steps % MEASURE_EVERY_STEPS == 0:
+            self._measure_link(*self._link())
+
+    def _measure_link(self, bytes_read: int, busy_s: float) -> None:
+        new_bytes, new_s = bytes_read - self._link_seen[0], busy_s - self._link_seen[1]
+        self._link_seen = (bytes_read, busy_s)
+        if new_bytes <= 0 or new_s <= 0:
+            return
+        self._bytes_per_s = new_bytes / new_s
+        stats = self._cache.stats
+        read_s = self._cache.largest_expert_bytes / self._bytes_per_s
+        self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, SUBMIT_S))
 
     def _rests(self) -> bool:
         """Count layer steps since one needed an expert that was not resident."""

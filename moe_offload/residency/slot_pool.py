@@ -6,7 +6,7 @@ One thread uses it: reads finish in the background, but a pool learns of it only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -99,6 +99,7 @@ class SlotPool:
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
         self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
         self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
+        self._layers_end = max(plan.layers) + 1
         for layer_idx in plan.layers:
             assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
             self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
@@ -244,22 +245,37 @@ class SlotPool:
             assert self.draining, f"{count} slots wanted, {len(self.free)} free, the others pinned"
             self._drain_one(self.draining[0])
 
-    def make_room_for_hint(self, wanted: Container[ExpertKey]) -> bool:
-        """Find a slot for a prefetch: staging slots that no step claims, or the oldest guess in one.
+    def make_room_for_hint(self, key: ExpertKey, after_layer: int) -> bool:
+        """Find a slot for a prefetch: a staging slot that no step claims, or that of a finished guess
+        that nobody claimed and that is needed later than ``key``: the one needed last.
 
         Args:
-            wanted: guesses that may not overwrite one another.
+            after_layer: the layer that has just routed; the next one is the first to be needed.
         """
-        self.reap()
+        if self.draining:
+            self.reap()
         if self.free and (self.is_full_size or len(self.staged) + len(self.draining) < self.num_staging):
             return True
+        farthest, distance = None, self._layers_until(key.layer_idx, after_layer)
         for entry in self.unclaimed():
             if self.settle(entry) is None:
                 return True
-            if entry.state is SlotState.STAGED and entry.key not in wanted:
-                self.discard(entry)
-                return True
-        return False
+            entry_distance = self._layers_until(entry.key.layer_idx, after_layer)
+            if entry.state is SlotState.STAGED and entry_distance > distance:
+                farthest, distance = entry, entry_distance
+        if farthest is None:
+            return False
+        self.discard(farthest)
+        return True
+
+    def _layers_until(self, layer_idx: int, after_layer: int) -> int:
+        """Return how far ahead a layer is: those up to ``after_layer`` come again with the next token."""
+        return layer_idx if layer_idx > after_layer else layer_idx + self._layers_end
+
+    def queued_bytes(self) -> int:
+        """Return the bytes of reads that have not finished."""
+        entries = [entry for entry in self.staged.values() if entry.state is SlotState.IN_FLIGHT]
+        return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
 
     def reap(self) -> None:
         """Free the slots of abandoned reads that have finished."""

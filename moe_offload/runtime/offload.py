@@ -13,12 +13,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
+from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
@@ -58,6 +60,7 @@ class OffloadHandle:
         self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._chunk = (0, 0, 0)
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
+        self.prefetcher: Prefetcher | None = None
         live_handles.add(self)
 
     @property
@@ -170,9 +173,11 @@ class OffloadHandle:
             yield
 
     @contextmanager
-    def step(self, num_tokens: int) -> Iterator[None]:
+    def step(self, num_tokens: int, token_ids: Tensor | None = None) -> Iterator[None]:
         """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
         decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(None if token_ids is None else token_ids.reshape(-1).numpy())
         torch_threads = torch.get_num_threads()
         if decoding and torch_threads > 1:
             torch.set_num_threads(1)
@@ -192,6 +197,8 @@ class OffloadHandle:
         if decoding:
             self._stats.decode_steps += 1
             self._stats.decode_s += seconds
+            if self.prefetcher is not None:
+                self.prefetcher.step_done(seconds)
         else:
             self._stats.prefill_tokens += num_tokens
             self._stats.prefill_s += seconds

@@ -1,0 +1,84 @@
+"""Which guesses are worth reading now, and in which order: on numbers only.
+
+Time is counted in windows, the compute time of one layer; a guess's deadline is the number of windows
+until its layer's router speaks. A link that reads ``window_bytes`` per window serves the earliest deadline
+first. A guess is admitted when half of it, after all that is queued before it, is there by its deadline: a
+read that comes late still shortens the wait, and one that would hardly have begun does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from moe_offload.storage.expert_format import ExpertKey
+
+WASTE_TARGET = 0.10  # of all bytes read
+LOWEST, HIGHEST, STEP = 0.10, 0.95, 0.05  # of the threshold on a guess's probability
+READERS = 4  # reads under way at the same time
+
+
+class Guess(NamedTuple):
+    """An expert that a step may need soon.
+
+    Attributes:
+        windows: layers until its router speaks, from 1.
+    """
+
+    key: ExpertKey
+    probability: float
+    num_bytes: int
+    windows: int
+
+
+def plan_reads(
+    guesses: Iterable[Guess], *, queued_bytes: float, window_bytes: float, threshold: float
+) -> list[ExpertKey]:
+    """Return what to read, in order: by deadline, then the more probable first.
+
+    Args:
+        queued_bytes: reads that go before, demands among them.
+        window_bytes: measured link speed times a layer's measured compute time; may be infinite.
+        threshold: least probability.
+    """
+    likely = [guess for guess in guesses if guess.probability >= threshold]
+    likely.sort(key=lambda guess: (guess.windows, -guess.probability))
+    admitted: list[ExpertKey] = []
+    for guess in likely:
+        if queued_bytes + 0.5 * guess.num_bytes <= guess.windows * window_bytes:
+            admitted.append(guess.key)
+            queued_bytes += guess.num_bytes
+    return admitted
+
+
+def break_even(read_s: float, submit_s: float) -> float:
+    """Return the probability at which a guess saves as much stall as it is expected to cost.
+
+    Right, it saves its read's time. Wrong, a demand waits for half of it, among ``READERS`` reads under way.
+    Either way it costs ``submit_s`` of compute time to ask for it.
+    """
+    hold_up_s = 0.5 * read_s / READERS
+    return min(HIGHEST, (hold_up_s + submit_s) / (read_s + hold_up_s)) if read_s > 0 else HIGHEST
+
+
+class Threshold:
+    """Least probability of a guess: at break-even, and higher while too much of what is read is wasted."""
+
+    def __init__(self) -> None:
+        self.value = 0.5
+        self._read = self._wasted = 0
+
+    def update(self, read_bytes: int, wasted_bytes: int, lowest: float) -> None:
+        """Take note of the counters so far and move by at most a step.
+
+        Args:
+            read_bytes: all that decode has read.
+            wasted_bytes: of these, guesses that nobody used.
+            lowest: break-even.
+        """
+        read, wasted = read_bytes - self._read, wasted_bytes - self._wasted
+        if read <= 0:
+            return
+        self._read, self._wasted = read_bytes, wasted_bytes
+        step = STEP if wasted > WASTE_TARGET * read else -STEP
+        self.value = min(HIGHEST, max(LOWEST, lowest, self.value + step))

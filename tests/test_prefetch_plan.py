@@ -1,0 +1,133 @@
+"""What is admitted, in which order; and a switch that finds out what pays."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_offload.planning.gain_switch import BLOCK_STEPS, ORDER, GainSwitch
+from moe_offload.planning.prefetch_plan import (
+    HIGHEST,
+    LOWEST,
+    WASTE_TARGET,
+    Guess,
+    Threshold,
+    break_even,
+    plan_reads,
+)
+from moe_offload.storage.expert_format import ExpertKey
+
+GUESSES = st.lists(
+    st.builds(
+        Guess,
+        st.builds(ExpertKey, st.integers(0, 5), st.integers(0, 15)),
+        st.floats(0, 1),
+        st.integers(1, 100),
+        st.integers(1, 4),
+    ),
+    max_size=12,
+    unique_by=lambda guess: guess.key,
+)
+
+
+@settings(deadline=None)
+@given(GUESSES, st.integers(0, 200), st.integers(0, 100), st.floats(0, 1))
+def test_a_plan_keeps_its_deadlines_and_leaves_out_nothing_that_fits(
+    guesses: list[Guess], queued_bytes: int, window_bytes: int, threshold: float
+) -> None:
+    keys = plan_reads(guesses, queued_bytes=queued_bytes, window_bytes=window_bytes, threshold=threshold)
+    of = {guess.key: guess for guess in guesses}
+    assert len(set(keys)) == len(keys) and set(keys) <= set(of)
+    order = [(of[key].windows, -of[key].probability) for key in keys]
+    assert order == sorted(order), "earliest deadline first, then the more probable"
+    total = queued_bytes
+    for key in keys:
+        assert of[key].probability >= threshold
+        assert total + of[key].num_bytes / 2 <= of[key].windows * window_bytes
+        total += of[key].num_bytes
+    for guess in set(guesses) - {of[key] for key in keys}:
+        before = [of[key] for key in keys]
+        ahead = [g for g in before if (g.windows, -g.probability) <= (guess.windows, -guess.probability)]
+        start = queued_bytes + sum(g.num_bytes for g in ahead)
+        fits = start + guess.num_bytes / 2 <= guess.windows * window_bytes
+        assert guess.probability < threshold or not fits
+
+
+def test_an_unmeasured_link_admits_by_probability_alone() -> None:
+    guesses = [Guess(ExpertKey(1, i), i / 10, 1 << 30, 1) for i in range(10)]
+    keys = plan_reads(guesses, queued_bytes=1e12, window_bytes=math.inf, threshold=0.6)
+    assert [key.expert_id for key in keys] == [9, 8, 7, 6]
+
+
+def test_break_even_rises_as_reads_get_shorter() -> None:
+    """A read of 1 ms holds a demand up by an eighth of it; asking costs 20 us."""
+    assert break_even(1e-3, 2e-5) == pytest.approx((125 + 20) / (1000 + 125))
+    assert break_even(1e-4, 2e-5) > break_even(1e-3, 2e-5)
+    assert break_even(1e-9, 2e-5) == break_even(0.0, 2e-5) == HIGHEST
+
+
+@given(st.floats(0.02, 0.9))
+def test_the_threshold_settles_where_no_more_than_the_target_is_wasted(precision_slope: float) -> None:
+    """Guesses above a threshold t are wrong with (1 - t) * slope, as calibrated ones are."""
+    threshold, read, wasted = Threshold(), 0, 0
+    shares = []
+    for _ in range(100):
+        share = (1 - threshold.value) * precision_slope
+        read, wasted = read + 10**6, wasted + int(share * 10**6)
+        threshold.update(read, wasted, lowest=0.0)
+        shares.append(share)
+        assert LOWEST <= threshold.value <= HIGHEST
+    assert sum(shares[50:]) / 50 <= max(WASTE_TARGET, 0.05 * precision_slope) + 0.05 * precision_slope
+
+
+def test_the_threshold_stands_still_while_nothing_is_read() -> None:
+    threshold = Threshold()
+    before = threshold.value
+    threshold.update(0, 0, lowest=0.0)
+    assert threshold.value == before
+
+
+def run(switch: GainSwitch, num_steps: int, on_s: float, off_s: float, noise: float, seed: int = 0) -> int:
+    """Return how many of the steps were on."""
+    generator, count = random.Random(seed), 0
+    for _ in range(num_steps):
+        count += switch.is_on
+        switch.record((on_s if switch.is_on else off_s) * generator.uniform(1 - noise, 1 + noise))
+    return count
+
+
+def test_a_first_trial_takes_turns_and_leaves_out_what_follows_a_turn() -> None:
+    switch, seen = GainSwitch(), []
+    for step in range(BLOCK_STEPS * len(ORDER)):
+        seen.append(switch.is_on)
+        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.0 if switch.is_on else 2.0))
+    assert seen == [on for on in ORDER for _ in range(BLOCK_STEPS)]
+    assert switch.gain == pytest.approx(0.5) and switch.decision and switch.is_on
+
+
+@pytest.mark.parametrize(("on_s", "expected"), [(0.8, True), (0.95, True), (1.06, False), (1.5, False)])
+def test_it_keeps_what_is_faster_and_spends_little_on_finding_out(on_s: float, expected: bool) -> None:
+    switch = GainSwitch()
+    run(switch, 64, on_s, 1.0, noise=0.05)
+    count = run(switch, 2000, on_s, 1.0, noise=0.05)
+    assert switch.decision is expected
+    assert (count if expected else 2000 - count) > 0.93 * 2000
+
+
+def test_it_changes_its_mind_when_the_world_does() -> None:
+    switch = GainSwitch()
+    run(switch, 500, 1.2, 1.0, noise=0.02)
+    assert not switch.decision
+    run(switch, 3000, 0.8, 1.0, noise=0.02)
+    assert switch.decision and switch.gain is not None and switch.gain > 0.1
+
+
+def test_what_is_off_is_not_switched_on_for_next_to_nothing() -> None:
+    switch = GainSwitch()
+    run(switch, 500, 1.1, 1.0, noise=0.0)
+    run(switch, 4000, 0.995, 1.0, noise=0.0)
+    assert switch.gain == pytest.approx(0.005) and not switch.decision
