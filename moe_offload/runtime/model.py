@@ -30,6 +30,7 @@ from moe_offload.config import (
 from moe_offload.errors import ConfigError
 from moe_offload.planning.cost_model import tokenizer_bytes, workspace_bytes
 from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.placement import plan_placement
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
@@ -44,7 +45,7 @@ from moe_offload.stats import OffloadStats
 from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.io import BOUNCE_BYTES, Arena, open_reader
+from moe_offload.storage.io import BOUNCE_BYTES, Arena, DirectReader, open_reader
 from moe_offload.storage.quantize import quantize_once
 from moe_offload.storage.quantize_rules import check_quant
 from moe_offload.storage.tokenizer import tokenizer_was_loaded
@@ -283,7 +284,13 @@ def _attach(
     )
     handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
     modules = skeleton.experts_modules(model)
-    prefetcher = Prefetcher(cache, _make_predictor(model, config, sorted(modules)))
+    prefetcher = Prefetcher(
+        cache,
+        _make_predictor(model, config, sorted(modules)),
+        link=partial(_link_counters, store.reader),
+        switch=GainSwitch(),
+    )
+    handle.prefetcher = prefetcher
     executors: dict[int, ExpertExecutor] = {}
     for layer_idx, experts in modules.items():
         kernel = make_kernel(experts, checkpoint.experts.layouts[layer_idx])
@@ -306,6 +313,11 @@ def _attach(
         ),
     )
     weakref.finalize(model, handle.close)
+
+
+def _link_counters(reader: DirectReader) -> tuple[int, float]:
+    counters = reader.counters()
+    return int(counters["bytes_read"]), counters["busy_seconds"]
 
 
 def _make_predictor(

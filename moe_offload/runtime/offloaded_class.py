@@ -65,7 +65,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
         cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)
     handle.check_room(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
-    with handle.step(batch_size * num_tokens):
+    with handle.step(batch_size * num_tokens, inputs.get("input_ids")):
         if not in_chunks:
             return forward(**inputs)
         output = run_in_chunks(forward, inputs, cache, handle.begin_chunk)
