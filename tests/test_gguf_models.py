@@ -329,7 +329,7 @@ BAD_KEYS = {
         r"'blk.0.ffn_gate_inp.weight' has shape \(8, 64\), by the metadata .* \(9, 64\)",
     ),
     "expert_used_count": ("u32", 0, r"expert_used_count must be"),
-    "expert_used_count ": ("u32", 9, r"num_experts_per_tok must be an integer from 1 to 8, found 9"),
+    "expert_used_count ": ("u32", 9, r"expert_used_count must be an integer from 1 to 8, found 9"),
     "expert_feed_forward_length": ("u32", 25, r"ffn_(gate|up)_exps.weight' has shape \(8, 24, 64\)"),
     "context_length": ("[i32]", [1, 2], r"context_length must be an integer"),
     "block_count ": ("u32", 2, r"tensor 'blk.2.* is not a tensor of a qwen3_moe model"),

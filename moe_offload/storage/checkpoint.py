@@ -17,7 +17,7 @@ from moe_offload.errors import CheckpointError
 from moe_offload.storage.dense_tensor import TensorInfo
 from moe_offload.storage.expert_format import ExpertIndex, GgmlType
 from moe_offload.storage.gguf import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
-from moe_offload.storage.gguf_config import gguf_config, gguf_generation_config
+from moe_offload.storage.gguf_config import find_architecture, gguf_config, gguf_generation_config
 from moe_offload.storage.gguf_tensors import map_tensors
 from moe_offload.storage.header_reader import HeaderReader, read_json_object
 from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config
@@ -151,7 +151,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     header = read_gguf(path)
     config = gguf_config(header)
     spec = model_spec(config, str(path))
-    dense, experts = map_tensors(header, spec, config)
+    dense, experts = map_tensors(header, find_architecture(header), spec, config)
     return Checkpoint(
         path=path,
         source="gguf",

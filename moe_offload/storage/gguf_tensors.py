@@ -6,6 +6,7 @@ fused (``ffn_gate_up_exps``), those of 2023 as one tensor per expert (``ffn_up.7
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -21,72 +22,29 @@ from moe_offload.storage.expert_format import (
     Span,
 )
 from moe_offload.storage.gguf import GgufHeader, GgufTensor
+from moe_offload.storage.gguf_architecture import Architecture, Made
 
-# GGUF name → (transformers name, shape). Shapes: V vocabulary, H hidden_size, Q and K rows of the
-# query and key projections, D head_dim, E num_experts, F width of a dense feed-forward.
-_MODEL_NAMES = {
-    "token_embd.weight": ("model.embed_tokens.weight", "VH"),
-    "output_norm.weight": ("model.norm.weight", "H"),
-    "output.weight": ("lm_head.weight", "VH"),
-}
-_LAYER_NAMES = {
-    "attn_norm.weight": ("input_layernorm.weight", "H"),
-    "attn_q.weight": ("self_attn.q_proj.weight", "QH"),
-    "attn_k.weight": ("self_attn.k_proj.weight", "KH"),
-    "attn_v.weight": ("self_attn.v_proj.weight", "KH"),
-    "attn_output.weight": ("self_attn.o_proj.weight", "HQ"),
-    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
-    "attn_k.bias": ("self_attn.k_proj.bias", "K"),
-    "attn_v.bias": ("self_attn.v_proj.bias", "K"),
-    "attn_output.bias": ("self_attn.o_proj.bias", "H"),
-    "attn_q_norm.weight": ("self_attn.q_norm.weight", "D"),
-    "attn_k_norm.weight": ("self_attn.k_norm.weight", "D"),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", "H"),
-    "ffn_gate_inp.weight": ("mlp.gate.weight", "EH"),
-    "ffn_gate.weight": ("mlp.gate_proj.weight", "FH"),
-    "ffn_up.weight": ("mlp.up_proj.weight", "FH"),
-    "ffn_down.weight": ("mlp.down_proj.weight", "HF"),
-}
-_IN_EVERY_LAYER = (
-    "attn_norm.weight",
-    "attn_q.weight",
-    "attn_k.weight",
-    "attn_v.weight",
-    "attn_output.weight",
-    "ffn_norm.weight",
-)
-_QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
-_QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-_DENSE_FFN = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 # llama.cpp computes these from the metadata; rope_freqs goes into the config.
-_NOT_LOADED = frozenset({"rope_freqs.weight", "attn_rot_embd.weight"})
-_PERMUTED_QK = frozenset({"llama"})  # architectures whose Q and K rows are in llama.cpp's rotary order
-
-
-def has_experts(header: GgufHeader, layer_idx: int) -> bool:
-    """Say whether a layer's feed-forward is made of experts."""
-    names = (f"blk.{layer_idx}.ffn_down_exps.weight", f"blk.{layer_idx}.ffn_down.0.weight")
-    return any(name in header.tensors for name in names)
+_COMPUTED = frozenset({"rope_freqs.weight", "attn_rot_embd.weight"})
+_LAYER = re.compile(r"blk\.([0-9]{1,6})\.(.+)", re.DOTALL)
 
 
 def map_tensors(
-    header: GgufHeader, spec: ModelSpec, config: Mapping[str, Any]
+    header: GgufHeader, architecture: Architecture, spec: ModelSpec, config: Mapping[str, Any]
 ) -> tuple[tuple[TensorInfo, ...], ExpertIndex]:
     """Find every tensor that the model needs.
 
     Raises:
         CheckpointError: one is missing, has another shape than the metadata says, or is unknown.
     """
-    finder = _Finder(header, spec, config)
-    for name in ("token_embd.weight", "output_norm.weight"):
-        finder.take_dense(name, *_MODEL_NAMES[name])
+    finder = _Finder(header, architecture, spec, config)
+    for leaf in architecture.model_leaves(config):
+        finder.take_dense("", leaf, "")
     if not config["tie_word_embeddings"]:
-        finder.take_dense("output.weight", *_MODEL_NAMES["output.weight"])
+        finder.take_dense("", "output.weight", "")
     layouts: dict[int, ExpertLayout] = {}
     for layer_idx in range(spec.num_hidden_layers):
-        for leaf in finder.layer_leaves(layer_idx):
-            name, shape = _LAYER_NAMES[leaf]
-            finder.take_dense(f"blk.{layer_idx}.{leaf}", f"model.layers.{layer_idx}.{name}", shape)
+        finder.take_layer(layer_idx)
         if layer_idx in finder.moe_layers:
             layouts[layer_idx] = finder.take_experts(layer_idx)
     finder.refuse_what_is_left()
@@ -94,35 +52,61 @@ def map_tensors(
 
 
 class _Finder:
-    def __init__(self, header: GgufHeader, spec: ModelSpec, config: Mapping[str, Any]) -> None:
-        self.header, self.spec, self.config = header, spec, config
+    def __init__(
+        self, header: GgufHeader, architecture: Architecture, spec: ModelSpec, config: Mapping[str, Any]
+    ) -> None:
+        self.header, self.architecture, self.spec, self.config = header, architecture, spec, config
         self.moe_layers = frozenset(spec.moe_layers)
         self.left = dict(header.tensors)
         self.dense: list[TensorInfo] = []
         self.spans: dict[ExpertKey, tuple[Span, ...]] = {}
-        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        head_dim = config["head_dim"]
+        heads, head_dim = config["num_attention_heads"], config["head_dim"]
         self.sizes = {
+            "1": 1,
             "V": spec.vocab_size,
             "H": spec.hidden_size,
-            "Q": self.heads * head_dim,
-            "K": self.kv_heads * head_dim,
+            "Q": heads * head_dim,
+            "K": config["num_key_value_heads"] * head_dim,
             "D": head_dim,
             "E": spec.num_experts,
-            "F": config["intermediate_size"],
-        }
+            "I": spec.moe_intermediate_size,
+            "F": config.get("intermediate_size") or 0,
+        } | architecture.sizes(config)
 
-    def layer_leaves(self, layer_idx: int) -> list[str]:
-        """The dense tensors that this layer must have."""
-        model_type = self.spec.model_type
-        leaves = list(_IN_EVERY_LAYER)
-        if model_type in ("qwen3", "qwen3_moe"):
-            leaves += _QK_NORMS
-        if model_type == "qwen2":
-            leaves += _QKV_BIASES
-        if self.config.get("attention_bias"):
-            leaves += (*_QKV_BIASES, "attn_output.bias")
-        return [*leaves, "ffn_gate_inp.weight"] if layer_idx in self.moe_layers else [*leaves, *_DENSE_FFN]
+    def shape(self, symbols: str, layer_idx: int | None = None) -> tuple[int, ...]:
+        own = self.architecture.layer_sizes(self.config, layer_idx) if layer_idx is not None else {}
+        return tuple(own.get(symbol, self.sizes[symbol]) for symbol in symbols)
+
+    def take_layer(self, layer_idx: int) -> None:
+        """Take the dense tensors of a layer; what can be made of others is, where the file has those."""
+        is_moe = layer_idx in self.moe_layers
+        blk, prefix = f"blk.{layer_idx}.", f"model.layers.{layer_idx}."
+        leaves = list(self.architecture.leaves(self.config, layer_idx, is_moe))
+        for made in self.architecture.made(self.config, layer_idx, is_moe):
+            plain = [leaf for leaf in leaves if self.architecture.name_of(leaf)[0] == made.name]
+            if plain and blk + made.parts[0][0] not in self.left:
+                continue
+            leaves = [leaf for leaf in leaves if leaf not in plain]
+            self.make(made, blk, prefix, layer_idx)
+        for leaf in leaves:
+            self.take_dense(blk, leaf, prefix, layer_idx)
+
+    def make(self, made: Made, blk: str, prefix: str, layer_idx: int) -> None:
+        parts = [
+            self.as_info(self.take(blk + leaf, self.shape(symbols, layer_idx)))
+            for leaf, symbols in made.parts
+        ]
+        shape = self.shape(made.symbols, layer_idx)
+        self.dense.append(made_tensor(prefix + made.name, shape, made.operation, parts, made.sizes))
+
+    def take_dense(self, blk: str, leaf: str, prefix: str, layer_idx: int | None = None) -> None:
+        name, symbols = self.architecture.name_of(leaf)
+        tensor = self.take(blk + leaf, self.shape(symbols, layer_idx))
+        self.dense.append(self.as_info(tensor, prefix + name))
+
+    @staticmethod
+    def as_info(tensor: GgufTensor, name: str | None = None) -> TensorInfo:
+        return TensorInfo(name or tensor.name, tensor.ggml_type, tensor.shape, tensor.span)
 
     def take(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
         tensor = self.left.pop(name, None)
@@ -134,18 +118,6 @@ class _Finder:
         if tensor.shape != shape:
             self.fail(tensor, f"has shape {tensor.shape}, by the metadata it must have {shape}")
         return tensor
-
-    def take_dense(self, gguf_name: str, name: str, symbols: str) -> None:
-        tensor = self.take(gguf_name, tuple(self.sizes[symbol] for symbol in symbols))
-        heads = None
-        if self.header.metadata["general.architecture"] in _PERMUTED_QK:
-            heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(
-                name.rpartition(".")[0].rpartition(".")[2]
-            )
-        info = TensorInfo(name, tensor.ggml_type, tensor.shape, tensor.span)
-        self.dense.append(
-            info if heads is None else made_tensor(name, tensor.shape, "unpermute", [info], (heads,))
-        )
 
     def take_experts(self, layer_idx: int) -> ExpertLayout:
         """Take a layer's experts in whichever of the three ways the file stores them."""
@@ -193,11 +165,20 @@ class _Finder:
         return ExpertLayout(layer_idx, self.spec.num_experts, order, tuple(matrices))
 
     def refuse_what_is_left(self) -> None:
+        """Every tensor must be known: taken, computed by llama.cpp, or of a layer that is not run."""
         for name, tensor in self.left.items():
-            if name.rpartition("blk.")[2].lstrip("0123456789.") not in _NOT_LOADED:
-                self.fail(
-                    tensor, f"is not a tensor of a {self.spec.model_type} model that this version can run"
-                )
+            layer = _LAYER.fullmatch(name)
+            leaf = layer[2] if layer else name
+            if leaf in _COMPUTED or leaf in self.architecture.not_loaded:
+                continue
+            if layer and self.spec.num_hidden_layers <= int(layer[1]) < self.blocks():
+                continue  # predicts further tokens
+            self.fail(tensor, f"is not a tensor of a {self.spec.model_type} model that this version can run")
+
+    def blocks(self) -> int:
+        """Return the layers that the file counts, those that predict further tokens too."""
+        blocks = self.header.metadata[f"{self.header.metadata['general.architecture']}.block_count"]
+        return int(blocks)
 
     def fail(self, tensor: GgufTensor, message: str) -> NoReturn:
         raise CheckpointError(f"{self.header.files[tensor.span.file_id]}: tensor {tensor.name!r} {message}")
