@@ -131,6 +131,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
     group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")
     group.add_argument("--stats", action="store_true", help="print all counters to stderr at the end")
+    lossy = parser.add_argument_group("fewer bits (this changes the tokens)")
+    lossy.add_argument(
+        "--quant",
+        type=str.lower,
+        choices=("q8_0", "q4_0", "q4_k"),
+        help="quantize a safetensors folder once, into a file in the cache, and run that",
+    )
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:

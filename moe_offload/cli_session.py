@@ -77,6 +77,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             prefetch=not args.no_prefetch,
             num_threads=args.threads,
             allow_dense=args.allow_dense,
+            quant=args.quant,
             progress=progress.update,
         )
     try:

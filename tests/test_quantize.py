@@ -23,6 +23,7 @@ from toy_models import FAMILIES, plain_model, save_toy_model
 
 import moe_offload
 from moe_offload import BudgetError, CheckpointError, ConfigError
+from moe_offload.cli import main
 from moe_offload.runtime import quantized
 from moe_offload.storage import quantize, quantize_file, quantize_rules
 from moe_offload.storage.checkpoint import open_checkpoint
@@ -365,6 +366,30 @@ def test_who_waits_takes_over_when_the_other_dies(folder, cache):
     path.unlink()
     quantize_silently(experts_plan(folder))
     assert path.read_bytes() == taken_over
+
+
+# --- the command line
+
+
+def test_the_command_line_quantizes_and_says_so(tiny_moe, cache, capsys):
+    command = [
+        "generate",
+        "--model",
+        str(tiny_moe),
+        "--quant",
+        "Q8_0",
+        "--max-new-tokens",
+        "3",
+        "--prompt",
+        "a",
+    ]
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert f"moe-offload: quantizing {tiny_moe} to q8_0 once: " in first.err
+    assert main(command) == 0
+    second = capsys.readouterr()
+    assert "quantizing" not in second.err and second.out == first.out
+    assert len(list(cache.iterdir())) == 1
 
 
 # --- refusals
