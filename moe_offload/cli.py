@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="record which experts are chosen", description=_TRACE)
     _add_model(trace)
     _add_trace(trace)
+    plan = commands.add_parser("plan", help="foretell memory and speed from headers", description=_PLAN)
+    _add_plan(plan)
     info = commands.add_parser("info", help="show this machine and what is used of it", description=_INFO)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -101,6 +103,9 @@ their weights. Budget, policy and prefetch change the time and never the trace."
 
 _INFO = """Show the machine, memory, instruction set, how disks are read, packages and what is off and why:
 paste it into a bug report."""
+
+_PLAN = """Say for each model whether it fits, the hit rate and tokens per second to expect, which wall binds
+and what would change it. Reads headers; the speed is modelled from what this machine, or a profile, gives."""
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +152,27 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", type=Path, metavar="PATH")
     group.add_argument("--raw", action="store_true", help="continue the prompt as it is: no chat template")
     group.add_argument("--json", action="store_true", help="print one JSON object when done, no stream")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        action="append",
+        dest="models",
+        metavar="PATH",
+        help="repeatable: which of these should I take? default: the bundled demo model",
+    )
+    parser.add_argument("--allow-dense", action="store_true", help="accept models without experts")
+    parser.add_argument(
+        "--profile", metavar="NAME|FILE", help="a machine's figures; default: measure this one"
+    )
+    parser.add_argument(
+        "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"
+    )
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed by budget; needs matplotlib")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:

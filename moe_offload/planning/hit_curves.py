@@ -1,0 +1,60 @@
+"""What hit rate to expect when no trace of the model is at hand: curves by family.
+
+Each curve was replayed with the default policy through the runtime's own cache, one pool over all
+layers, from cold (bench/cache_hit_rate.py --pool shared). Between the points it is a straight line.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+Curve = tuple[tuple[float, float], ...]  # (share of the experts that is resident, hit rate), ascending
+
+# gpt_oss: recorded decode of gpt-oss-20b, 12,186 tokens of 29 sequences, top 4 of 32.
+# The default is the lowest curve at hand, the bundled demo model's on eight kinds of text (top 4 of
+# 32): models trained to spread their load look like it, and a plan should rather promise too little.
+CURVES: dict[str, Curve] = {
+    "gpt_oss": (
+        (0.0, 0.0),
+        (1 / 16, 0.300),
+        (1 / 8, 0.481),
+        (3 / 16, 0.605),
+        (1 / 4, 0.701),
+        (3 / 8, 0.840),
+        (1 / 2, 0.923),
+        (3 / 4, 0.988),
+        (1.0, 1.0),
+    ),
+    "default": (
+        (0.0, 0.0),
+        (1 / 16, 0.186),
+        (1 / 8, 0.307),
+        (3 / 16, 0.406),
+        (1 / 4, 0.491),
+        (3 / 8, 0.637),
+        (1 / 2, 0.752),
+        (3 / 4, 0.903),
+        (1.0, 1.0),
+    ),
+}
+
+
+def expected_hit_rate(family: str, resident_share: float) -> tuple[float, str]:
+    """Return (hit rate, name of the curve) for a family (Hugging Face's model_type).
+
+    Args:
+        resident_share: resident experts over all experts, staging slots left out, 0 to 1.
+    """
+    name = family if family in CURVES else "default"
+    return interpolate(CURVES[name], resident_share), name
+
+
+def interpolate(curve: Curve, share: float) -> float:
+    """Return the curve at ``share``; its ends hold beyond them."""
+    position = bisect_right(curve, (share, float("inf")))
+    if position == 0:
+        return curve[0][1]
+    if position == len(curve):
+        return curve[-1][1]
+    (x0, y0), (x1, y1) = curve[position - 1], curve[position]
+    return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
