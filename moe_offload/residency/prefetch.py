@@ -78,10 +78,18 @@ class Prefetcher:
         does = f"{'saves' if gain >= 0 else 'costs'} {abs(gain):.1%} of a step"
         return f"{'on' if self.switch.decision else 'off'}: it {does}"
 
-    def use(self, predictor: Predictor | None, *, switch: GainSwitch | None) -> None:
-        """Go on with another predictor, for benchmarks."""
+    def use(
+        self,
+        predictor: Predictor | None,
+        *,
+        switch: GainSwitch | None,
+        threshold: Threshold | None = None,
+        link: LinkCounters | None = None,
+    ) -> None:
+        """Go on with another predictor and its state: benchmarks compare several on one model."""
         self._predictor, self.enabled = predictor, predictor is not None
-        self.switch, self.threshold = switch, Threshold()
+        self.switch, self.threshold = switch, threshold or Threshold()
+        self._link, self._bytes_per_s = link, math.inf
 
     def begin_step(self, token_ids: NDArray[np.int64] | None) -> None:
         """Start a forward pass: read what its tokens alone say of the first layers."""
