@@ -109,6 +109,18 @@ def test_ops_of_several_threads_take_turns() -> None:
         assert_same_bits(result, expected)
 
 
+@pytest.mark.parametrize("num_threads", [3, 9])
+def test_threads_that_get_no_core_leave_no_chunk_behind(num_threads: int) -> None:
+    """More threads than cores and than chunks: whoever runs takes over what the others have not begun."""
+    for rows in (40, 1000):
+        case = LinearCase(GgmlType.Q4_0, 1, rows, 512)
+        ops.set_num_threads(1)
+        expected = linear(case)
+        ops.set_num_threads(num_threads)
+        for _ in range(50):
+            assert_same_bits(linear(case), expected)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

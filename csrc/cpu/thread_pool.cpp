@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <cassert>
 #include <chrono>
 
 #include "cpu/usable_cores.h"
@@ -82,8 +83,7 @@ ThreadPool& ThreadPool::instance() {
     return *pool;
 }
 
-ThreadPool::Operation::Operation(ThreadPool& pool)
-    : pool_(pool), lock_(pool.operation_, std::defer_lock) {
+ThreadPool::Operation::Operation(ThreadPool& pool) : pool_(pool), lock_(pool.operation_, std::defer_lock) {
     if (pool.owner_pid_ != 0 && pool.owner_pid_ != getpid())
         throw ConfigError("moe_offload was used by process " + std::to_string(pool.owner_pid_) +
                           " before it forked this one (" + std::to_string(getpid()) +
@@ -113,12 +113,14 @@ int ThreadPool::num_threads() {
 }
 
 void ThreadPool::start_workers() {
-    if (int(workers_.size()) == num_threads() - 1) return;
+    if (int(shares_.size()) == num_threads()) return;
     owner_pid_ = getpid();
     stopping_ = false;
+    shares_ = std::vector<Share>(num_threads());
     while (int(workers_.size()) < num_threads() - 1) {
         const uint64_t seen = generation_;
-        workers_.emplace_back([this, seen] { work(seen); });
+        const int participant = int(workers_.size()) + 1;
+        workers_.emplace_back([this, participant, seen] { work(participant, seen); });
     }
 }
 
@@ -130,6 +132,7 @@ void ThreadPool::stop_workers() {
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
+    shares_.clear();
     owner_pid_ = 0;
 }
 
@@ -143,9 +146,8 @@ void ThreadPool::run(int64_t num_chunks, const Chunk& chunk) {
     if (num_chunks <= 0) return;
     cancelled_ = false;
     chunk_ = &chunk;
-    num_chunks_ = num_chunks;
-    next_chunk_ = 0;
     const bool alone = workers_.empty() || num_chunks == 1;
+    share_out(num_chunks, alone ? 1 : int(shares_.size()));
     if (!alone) {
         {
             std::lock_guard lock(sleep_);
@@ -154,7 +156,7 @@ void ThreadPool::run(int64_t num_chunks, const Chunk& chunk) {
         }
         wake_.notify_all();
     }
-    take_chunks(true);
+    take_chunks(0);
     if (!alone) finish_job();
     if (cancelled_) throw Interrupted{};
 }
@@ -174,13 +176,53 @@ void ThreadPool::finish_job() {
     }
 }
 
-void ThreadPool::take_chunks(bool is_caller) {
-    while (!cancelled_.load(std::memory_order_relaxed)) {
-        const int64_t index = next_chunk_.fetch_add(1, std::memory_order_relaxed);
-        if (index >= num_chunks_) return;
-        (*chunk_)(index);
-        if (is_caller) poll_signals();
+// Neighbouring chunks stay with one thread: their bytes follow each other, and what a kernel prefetches
+// beyond its rows is what the same thread reads next.
+void ThreadPool::share_out(int64_t num_chunks, int num_shares) {
+    assert(num_chunks < int64_t(1) << 32);
+    for (int64_t i = 0; i < int64_t(shares_.size()); ++i) {
+        const int64_t n = i < num_shares ? num_shares : i;
+        const uint64_t begin = i < num_shares ? uint64_t(num_chunks * i / n) : 0;
+        const uint64_t end = i < num_shares ? uint64_t(num_chunks * (i + 1) / n) : 0;
+        shares_[i].range.store(begin | end << 32, std::memory_order_relaxed);
     }
+}
+
+bool ThreadPool::take(int participant, int64_t& chunk) {
+    std::atomic<uint64_t>& range = shares_[participant].range;
+    uint64_t seen = range.load(std::memory_order_relaxed);
+    do {
+        chunk = int64_t(seen & 0xffffffff);
+        if (uint64_t(chunk) >= seen >> 32) return false;
+    } while (!range.compare_exchange_weak(seen, seen + 1, std::memory_order_relaxed));
+    return true;
+}
+
+// Moves the latter half of somebody's chunks to ``participant``, who has none.
+bool ThreadPool::steal(int participant) {
+    for (size_t i = 1; i < shares_.size(); ++i) {
+        std::atomic<uint64_t>& range = shares_[(participant + i) % shares_.size()].range;
+        uint64_t seen = range.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint64_t begin = seen & 0xffffffff, end = seen >> 32;
+            if (begin >= end) break;
+            const uint64_t middle = begin + (end - begin) / 2;
+            if (!range.compare_exchange_weak(seen, begin | middle << 32, std::memory_order_relaxed)) continue;
+            shares_[participant].range.store(middle | end << 32, std::memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+void ThreadPool::take_chunks(int participant) {
+    int64_t chunk;
+    do {
+        while (!cancelled_.load(std::memory_order_relaxed) && take(participant, chunk)) {
+            (*chunk_)(chunk);
+            if (participant == 0) poll_signals();
+        }
+    } while (!cancelled_.load(std::memory_order_relaxed) && steal(participant));
 }
 
 void ThreadPool::poll_signals() {
@@ -203,7 +245,7 @@ void ThreadPool::leave_job() {
 }
 
 // ``seen`` is the last job that this worker knows of.
-void ThreadPool::work(uint64_t seen) {
+void ThreadPool::work(int participant, uint64_t seen) {
     FloatEnvironment environment;
     for (;;) {
         const auto ready = [this, seen] {
@@ -217,7 +259,7 @@ void ThreadPool::work(uint64_t seen) {
         if (stopping_) return;
         seen = generation_.load(std::memory_order_acquire);
         if (!join_job()) continue;
-        take_chunks(false);
+        take_chunks(participant);
         leave_job();
     }
 }

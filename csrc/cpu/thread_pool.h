@@ -60,13 +60,22 @@ class ThreadPool {
     };
 
   private:
+    // Chunks [begin, end) that a participant has not begun, begin in the lower half: one word, so that its
+    // owner takes from the front while others take from the back.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> range{0};
+    };
+
     void start_workers();
     void stop_workers();
-    void work(uint64_t seen);
+    void work(int participant, uint64_t seen);
     void finish_job();
     bool join_job();
     void leave_job();
-    void take_chunks(bool is_caller);
+    void share_out(int64_t num_chunks, int num_shares);
+    void take_chunks(int participant);
+    bool take(int participant, int64_t& chunk);
+    bool steal(int participant);
     void poll_signals();
 
     std::recursive_timed_mutex operation_;
@@ -80,10 +89,9 @@ class ThreadPool {
     // The job. A worker takes part only between join_job and leave_job, so a worker that wakes late
     // delays nobody and never sees a job that has ended.
     const Chunk* chunk_ = nullptr;
-    int64_t num_chunks_ = 0;
-    bool job_open_ = false;  // under sleep_
+    std::vector<Share> shares_;  // the caller's, then the workers'
+    bool job_open_ = false;      // under sleep_
     std::atomic<int> active_workers_{0};
-    std::atomic<int64_t> next_chunk_{0};
     std::atomic<bool> cancelled_{false};
     std::atomic<uint64_t> generation_{0};
     std::atomic<bool> stopping_{false};
