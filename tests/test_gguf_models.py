@@ -147,7 +147,8 @@ def test_any_part_of_a_split_model_opens_it_all(toy_folder: Any, tmp_path: Path)
 
 def fuse_gate_up(tensors: dict[str, RawTensor]) -> None:
     """Stack each expert's gate rows on its up rows, as newer files have them."""
-    for layer_idx in range(3):
+    stacks = [name for name in tensors if name.endswith("ffn_gate_exps.weight")]
+    for layer_idx in (name.split(".")[1] for name in stacks):
         gate, up = (tensors.pop(f"blk.{layer_idx}.ffn_{matrix}_exps.weight") for matrix in ("gate", "up"))
         columns, rows, num_experts = gate.dims
         size = len(gate.data) // num_experts

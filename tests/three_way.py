@@ -53,7 +53,7 @@ def logits_from_spans(path: Path, ids: list[int], dtype: torch.dtype = torch.flo
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     weights = {name: read_dense(checkpoint, info) for name, info in checkpoint.dense.items()}
-    weights |= read_experts(checkpoint)
+    weights |= read_experts(checkpoint, model)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, strict=True)
@@ -69,11 +69,14 @@ def read_dense(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     return OPERATIONS[info.recipe.operation](parts, *info.recipe.sizes).reshape(info.shape)
 
 
-def read_experts(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The experts of every layer as transformers' two parameters."""
+def read_experts(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
+    """The experts of every layer as the parameters of transformers' module, in its own layout."""
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "_apply_gate")}
     weights = {}
-    for layer_idx, layout in checkpoint.experts.layouts.items():
-        assert layout.row_order in (RowOrder.SPLIT, RowOrder.GATE_UP)
+    for (layer_idx, layout), (name, module) in zip(
+        checkpoint.experts.layouts.items(), modules.items(), strict=True
+    ):
+        assert layout.row_order in (RowOrder.SPLIT, RowOrder.GATE_UP) and f"layers.{layer_idx}." in name
         experts = [
             [
                 dequantize(checkpoint, span, form.ggml_type, (form.rows, form.cols))
@@ -83,10 +86,19 @@ def read_experts(checkpoint: Checkpoint) -> dict[str, Tensor]:
             ]
             for expert_id in range(layout.num_experts)
         ]
-        prefix = f"model.layers.{layer_idx}.mlp.experts"
-        weights[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat(matrices[:-1]) for matrices in experts])
-        weights[f"{prefix}.down_proj"] = torch.stack([matrices[-1] for matrices in experts])
+        gate_up = torch.stack([torch.cat(matrices[:-1]) for matrices in experts])
+        down = torch.stack([matrices[-1] for matrices in experts])
+        if module.is_transposed:  # gpt-oss: gate and up alternate, too
+            gate_up, down = interleaved(gate_up, 1).transpose(1, 2), down.transpose(1, 2)
+            bias = read_dense(checkpoint, checkpoint.dense[f"{name}.gate_up_proj_bias"])
+            weights[f"{name}.gate_up_proj_bias"] = interleaved(bias, 1)
+        weights |= {f"{name}.gate_up_proj": gate_up, f"{name}.down_proj": down}
     return weights
+
+
+def interleaved(halves: Tensor, dim: int) -> Tensor:
+    """Gate then up -> gate 0, up 0, gate 1, up 1 ..."""
+    return torch.stack(halves.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
 
 
 def dequantize(checkpoint: Checkpoint, span: Span, kind: GgmlType, shape: tuple[int, ...]) -> Tensor:
