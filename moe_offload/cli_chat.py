@@ -63,11 +63,16 @@ class Conversation:
         )
         if result.token_ids:  # the newest token was chosen, but never went through the layers
             self._cached_ids = [*input_ids, *result.token_ids[:-1]]
-        self._keep(len(self._cached_ids))  # an interrupted pass leaves some layers ahead of others
+        # An interrupted pass leaves some layers ahead of others.
+        self._keep(len(self._cached_ids), interrupted=result.finish_reason == "interrupted")
         self.messages = [*messages, {"role": "assistant", "content": result.text}]
         return result
 
-    def _keep(self, num_tokens: int) -> None:
+    def _keep(self, num_tokens: int, *, interrupted: bool = False) -> None:
+        """Forget what comes after ``num_tokens``; a running state forgets everything or nothing."""
+        if not self._cache.can_forget and (interrupted or num_tokens < len(self._cached_ids)):
+            self._cache.reset()
+            num_tokens = 0
         self._cached_ids = self._cached_ids[:num_tokens]
         self._cache.crop_to(num_tokens)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
 from moe_offload.errors import CheckpointError
-from moe_offload.ops import Activation, ActivationKind, ExpertKernel, weighted_sum
+from moe_offload.ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.storage.expert_format import ExpertLayout
 
+# Names in a configuration; experts are told by what they compute (activation_of).
 ACTIVATION_KINDS = {
     "silu": ActivationKind.SILU,
     "swish": ActivationKind.SILU,
@@ -30,6 +31,8 @@ ACTIVATION_KINDS = {
     "gelu_new": ActivationKind.GELU_TANH,
     "relu": ActivationKind.RELU,
 }
+# Gate and up values that tell all activations apart, limits and the tails of GELU included.
+PROBES = torch.tensor([-20.0, -9.0, -4.5, -2.5, -1.0, -0.3, 0.0, 0.3, 1.0, 2.5, 4.5, 9.0, 20.0]).double()
 
 
 class Routing:
@@ -174,21 +177,34 @@ def make_kernel(experts: Any, layout: ExpertLayout) -> ExpertKernel:
 
 
 def activation_of(experts: Any) -> Activation:
-    """Name the gating of an experts module.
+    """Name the gating of an experts module by what it computes on probes.
 
     Raises:
-        CheckpointError: a gate of its own that the kernels do not know, or an unknown activation.
+        CheckpointError: a gating that no kernel computes.
     """
     family = type(experts).__name__
-    own_gate = experts._apply_gate.__func__.__module__ != "transformers.integrations.moe"
-    if own_gate and hasattr(experts, "alpha") and hasattr(experts, "limit"):
-        return Activation(ActivationKind.GPT_OSS_SWIGLU, alpha=experts.alpha, limit=experts.limit)
-    if own_gate or not experts.has_gate or experts.has_post_expert_norm:
-        raise CheckpointError(f"{family} gates its experts in a way that no kernel computes")
-    name = experts.config.hidden_act
-    if name not in ACTIVATION_KINDS:
-        raise CheckpointError(f"{family} uses activation {name!r}; known are {', '.join(ACTIVATION_KINDS)}")
-    return Activation(ACTIVATION_KINDS[name])
+    if not experts.has_gate or experts.has_post_expert_norm:
+        what = "normalises what its experts return" if experts.has_gate else "has experts without a gate"
+        raise CheckpointError(f"{family} {what}, which no kernel computes")
+    gate, up = PROBES.repeat_interleave(len(PROBES)), PROBES.repeat(len(PROBES))
+    both = torch.stack([gate, up], dim=-1).flatten() if not experts.is_concatenated else torch.cat([gate, up])
+    found = experts._apply_gate(both[None])[0]
+    for activation in _candidates(experts):
+        if torch.allclose(activate_reference(activation, gate, up), found.double(), rtol=1e-5, atol=1e-6):
+            return activation
+    known = ", ".join(kind.name for kind in ActivationKind)
+    raise CheckpointError(f"{family} gates its experts in a way that no kernel computes; known are {known}")
+
+
+def _candidates(experts: Any) -> list[Activation]:
+    """Return every activation that an experts module may have, its own constants put in."""
+    numbers = {
+        name: float(getattr(experts, key))
+        for name in ("alpha", "limit")
+        for key in (name, f"swiglu_{name}")
+        if isinstance(getattr(experts, key, None), (int, float))
+    }
+    return [Activation(kind, **numbers) for kind in ActivationKind]
 
 
 def offloaded_experts_forward(

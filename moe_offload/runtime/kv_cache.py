@@ -3,17 +3,26 @@
 transformers' DynamicCache concatenates for every token (4.4 ms a layer at 4,096 tokens) and grows
 without asking anyone. This one is sized from the budget: ``capacity_tokens`` counts tokens over the
 whole batch, so four beams of 1,000 tokens need what one sequence of 4,000 needs. Memory is touched
-as tokens arrive. Sliding-window layers keep every token and are masked, which allows cropping.
+as tokens arrive. Sliding-window layers keep every token and are masked, which allows cropping. Recurrent
+and convolution states are transformers' own; a sequence's state is counted in the budget.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
-from moe_offload.errors import BudgetError
+from moe_offload.errors import BudgetError, ConfigError
 
 
 class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -22,13 +31,29 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     Multi-head latent attention caches its latent here (one head, keys and values of unlike width).
     """
 
-    keys: Any  # the used part, or None; the names are those that transformers reads
-    values: Any
-
     def __init__(self, capacity_tokens: int) -> None:
         super().__init__()
         self.capacity_tokens = capacity_tokens
         self.num_tokens = 0
+
+    @property
+    def keys(self) -> Any:
+        """The used part, or None; the name is the one that transformers reads."""
+        return self._key_storage[:, :, : self.num_tokens] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        """Take the None that transformers begins with."""
+        assert keys is None, "keys come through update()"
+
+    @property
+    def values(self) -> Any:
+        """As ``keys``."""
+        return self._value_storage[:, :, : self.num_tokens] if self.is_initialized else None
+
+    @values.setter
+    def values(self, values: None) -> None:
+        assert values is None, "values come through update()"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch that arrives first."""
@@ -36,15 +61,10 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         self._key_storage = self._allocate(key_states)
         self._value_storage = self._allocate(value_states)
         self.is_initialized = True
-        self._show()
 
     def _allocate(self, states: Tensor) -> Tensor:
         batch_size, num_heads, _, head_dim = states.shape
         return states.new_empty(batch_size, num_heads, self.capacity_tokens // batch_size, head_dim)
-
-    def _show(self) -> None:
-        self.keys = self._key_storage[:, :, : self.num_tokens]
-        self.values = self._value_storage[:, :, : self.num_tokens]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -66,8 +86,23 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         self._key_storage[:, :, self.num_tokens : end] = key_states
         self._value_storage[:, :, self.num_tokens : end] = value_states
         self.num_tokens = end
-        self._show()
         return self.keys, self.values
+
+    def storage(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return one sequence's keys and values at full capacity, for native code that appends itself."""
+        if not self.is_initialized:
+            nothing = torch.empty(1, num_heads, 0, head_dim, dtype=dtype)
+            self.lazy_initialization(nothing, nothing)
+        return self._key_storage, self._value_storage
+
+    def has_room_for_one(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether this layer holds ``num_tokens`` of one sequence and can take another."""
+        if self.num_tokens != num_tokens:
+            return False
+        if not self.is_initialized:
+            return self.capacity_tokens > 0
+        storage = self._key_storage
+        return storage.shape[0] == 1 and storage.shape[2] > num_tokens and storage.dtype == dtype
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -81,7 +116,6 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             return
         self.num_tokens = 0
-        self.keys = self.values = None
         del self._key_storage, self._value_storage
         self.is_initialized = False
 
@@ -91,7 +125,6 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if self.is_initialized:
             self.num_tokens = max(0, self.num_tokens + tokens_to_remove)
-            self._show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row b hold what row ``beam_idx[b]`` held (beam search)."""
@@ -116,20 +149,97 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         assert self.num_tokens == num_tokens
 
 
-class KVCache(Cache):  # type: ignore[misc]
-    """Cache of every decoder layer, ``capacity_tokens`` over the whole batch."""
+class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """A layer's recurrent or convolution state: one size for any number of tokens, so never cropped."""
 
-    def __init__(self, num_hidden_layers: int, capacity_tokens: int) -> None:
-        super().__init__(layers=[KVCacheLayer(capacity_tokens) for _ in range(num_hidden_layers)])
+    def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing for no tokens.
+
+        Raises:
+            ConfigError: the state before the tokens is gone.
+        """
+        if tokens_to_remove and any(self.has_previous_state.values()):
+            raise ConfigError(
+                "this model keeps a running state, which cannot forget tokens again; start with a new "
+                "cache (assisted generation and contrastive search need models without such layers)"
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace_states(lambda state: state.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace_states(lambda state: state[indices])
+
+    def _replace_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = change(state)
+
+
+def make_layers(layer_types: Sequence[tuple[str, dict[str, Any]]], capacity_tokens: int) -> list[Any]:
+    """Return one cache layer for each (transformers' layer type, its arguments)."""
+    layers: list[Any] = []
+    for kind, kwargs in layer_types:
+        if kind in ("full_attention", "sliding_attention", "chunked_attention"):
+            layers.append(KVCacheLayer(capacity_tokens))
+        elif kind in ("linear_attention", "conv"):
+            layers.append(StateLayer(**kwargs))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+    return layers
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Cache of every decoder layer, ``capacity_tokens`` over the whole batch.
+
+    Args:
+        layer_types: by layer, transformers' name of its attention and the cache layer's arguments.
+    """
+
+    def __init__(self, layer_types: Sequence[tuple[str, dict[str, Any]]], capacity_tokens: int) -> None:
+        super().__init__(layers=make_layers(layer_types, capacity_tokens))
         self.capacity_tokens = capacity_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the batch that it holds; 0 when it is empty."""
+        for layer in self.layers:
+            keys = getattr(layer, "keys", None)
+            if keys is not None and keys.ndim == 4 and keys.shape[-2]:
+                return int(keys.shape[0])
+        return 0
 
     @property
     def used_tokens(self) -> int:
         """Tokens held, over the whole batch."""
-        layer = self.layers[0]
-        return layer.num_tokens * layer.keys.shape[0] if layer.num_tokens else 0
+        return self.get_seq_length() * self.num_sequences
+
+    @property
+    def can_forget(self) -> bool:
+        """Whether ``crop_to`` works: no layer keeps a running state."""
+        return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+
+    def has_room_for_one(self, dtype: torch.dtype) -> bool:
+        """Whether every layer holds the same tokens of one sequence and can take another."""
+        num_tokens = self.get_seq_length()
+        return all(
+            isinstance(layer, KVCacheLayer) and layer.has_room_for_one(num_tokens, dtype)
+            for layer in self.layers
+        )
+
+    def grew_by_one(self) -> None:
+        """Count the token that native code has written behind the others in every layer."""
+        for layer in self.layers:
+            layer.num_tokens += 1
 
     def crop_to(self, num_tokens: int) -> None:
-        """Keep the first ``num_tokens`` tokens of every sequence."""
+        """Keep the first ``num_tokens`` tokens of every sequence.
+
+        Raises:
+            ConfigError: fewer than it holds, and a layer keeps a running state.
+        """
+        length = self.get_seq_length()
         for layer in self.layers:
-            layer.crop(min(0, num_tokens - layer.num_tokens))
+            held = layer.get_seq_length() if hasattr(layer, "get_seq_length") else length
+            layer.crop(min(0, num_tokens - held))

@@ -27,8 +27,8 @@ from moe_offload.config import (
     parse_bytes,
     resolve_expert_cap,
 )
-from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import tokenizer_bytes, workspace_bytes
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.planning.cost_model import state_tokens, tokenizer_bytes, workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.placement import plan_placement
@@ -37,6 +37,7 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import quantized, skeleton
+from moe_offload.runtime.arguments import loading_info, read_arguments
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
 from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
@@ -53,9 +54,6 @@ from moe_offload.storage.tokenizer import tokenizer_was_loaded
 PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
 GUARD_INTERVAL_S = 0.5
-
-# transformers arguments that are meaningless here but harmless: the answer is the same without them.
-IGNORED_KWARGS = {"low_cpu_mem_usage", "use_safetensors", "local_files_only", "trust_remote_code", "token"}
 
 ExpertsInterface.register(skeleton.EXPERTS_IMPLEMENTATION, offloaded_experts_forward)
 
@@ -93,17 +91,21 @@ def from_pretrained(
             cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
-        **kwargs: transformers' ``attn_implementation``, and ``device_map`` "auto" or "cpu".
+        **kwargs: transformers' own arguments (``torch_dtype``, ``attn_implementation``, ``gguf_file``,
+            ``revision``, ``token``, ``device_map="auto"``, ``generation_config`` ...): runtime/arguments.py
+            says of each what it means here, or why it cannot.
 
     Returns:
-        The transformers model of the checkpoint's family, in eval mode, with ``model.offload``.
+        The transformers model of the checkpoint's family, in eval mode, with ``model.offload``; with
+        ``output_loading_info=True`` a pair of it and that information, as in transformers.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported or dense.
         BudgetError: ``ram`` cannot hold the model; names the smallest that would do.
         ConfigError: an argument that cannot work.
     """
-    attn_implementation = _check_kwargs(kwargs)
+    arguments = read_arguments(path, dtype, ram, kwargs, _say)
+    path, dtype, ram = arguments.path, arguments.dtype, arguments.ram
     config = RuntimeConfig(
         ram_bytes=None if ram == "auto" else parse_bytes(ram),
         experts=experts,
@@ -123,29 +125,16 @@ def from_pretrained(
     if config.num_threads is not None:
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
-    model = skeleton.build_skeleton(checkpoint, compute_dtype, attn_implementation)
+    model = skeleton.build_skeleton(checkpoint, compute_dtype, arguments.attn_implementation)
     if quant is not None:
         checkpoint = _quantize(model, checkpoint, config, quant, progress)
     plan = _plan(model, checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
-    return _load(model, checkpoint, config, plan, progress)
-
-
-def _check_kwargs(kwargs: dict[str, Any]) -> str | None:
-    """Return ``attn_implementation``; refuse what would be silently without effect."""
-    attn_implementation: str | None = kwargs.pop("attn_implementation", None)
-    device_map, device = kwargs.pop("device_map", None), kwargs.pop("device", None)
-    for name, value in (("device_map", device_map), ("device", device)):
-        if value not in (None, "cpu", "auto"):
-            raise ConfigError(
-                f"{name}={value!r} is not possible: the memory budget places the model; pass ram="
-            )
-    unknown = sorted(set(kwargs) - IGNORED_KWARGS)
-    if unknown or kwargs.get("trust_remote_code"):
-        names = ", ".join(unknown) or "trust_remote_code=True"
-        raise ConfigError(f"from_pretrained does not take {names}; see its docstring")
-    return attn_implementation
+    model = _load(model, checkpoint, config, plan, progress)
+    if arguments.generation_config is not None:
+        skeleton.set_generation_config(model, arguments.generation_config)
+    return (model, loading_info()) if arguments.output_loading_info else model
 
 
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
@@ -283,6 +272,8 @@ def _attach(
         clock=time.monotonic,
     )
     handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
+    handle.layer_types = skeleton.cache_layer_types(model)
+    handle.state_tokens = state_tokens(checkpoint.spec, bytes_per_element=model.config.dtype.itemsize)
     modules = skeleton.experts_modules(model)
     prefetcher = Prefetcher(
         cache,
@@ -325,4 +316,8 @@ def _make_predictor(
 ) -> CrossLayerGate | None:
     if not config.prefetch or config.predictor == "none":
         return None
-    return CrossLayerGate({layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in layers})
+    try:
+        return CrossLayerGate({layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in layers})
+    except CheckpointError as error:
+        print(f"moe-offload: nothing is read ahead: {error}", file=sys.stderr)
+        return None

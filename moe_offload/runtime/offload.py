@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,10 @@ class OffloadHandle:
         self._closed = False
         self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._chunk = (0, 0, 0)
+        self.layer_types: Sequence[tuple[str, dict[str, Any]]] = (
+            ("full_attention", {}),
+        ) * spec.num_hidden_layers  # of a cache (kv_cache.make_layers)
+        self.state_tokens = 0  # what one more sequence's running state weighs, in tokens of cache
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
         live_handles.add(self)
@@ -123,18 +127,16 @@ class OffloadHandle:
         Raises:
             BudgetError: together with the caches still alive it would pass the budgeted context.
         """
-        wanted_tokens = (max_tokens or 1) * batch_size
-        if wanted_tokens + self._held_tokens() > self.context_tokens:
+        wanted_tokens = self._weight((max_tokens or 1) * batch_size, batch_size)
+        if wanted_tokens + self._held_tokens() > self._room_tokens:
             gc.collect()  # a cache that only a reference cycle keeps alive does not count
         held_tokens = self._held_tokens()
-        if wanted_tokens + held_tokens > self.context_tokens:
+        if wanted_tokens + held_tokens > self._room_tokens:
             raise BudgetError(
                 f"{batch_size} sequence(s) of up to {max_tokens} tokens need a key/value cache of "
-                f"{wanted_tokens} tokens, but {self.context_tokens} were budgeted"
-                + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
-                + f"; load the model with context={wanted_tokens + held_tokens} or ask for fewer tokens"
+                + self._refusal(wanted_tokens, held_tokens)
             )
-        cache = KVCache(self.spec.num_hidden_layers, self.context_tokens - held_tokens)
+        cache = KVCache(self.layer_types, self.context_tokens - self._held_tokens(stateless=True))
         self._kv_caches.add(cache)
         return cache
 
@@ -148,21 +150,42 @@ class OffloadHandle:
             BudgetError: this call and the other caches in use need more than was budgeted.
         """
         cached_tokens = cache.get_seq_length() if cache is not None else 0
-        wanted_tokens = batch_size * (cached_tokens + num_tokens)
+        wanted_tokens = self._weight(batch_size * (cached_tokens + num_tokens), batch_size)
         held_tokens = self._held_tokens(besides=cache)
-        if wanted_tokens + held_tokens > self.context_tokens:
+        if wanted_tokens + held_tokens > self._room_tokens:
             gc.collect()
             held_tokens = self._held_tokens(besides=cache)
-        if wanted_tokens + held_tokens > self.context_tokens:
+        if wanted_tokens + held_tokens > self._room_tokens:
             raise BudgetError(
-                f"{batch_size} sequence(s) of {cached_tokens + num_tokens} tokens are {wanted_tokens} "
-                f"tokens, but {self.context_tokens} were budgeted"
-                + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
-                + f"; load the model with context={wanted_tokens + held_tokens} or ask for fewer tokens"
+                f"{batch_size} sequence(s) of {cached_tokens + num_tokens} tokens are "
+                + self._refusal(wanted_tokens, held_tokens)
             )
 
-    def _held_tokens(self, besides: Cache | None = None) -> int:
-        return sum(cache.used_tokens for cache in self._kv_caches if cache is not besides)
+    @property
+    def _room_tokens(self) -> int:
+        """The context and the state of one sequence, in tokens of key/value cache."""
+        return self.context_tokens + self.state_tokens
+
+    def _weight(self, num_tokens: int, num_sequences: int) -> int:
+        return num_tokens + num_sequences * self.state_tokens
+
+    def _held_tokens(self, besides: Cache | None = None, *, stateless: bool = False) -> int:
+        return sum(
+            cache.used_tokens if stateless else self._weight(cache.used_tokens, cache.num_sequences)
+            for cache in self._kv_caches
+            if cache is not besides
+        )
+
+    def _refusal(self, wanted_tokens: int, held_tokens: int) -> str:
+        """The end of a BudgetError: what was budgeted, what is held, what would do."""
+        one_state = self.state_tokens
+        beside = f" (each sequence's running state counts as {one_state} of them)" if one_state else ""
+        return (
+            f"{wanted_tokens} tokens{beside}, but {self._room_tokens} were budgeted"
+            + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
+            + f"; load the model with context={wanted_tokens + held_tokens - one_state} "
+            "or ask for fewer tokens"
+        )
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
@@ -22,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_packed
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
+from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType
 from moe_offload.storage.expert_store import ExpertStore
@@ -31,6 +34,8 @@ GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
 
 # What transformers merges into one experts parameter: (gate, up) in this order, or down alone.
 KNOWN_EXPERT_SOURCES = {("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",)}
+
+EXPERT_MATRICES = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -56,7 +61,9 @@ def build_skeleton(
             config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION, **kwargs
         )
     _check_expert_sources(model)
-    for experts in experts_modules(model).values():
+    modules = experts_modules(model)
+    _check_shapes(modules, checkpoint)
+    for experts in modules.values():
         _drop_expert_weights(experts)
     if checkpoint.source == "gguf":
         _pack_dense_layers(model, checkpoint, dtype)
@@ -69,7 +76,10 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{checkpoint.path}: transformers does not know model_type {model_type!r}")
-    config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: transformers refuses config.json: {error}") from error
     config.dtype = dtype
     config.name_or_path = str(checkpoint.path)
     return config
@@ -85,15 +95,21 @@ def experts_modules(model: Any) -> dict[int, Any]:
     return found
 
 
+def cache_layer_types(model: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return, by layer, transformers' name of what a cache keeps and that cache layer's arguments."""
+    kinds, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return list(zip(kinds, kwargs, strict=True))
+
+
 def router_of(model: Any, layer_idx: int) -> Any:
-    """Return the router of a layer: the module beside the experts that returns (logits, weights, ids)."""
-    for module in decoder_layers(model)[layer_idx].modules():
-        children = dict(module.named_children())
-        if any(hasattr(child, "_apply_gate") for child in children.values()):
-            for name in ("gate", "router"):
-                if name in children:
-                    return children[name]
-    raise CheckpointError(f"layer {layer_idx} has experts but no router named gate or router")
+    """Return the router of a layer as a module that maps (T, H) to (logits, weights, ids).
+
+    Raises:
+        CheckpointError: the family's router needs more than its input.
+    """
+    config = model.config
+    top_k = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+    return router_in(decoder_layers(model)[layer_idx], layer_idx, top_k)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -102,14 +118,32 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+def _check_shapes(modules: dict[int, Any], checkpoint: Checkpoint) -> None:
+    """Refuse experts that the model and the checkpoint do not agree on."""
+    layouts = checkpoint.experts.layouts
+    if modules.keys() != layouts.keys():
+        raise CheckpointError(
+            f"{checkpoint.path}: the model has experts in layers {sorted(modules)}, the checkpoint in "
+            f"{sorted(layouts)}; config.json and the weights are not of one model"
+        )
+    for layer_idx, experts in modules.items():
+        layout, down = layouts[layer_idx], experts.down_proj.shape
+        wanted = (layout.num_experts, layout.moe_intermediate_size, layout.hidden_size)
+        found = (down[0], *(down[1:] if experts.is_transposed else down[:0:-1]))
+        if found != wanted:
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {layer_idx} has experts of (number, intermediate, hidden size) "
+                f"{wanted}, the model {found}"
+            )
+
+
 def _drop_expert_weights(experts: Any) -> None:
-    """Keep the biases (small, always resident); the matrices stay on disk.
+    """Keep biases and norms (small, always resident); the matrices stay on disk.
 
     Without the flag transformers would initialise the module's absent parameters.
     """
-    for name in list(experts._parameters):
-        if not name.endswith("_bias"):
-            experts.register_parameter(name, None)
+    for name in EXPERT_MATRICES & set(experts._parameters):
+        experts.register_parameter(name, None)
     experts._is_hf_initialized = True
 
 

@@ -25,6 +25,7 @@ _SHARED_WITH_TEXT = (
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of a config.json that describes the language model: all of it, or text_config."""
+    config = _with_special_floats(config)
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return config
@@ -33,6 +34,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         **outer,
         **{name: value for name, value in text.items() if value is not None or name not in outer},
     }
+
+
+def _with_special_floats(value: Any) -> Any:
+    """transformers writes infinities and NaN as ``{"__float__": "Infinity"}``, since JSON has none."""
+    if isinstance(value, Mapping):
+        special = value.get("__float__")
+        if len(value) == 1 and special in ("Infinity", "-Infinity", "NaN"):
+            return float(special)
+        return {name: _with_special_floats(item) for name, item in value.items()}
+    return [_with_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
