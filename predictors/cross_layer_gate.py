@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
-from moe_offload.predictors.routers import DEFAULT_TEMPERATURE, RouterScores, probabilities
+from moe_offload.predictors.history import LayerOrder
+from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
 
 
 class CrossLayerGate(StatelessPredictor):
@@ -23,8 +24,7 @@ class CrossLayerGate(StatelessPredictor):
     Args:
         routers: by decoder layer index, of every MoE layer.
         depth: how many MoE layers ahead.
-        temperatures: by (layer, layers ahead), what makes its numbers probabilities (fit.py); others
-            have DEFAULT_TEMPERATURE.
+        curves: by (layer, later layer), what makes of scores probabilities, where fitted.
     """
 
     def __init__(
@@ -32,18 +32,11 @@ class CrossLayerGate(StatelessPredictor):
         routers: Mapping[int, nn.Module],
         *,
         depth: int = 1,
-        temperatures: Mapping[tuple[int, int], float] | None = None,
+        curves: Mapping[tuple[int, int], Curve] | None = None,
     ) -> None:
-        layers = sorted(routers)
-        scores = {layer_idx: RouterScores(routers[layer_idx]) for layer_idx in layers}
-        known = temperatures or {}
-        self._next: dict[int, list[tuple[int, RouterScores, float]]] = {
-            layer_idx: [
-                (later, scores[later], known.get((layer_idx, ahead), DEFAULT_TEMPERATURE))
-                for ahead, later in enumerate(layers[position + 1 : position + 1 + depth], start=1)
-            ]
-            for position, layer_idx in enumerate(layers)
-        }
+        self.order = LayerOrder(list(routers), depth)
+        self._scores = {layer_idx: RouterScores(router) for layer_idx, router in routers.items()}
+        self._curves = dict(curves or {})
 
     def predict(
         self,
@@ -53,7 +46,10 @@ class CrossLayerGate(StatelessPredictor):
         expert_weights: NDArray[np.float32],
     ) -> Sequence[Forecast]:
         """Return the next routers' answers on this layer's ``router_input``."""
-        return [
-            Forecast(later, used_by_any(probabilities(router(router_input), router.top_k, temperature)))
-            for later, router, temperature in self._next[layer_idx]
-        ]
+        forecasts = []
+        for later in self.order.after(layer_idx):
+            router = self._scores[later]
+            curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
+            chances = probabilities(router(router_input), router.top_k, curve)
+            forecasts.append(Forecast(later, used_by_any(chances)))
+        return forecasts

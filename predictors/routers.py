@@ -7,7 +7,7 @@ one matmul. A router that ranks otherwise is found by trying it, and then asked 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PROBES = 16  # random inputs on which the quick way must choose as the router does
-DEFAULT_TEMPERATURE = 0.25  # of a layer's standard deviation of scores; where nothing was fitted
 
 
 class RouterScores:
@@ -40,13 +39,19 @@ class RouterScores:
         with torch.no_grad():
             return self._quick(router_input) if self.is_quick else self._whole(router_input)
 
+    @property
+    def linear_weight(self) -> Tensor | None:
+        """The matrix (E, H) whose product with the input, plus a constant, are the scores; None: no such."""
+        plain = self.is_quick and self._ranking_bias is None
+        return self._weight if plain else None
+
     def _probe(self) -> int:
         """Set ``is_quick`` by comparing both ways on random inputs; return the router's top_k."""
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(PROBES, self.hidden_size, generator=generator).to(self._weight.dtype)
         with torch.no_grad():
             chosen: NDArray[np.int64] = np.sort(self._router.forward(probes)[2].numpy(), axis=1)
-            top_k = chosen.shape[1]
+            top_k = int(chosen.shape[1])
             best = np.sort(np.argsort(-self._quick(probes), axis=1, kind="stable")[:, :top_k], axis=1)
         self.is_quick = bool(np.array_equal(best, chosen))
         return top_k
@@ -66,7 +71,10 @@ class RouterScores:
         chosen = np.zeros(scores.shape, bool)
         np.put_along_axis(chosen, expert_ids.numpy(), True, axis=1)
         step = 1e-3 * (1e-6 + scores.std(axis=1, keepdims=True))
-        return np.where(chosen, np.maximum(scores, middle + step), np.minimum(scores, middle - step))
+        lifted: NDArray[np.float32] = np.where(
+            chosen, np.maximum(scores, middle + step), np.minimum(scores, middle - step)
+        )
+        return lifted
 
 
 def threshold(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
@@ -80,15 +88,32 @@ def threshold(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
     return middle
 
 
-def probabilities(
-    scores: NDArray[np.float32], top_k: int, temperature: float = DEFAULT_TEMPERATURE
-) -> NDArray[np.float32]:
-    """Turn (T, E) ranking scores into (T, E) probabilities of being chosen.
+class Curve(NamedTuple):
+    """From a score's distance to the choice's threshold, in standard deviations, to log odds."""
 
-    A logistic curve around the threshold of the choice; ``temperature`` is its width in standard
-    deviations of a token's scores. The ranking is kept; 0 experts more probable than top_k's.
-    """
-    width = temperature * scores.std(axis=1, keepdims=True) + 1e-9
-    logits = np.clip((scores - threshold(scores, top_k)) / width, -30.0, 30.0)
-    chances: NDArray[np.float32] = (1.0 / (1.0 + np.exp(-logits))).astype(np.float32, copy=False)
-    return chances
+    slope: float
+    offset: float
+
+
+DEFAULT_CURVE = Curve(4.0, 0.0)  # where nothing was fitted
+
+
+def distances(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
+    """Return (T, E): how far above its token's threshold a score is, in the token's standard deviations."""
+    spread = scores.std(axis=1, keepdims=True) + np.float32(1e-9)
+    far: NDArray[np.float32] = (scores - threshold(scores, top_k)) / spread
+    return far
+
+
+def probabilities(
+    scores: NDArray[np.float32], top_k: int, curve: Curve = DEFAULT_CURVE
+) -> NDArray[np.float32]:
+    """Turn (T, E) ranking scores into (T, E) probabilities of being chosen; the ranking is kept."""
+    return logistic(curve.slope * distances(scores, top_k) + curve.offset)
+
+
+def logistic(log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return probabilities, float32."""
+    chances = 1.0 / (1.0 + np.exp(-np.clip(log_odds, -30.0, 30.0)))
+    narrow: NDArray[np.float32] = chances.astype(np.float32, copy=False)
+    return narrow

@@ -1,0 +1,150 @@
+"""Predictors whose matrices were fitted in closed form: low-rank change of the input, and the hybrid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
+from moe_offload.predictors.history import Float32Array, HistoryPredictor, LayerOrder
+from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
+
+Pair = tuple[int, int]  # (layer, later layer)
+Embed = Callable[[Tensor], Tensor]  # (T,) token ids -> (T, H)
+
+
+class LowRankGate(StatelessPredictor):
+    """Predict the later router's input from this one, x + (x U) V + b, and ask the later router.
+
+    Args:
+        routers: by decoder layer index, of every MoE layer.
+        maps: by (layer, later layer), U (H, r), V (r, H) and b (H,).
+        depth: how many MoE layers ahead.
+        curves: by (layer, later layer), from scores to probabilities.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[int, nn.Module],
+        maps: Mapping[Pair, tuple[Float32Array, Float32Array, Float32Array]],
+        *,
+        depth: int = 1,
+        curves: Mapping[Pair, Curve] | None = None,
+    ) -> None:
+        self.order = LayerOrder(list(routers), depth)
+        self._scores = {layer_idx: RouterScores(router) for layer_idx, router in routers.items()}
+        self._maps = {pair: tuple(map(torch.from_numpy, arrays)) for pair, arrays in maps.items()}
+        self._curves = dict(curves or {})
+
+    def predict(
+        self,
+        layer_idx: int,
+        router_input: Any,
+        expert_ids: NDArray[np.int64],
+        expert_weights: Float32Array,
+    ) -> Sequence[Forecast]:
+        """Return the later routers' answers on the inputs that are expected there."""
+        hidden: Tensor = router_input.detach().float()
+        forecasts = []
+        for later in self.order.after(layer_idx):
+            down, up, shift = self._maps[layer_idx, later]
+            router, curve = self._scores[later], self._curves.get((layer_idx, later), DEFAULT_CURVE)
+            scores = router(hidden + torch.addmm(shift, hidden @ down, up))
+            forecasts.append(Forecast(later, used_by_any(probabilities(scores, router.top_k, curve))))
+        return forecasts
+
+
+class Features(HistoryPredictor):  # type: ignore[misc]
+    """Base of those that see all there is at a layer: its router input and choice, and the past.
+
+    A row of features for one later layer is [router input (H), routing weights of this layer's choice
+    (E), 1, the previous token's weights at the later layer (E), decayed frequency there (E)].
+    """
+
+    def __init__(
+        self, layers: Sequence[int], num_experts: int, hidden_size: int, *, top_k: int, depth: int = 1
+    ) -> None:
+        super().__init__(layers, num_experts, depth=depth)
+        self._top_k, self.num_experts, self.hidden_size = top_k, num_experts, hidden_size
+
+    def seen_here(
+        self, router_input: Tensor, expert_ids: NDArray[np.int64], expert_weights: Float32Array
+    ) -> Float32Array:
+        """Return (T, H + E + 1), the part of the features that all later layers share."""
+        num_tokens, hidden_size = len(expert_ids), self.hidden_size
+        seen = np.zeros((num_tokens, hidden_size + self.num_experts + 1), np.float32)
+        seen[:, :hidden_size] = router_input.detach().float().numpy()
+        seen[np.arange(num_tokens)[:, None], hidden_size + expert_ids] = expert_weights
+        seen[:, -1] = 1.0
+        return seen
+
+    def past_of(self, layer_idx: int) -> Float32Array:
+        """Return (2 E,): what the last token chose in a layer, and the decayed frequencies there."""
+        row = self.order.row_of[layer_idx]
+        return np.concatenate([self.history.previous[row], self.history.frequency[row]])
+
+
+class Hybrid(Features):
+    """A later router's scores as a linear function of hidden state, choice and past (ridge regression).
+
+    Args:
+        tables: by (layer, later layer), (H + 3 E + 1, E): from features to scores.
+        first_tables: by layer, (H + 2 E + 1, E): from [token embedding (H), 1, past (2 E)] to the scores of
+            the first layers, before any router has spoken.
+        embed: token ids to what ``first_tables`` were fitted with; None: the first layers are not forecast.
+        curves: by (layer, later layer), and (-1, layer) for ``first_tables``.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        tables: Mapping[Pair, Float32Array],
+        *,
+        top_k: int,
+        depth: int = 1,
+        first_tables: Mapping[int, Float32Array] | None = None,
+        embed: Embed | None = None,
+        curves: Mapping[Pair, Curve] | None = None,
+    ) -> None:
+        rows, num_experts = next(iter(tables.values())).shape
+        super().__init__(layers, num_experts, rows - 3 * num_experts - 1, top_k=top_k, depth=depth)
+        self._tables = {pair: torch.from_numpy(table) for pair, table in tables.items()}
+        self._first = {i: torch.from_numpy(table) for i, table in (first_tables or {}).items()}
+        self._embed, self._curves = embed, dict(curves or {})
+
+    def begin_step(self, token_ids: NDArray[np.int64] | None) -> Sequence[Forecast]:
+        """Return what the tokens' embeddings and the past say of the first layers."""
+        if token_ids is None or self._embed is None:
+            return ()
+        with torch.no_grad():
+            embedding = self._embed(torch.from_numpy(token_ids)).float().numpy()
+        seen = np.concatenate([embedding, np.ones((len(token_ids), 1), np.float32)], axis=1)
+        first = [layer_idx for layer_idx in self.first_layers() if layer_idx in self._first]
+        return [self._forecast(seen, layer_idx, self._first[layer_idx], -1) for layer_idx in first]
+
+    def predict(
+        self,
+        layer_idx: int,
+        router_input: Any,
+        expert_ids: NDArray[np.int64],
+        expert_weights: Float32Array,
+    ) -> Sequence[Forecast]:
+        """Return forecasts of the next layers."""
+        seen = self.seen_here(router_input, expert_ids, expert_weights)
+        return [
+            self._forecast(seen, later, self._tables[layer_idx, later], layer_idx)
+            for later in self.order.after(layer_idx)
+        ]
+
+    def _forecast(self, seen: Float32Array, later: int, table: Tensor, layer_idx: int) -> Forecast:
+        features = np.empty((len(seen), len(table)), np.float32)
+        features[:, : seen.shape[1]] = seen
+        features[:, seen.shape[1] :] = self.past_of(later)
+        scores = (torch.from_numpy(features) @ table).numpy()
+        curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
+        return Forecast(later, used_by_any(probabilities(scores, self._top_k, curve)))
