@@ -20,6 +20,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 UNDEFINED = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "kernels_avx2.cpp": AVX2,
+    "token_kernels_avx2.cpp": AVX2,
     "kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", *UNDEFINED],
 }

@@ -3,11 +3,15 @@
 
 void register_ops(pybind11::module_& m);       // csrc/cpu/bindings_ops.cpp: arithmetic v1, thread pool
 void register_io(pybind11::module_& m);        // csrc/io/bindings_io.cpp: arena, direct reader
+void register_decode(pybind11::module_& m);    // csrc/decode/bindings_decode.cpp: the native decode step
 void register_planning(pybind11::module_& m);  // csrc/planning/bindings_planning.cpp: the horizon policy
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Native parts of moe_offload; moe_offload.ops, .storage and .planning are its only callers.";
+    m.doc() =
+        "Native parts of moe_offload; moe_offload.ops, .storage, .planning and .runtime are its only "
+        "callers.";
     register_ops(m);
     register_io(m);
+    register_decode(m);
     register_planning(m);
 }

@@ -95,7 +95,7 @@ def linear(
     _check_tensor("linear", "x", x, torch.float32, (None, cols))
     _check_tensor("linear", "weight", weight, torch.uint8)
     _check_bias("linear", "bias", bias, (rows,))
-    _set_codebook(ggml_type)
+    set_codebook(ggml_type)
     out = torch.empty(len(x), rows)
     _native.linear(
         x.data_ptr(),
@@ -136,7 +136,7 @@ def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: GgmlType, rows: int, 
     ids = ids.contiguous()
     _check_tensor("embedding_rows", "ids", ids, torch.int64, (None,))
     _check_tensor("embedding_rows", "weight", weight, torch.uint8)
-    _set_codebook(ggml_type)
+    set_codebook(ggml_type)
     out = torch.empty(len(ids), cols)
     _native.embedding_rows(
         ids.data_ptr(), len(ids), weight.data_ptr(), weight.numel(), ggml_type, rows, cols, out.data_ptr()
@@ -173,7 +173,7 @@ class ExpertKernel:
         )
         _check_bias("ExpertKernel", "down_bias", down_bias, (num_experts, hidden_size))
         for matrix in layout.matrices:
-            _set_codebook(matrix.ggml_type)
+            set_codebook(matrix.ggml_type)
         self.layout, self.activation = layout, activation
         self.gate_up_bias, self.down_bias = gate_up_bias, down_bias  # native keeps their addresses
         self._native = _native.ExpertKernel(
@@ -186,6 +186,11 @@ class ExpertKernel:
             _address(gate_up_bias),
             _address(down_bias),
         )
+
+    @property
+    def native(self) -> _native.ExpertKernel:
+        """What other native code calls."""
+        return self._native
 
     def rows(
         self,
@@ -335,7 +340,8 @@ def dequantize(weight: Tensor, matrix: MatrixFormat) -> Tensor:
     return result.T if matrix.transposed else result
 
 
-def _set_codebook(ggml_type: GgmlType) -> None:
+def set_codebook(ggml_type: GgmlType) -> None:
+    """Hand a type's codebook to the kernels, once; before an address of such weights goes to native code."""
     if ggml_type not in CODEBOOK_TYPES or ggml_type in _codebooks_set:
         return
     from gguf import quants

@@ -14,6 +14,7 @@ from toy_models import save_toy_model
 import moe_offload
 from moe_offload import CheckpointError
 from moe_offload.config import DEMO_MODEL
+from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
@@ -82,15 +83,18 @@ def test_a_read_error_while_running_names_file_and_expert(demo_copy, num_prompt_
     model.offload.close()
 
 
-def test_an_interrupt_between_lookup_and_use_leaves_the_model_usable(monkeypatch):
+@pytest.mark.parametrize("where", [(ExpertCache, "step_addresses"), (ExpertExecutor, "_decode")])
+def test_an_interrupt_between_lookup_and_use_leaves_the_model_usable(where, monkeypatch):
     model = moe_offload.from_pretrained(ram="8GiB", experts=8, context=64)
+    if where[0] is ExpertExecutor:
+        model.offload.native_step = None
     expected = model.generate(PROMPT, **GREEDY)
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ExpertExecutor, "_decode", interrupted)
+        patch.setattr(*where, interrupted)
         model.generate(PROMPT, **GREEDY)
     model.offload.cache.check()
     assert torch.equal(model.generate(PROMPT, **GREEDY), expected)

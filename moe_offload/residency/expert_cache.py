@@ -148,6 +148,18 @@ class ExpertCache:
         )
         return entry.addresses
 
+    def step_addresses(self, step: Step, expert_ids: Sequence[int]) -> list[int]:
+        """Return the first bytes of the matrices of some of a step's experts, one after the other."""
+        row = self._pool_of[step.layer_idx].table[step.layer_idx]
+        addresses: list[int] = []
+        for expert_id in expert_ids:
+            entry = row[expert_id]
+            assert entry is not None and entry.pins and entry.state is not SlotState.IN_FLIGHT, (
+                f"layer {step.layer_idx} expert {expert_id} is not in memory for an open step"
+            )
+            addresses += entry.addresses
+        return addresses
+
     def end(self, step: Step) -> None:
         """Unpin, show the policy the step, make its misses residents, then evict what is too many."""
         assert self._open is step, "this step is not open"
@@ -252,12 +264,17 @@ class ExpertCache:
 
     def contradict(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """Cancel queued speculation of a layer whose router chose ``expert_ids`` instead."""
-        chosen = set(expert_ids)
         pool = self._pool_of[layer_idx]
-        for entry in pool.unclaimed():
-            is_other = entry.key.layer_idx == layer_idx and entry.key.expert_id not in chosen
-            if is_other and entry.state is SlotState.IN_FLIGHT:
-                pool.cancel(entry)
+        guesses = [
+            entry
+            for entry in pool.staged.values()
+            if entry.unclaimed and entry.state is SlotState.IN_FLIGHT and entry.key.layer_idx == layer_idx
+        ]
+        if guesses:
+            chosen = {int(expert_id) for expert_id in expert_ids}
+            for entry in guesses:
+                if entry.key.expert_id not in chosen:
+                    pool.cancel(entry)
 
     @property
     def needs_not_resident(self) -> int:
@@ -270,6 +287,11 @@ class ExpertCache:
         return all(len(pool.residents) == pool.num_experts for pool in self._pools)
 
     # Memory.
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all slots, filled or not; less after ``give_back``."""
+        return sum(pool.num_slots * pool.slot_bytes for pool in self._pools)
 
     def give_back(self, num_bytes: int) -> int:
         """Evict by policy and return slots to the system; the cache stays smaller from then on.

@@ -5,6 +5,7 @@ Nothing large is allocated before the plan says that it fits.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import weakref
@@ -39,6 +40,9 @@ from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import quantized, skeleton
 from moe_offload.runtime.arguments import loading_info, read_arguments
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
+from moe_offload.runtime.footprint import release_weights, trim_heap
+from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.runtime.native_step import NativeStep
 from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
 from moe_offload.runtime.recorder import RoutingRecorder
@@ -133,7 +137,10 @@ def from_pretrained(
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
     model = _load(model, checkpoint, config, plan, progress)
     if arguments.generation_config is not None:
-        skeleton.set_generation_config(model, arguments.generation_config)
+        model.generation_config = copy.deepcopy(arguments.generation_config)
+        model.generation_config.disable_compile = True
+    if torch.accelerator.is_available():
+        model.hf_device_map = {"": "cpu"}  # or a pipeline would try to move it there
     return (model, loading_info()) if arguments.output_loading_info else model
 
 
@@ -261,9 +268,15 @@ def _attach(
 ) -> None:
     """Give the model its class, every experts module its executor, and the handle its resources."""
 
+    alive = weakref.ref(model)
+
     def close_resources() -> None:
         store.close()
         arena.close()
+        closed = alive()
+        if closed is not None:
+            release_weights(closed)
+            trim_heap()
 
     guard = MemoryGuard(
         available_bytes,
@@ -290,6 +303,8 @@ def _attach(
     model_class: Any = type(model)
     model.__class__ = offloaded_class(model_class)
     model.offload = handle
+    if native_step_reason(checkpoint.config) is None:
+        handle.native_step = NativeStep(model, executors)
     handle.make_recorder = partial(
         RoutingRecorder,
         executors,

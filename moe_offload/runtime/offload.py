@@ -21,11 +21,13 @@ from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.runtime.footprint import cache_bytes
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
 
 if TYPE_CHECKING:
+    from moe_offload.runtime.native_step import NativeStep
     from moe_offload.runtime.recorder import RoutingRecorder
 
 _library_bytes = 0
@@ -58,11 +60,13 @@ class OffloadHandle:
         self._owner_pid = os.getpid()
         self._closed = False
         self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self._stepping: int | None = None  # the thread that is inside a forward
         self._chunk = (0, 0, 0)
         self.layer_types: Sequence[tuple[str, dict[str, Any]]] = (
             ("full_attention", {}),
         ) * spec.num_hidden_layers  # of a cache (kv_cache.make_layers)
         self.state_tokens = 0  # what one more sequence's running state weighs, in tokens of cache
+        self.native_step: NativeStep | None = None
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
         live_handles.add(self)
@@ -103,12 +107,28 @@ class OffloadHandle:
             raise ConfigError("this model has no experts, so there is no routing to record")
         return self.make_recorder(router_logits=router_logits, router_inputs=router_inputs)
 
+    def memory_bytes(self) -> int:
+        """What experts and key/value caches may hold now: slots, touched or not, and caches alive."""
+        slot_bytes = 0 if self._closed or self.cache is None else self.cache.slot_bytes
+        return slot_bytes + cache_bytes(self._kv_caches)
+
     def close(self) -> None:
-        """Stop the readers, join their threads, close the files and free the slots. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self.make_recorder = None  # it holds what holds this handle
+        """Give memory, threads and files back, dense weights included. Idempotent.
+
+        A generation under way in another thread ends with a ConfigError at its next token.
+
+        Raises:
+            ConfigError: called from inside a forward of this model.
+        """
+        if self._closed or os.getpid() != self._owner_pid:
+            return
+        if self._stepping is not None and self._stepping == threading.get_ident():
+            raise ConfigError("offload.close() was called inside a forward of the model; call it afterwards")
+        self._closed = True
+        with self._lock:
+            self.make_recorder = self.native_step = self.prefetcher = None  # they hold what holds this handle
             self._close_resources()
+            self.cache = None
             live_handles.discard(self)
 
     def check_usable(self) -> None:
@@ -205,6 +225,7 @@ class OffloadHandle:
         if decoding and torch_threads > 1:
             torch.set_num_threads(1)
         started = time.perf_counter()
+        self._stepping = threading.get_ident()
         try:
             yield
         except KeyboardInterrupt:
@@ -212,6 +233,7 @@ class OffloadHandle:
                 self.cache.recover()
             raise
         finally:
+            self._stepping = None
             if decoding and torch_threads > 1:
                 torch.set_num_threads(torch_threads)
             self._count(decoding, num_tokens, time.perf_counter() - started)

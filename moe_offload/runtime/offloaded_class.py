@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload.errors import ConfigError
 from moe_offload.runtime.chunked_prefill import needs_chunks, run_in_chunks, sequence_shape
+from moe_offload.runtime.footprint import weight_bytes
 from moe_offload.runtime.offload import OffloadHandle
 
 
@@ -37,7 +38,8 @@ def _make_forward(model_class: type[PreTrainedModel]) -> Any:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind_partial(self, *args, **kwargs).arguments
         arguments.pop("self")
-        inputs = {**arguments, **arguments.pop("kwargs", {})}
+        others = arguments.pop("kwargs", {})
+        inputs = {**arguments, **others}
         with self.offload.exclusive():
             return _run_forward(self, functools.partial(model_class.forward, self), inputs)
 
@@ -66,6 +68,8 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     handle.check_room(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
     with handle.step(batch_size * num_tokens, inputs.get("input_ids")):
+        if handle.native_step is not None and handle.native_step.serves(inputs):
+            return handle.native_step.run(inputs)
         if not in_chunks:
             return forward(**inputs)
         output = run_in_chunks(forward, inputs, cache, handle.begin_chunk)
@@ -117,6 +121,13 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes that the model holds: dense weights, expert slots and key/value caches.
+
+        Slots count whole, whether an expert has been read into them or not; experts on disk do not.
+        """
+        return weight_bytes(self, buffers=return_buffers) + self.offload.memory_bytes()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Accept where the model already is; refuse anything else."""

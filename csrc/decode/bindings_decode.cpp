@@ -1,0 +1,120 @@
+// What Python sees of the native decode step; moe_offload/runtime/native_decoder.py is the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "common/without_gil.h"
+#include "decode/decode_step.h"
+
+namespace py = pybind11;
+using namespace moe;
+
+namespace {
+
+// (ggml type, rows, cols, address, bytes, address of the bias or 0)
+using LinearTuple = std::tuple<int, int64_t, int64_t, uint64_t, int64_t, uint64_t>;
+using Addresses = std::vector<uint64_t>;
+
+const float* floats(uint64_t address) {
+    return reinterpret_cast<const float*>(address);
+}
+
+Linear linear_of(const LinearTuple& t) {
+    const auto& [type, rows, cols, weight, bytes, bias] = t;
+    return {{type, rows, cols, false}, reinterpret_cast<const uint8_t*>(weight), bytes, floats(bias)};
+}
+
+AttentionLayer attention_of(const py::dict& d) {
+    const auto linear = [&](const char* name) { return linear_of(d[name].cast<LinearTuple>()); };
+    const auto vector = [&](const char* name) { return floats(d[name].cast<uint64_t>()); };
+    return {vector("norm"),          linear("query"),
+            linear("key"),           linear("value"),
+            linear("out"),           vector("q_norm"),
+            vector("k_norm"),        d["norms_heads"].cast<bool>(),
+            d["clip"].cast<float>(), d["window"].cast<int64_t>(),
+            vector("sinks"),         vector("feed_forward_norm")};
+}
+
+std::unique_ptr<DecodeStep> make_decode_step(const py::dict& shape, const LinearTuple& embedding,
+                                             uint64_t final_norm, const LinearTuple& head) {
+    const auto integer = [&](const char* name) { return shape[name].cast<int64_t>(); };
+    const DecoderShape converted{integer("hidden_size"),
+                                 integer("num_heads"),
+                                 integer("num_kv_heads"),
+                                 integer("head_dim"),
+                                 integer("rotary_dim"),
+                                 shape["eps"].cast<float>(),
+                                 shape["scaling"].cast<float>(),
+                                 shape["cache_type"].cast<int>(),
+                                 integer("max_top_k")};
+    return std::make_unique<DecodeStep>(converted, linear_of(embedding), floats(final_norm), linear_of(head));
+}
+
+void add_moe_layer(DecodeStep& step, const py::dict& attention, const LinearTuple& gate, int64_t top_k,
+                   bool softmax_of_chosen, bool normalize, const ExpertKernel* kernel) {
+    step.add_moe_layer(attention_of(attention), {linear_of(gate), top_k, softmax_of_chosen, normalize},
+                       kernel);
+}
+
+void add_dense_layer(DecodeStep& step, const py::dict& attention, const ExpertKernel* kernel,
+                     std::vector<uint64_t> addresses) {
+    step.add_dense_layer(attention_of(attention), kernel, std::move(addresses));
+}
+
+void begin(DecodeStep& step, int64_t token_id, uint64_t cos, uint64_t sin) {
+    without_gil([&] { step.begin(token_id, floats(cos), floats(sin)); });
+}
+
+void attend(DecodeStep& step, int64_t layer, uint64_t keys, uint64_t values, int64_t capacity,
+            int64_t num_tokens) {
+    const CachedTokens cached{reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity,
+                              num_tokens};
+    without_gil([&] { step.attend(layer, cached); });
+}
+
+void check_addresses(const DecodeStep& step, int64_t layer, size_t num_experts, const Addresses& addresses) {
+    check_equal("DecodeStep", "number of addresses", int64_t(num_experts) * step.num_matrices(layer),
+                int64_t(addresses.size()));
+}
+
+void experts(DecodeStep& step, int64_t layer, const Addresses& addresses) {
+    check_addresses(step, layer, step.choice().ids.size(), addresses);
+    without_gil([&] { step.experts(layer, addresses.data()); });
+}
+
+void expert_rows(DecodeStep& step, int64_t layer, const std::vector<int32_t>& positions,
+                 const Addresses& addresses) {
+    check_addresses(step, layer, positions.size(), addresses);
+    without_gil([&] { step.expert_rows(layer, positions, addresses.data()); });
+}
+
+void add_expert_rows(DecodeStep& step, int64_t layer) {
+    without_gil([&] { step.add_expert_rows(layer); });
+}
+
+void logits(DecodeStep& step, uint64_t out) {
+    without_gil([&] { step.logits(reinterpret_cast<float*>(out)); });
+}
+
+}  // namespace
+
+void register_decode(py::module_& m) {
+    py::class_<DecodeStep>(m, "DecodeStep", "One token through a decoder, layer by layer")
+        .def(py::init(&make_decode_step))
+        .def("add_moe_layer", add_moe_layer, py::keep_alive<1, 7>())
+        .def("add_dense_layer", add_dense_layer, py::keep_alive<1, 3>())
+        .def("begin", begin, "Embed a token")
+        .def("attend", attend, "Attention and the router's choice, or a whole dense layer")
+        .def(
+            "choice", [](const DecodeStep& s) { return std::pair(s.choice().ids, s.choice().weights); },
+            "The chosen experts' ids, ascending, and their weights")
+        .def_property_readonly(
+            "router_input",
+            [](const DecodeStep& s) { return reinterpret_cast<uint64_t>(s.router_input().data()); },
+            "Address of what the last router saw, (hidden_size,) float32")
+        .def("experts", experts, "Add the chosen experts")
+        .def("expert_rows", expert_rows, "Compute some of them")
+        .def("add_expert_rows", add_expert_rows, "Add all of them, once computed")
+        .def("logits", logits, "The token's logits");
+}

@@ -1,0 +1,80 @@
+#include "decode/cached_attention.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "decode/token_kernels.h"
+
+namespace moe {
+
+namespace {
+
+uint16_t to_bfloat16(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// Adding 2^(e - 10 + 23) leaves the 10 bits of a half, rounded to nearest even; see IEEE 754.
+uint16_t to_half(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds beyond 65504
+    if (magnitude < 0x38800000u) {                                  // subnormal half: steps of 2^-24
+        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+        return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
+    return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+RangeFn attend_of(int type) {
+    const TokenKernels& table = token_kernels();
+    return type == F32 ? table.attend_f32 : (type == F16 ? table.attend_f16 : table.attend_bf16);
+}
+
+}  // namespace
+
+void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
+    const auto& [shape, cached, first_token, end_token, query, max, sum, out] = heads;
+    const int64_t num_ranges = (end_token - first_token + kRangeTokens - 1) / kRangeTokens;
+    const int64_t first = first_token + range * kRangeTokens, end = std::min(end_token, first + kRangeTokens);
+    const int64_t row_bytes = shape.head_dim * (shape.cache_type == F32 ? 4 : 2);
+    const int64_t offset = (kv_head * cached.capacity + first) * row_bytes;
+    alignas(64) float scores[kScoreFloats];
+    const int64_t group = shape.num_heads / shape.num_kv_heads;
+    for (int64_t done = 0; done < group;) {
+        const int64_t left = group - done;
+        RangeArgs args{};
+        args.keys = cached.keys + offset;
+        args.values = cached.values + offset;
+        args.num_tokens = end - first;
+        args.head_dim = shape.head_dim;
+        args.num_heads = left >= 4 ? 4 : (left >= 2 ? 2 : 1);
+        args.scores = scores;
+        for (int h = 0; h < args.num_heads; ++h) {
+            const int64_t head = kv_head * group + done + h, part = head * num_ranges + range;
+            args.query[h] = query + head * shape.head_dim;
+            args.max[h] = max + part;
+            args.sum[h] = sum + part;
+            args.out[h] = out + part * shape.head_dim;
+        }
+        attend_of(shape.cache_type)(args);
+        done += args.num_heads;
+    }
+}
+
+void store_floats(int type, const float* from, int64_t count, uint8_t* to) {
+    if (type == F32) {
+        std::memcpy(to, from, count * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const uint16_t bits = type == F16 ? to_half(from[i]) : to_bfloat16(from[i]);
+        std::memcpy(to + 2 * i, &bits, sizeof bits);
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,59 @@
+// What one token needs besides matrices: norms, rotary, attention over the cache, softmax.
+//
+// token_kernels.inc is compiled once per instruction set, and like the kernels of arithmetic v1 every
+// table gives the same bits: 8 chains by element mod 8, explicit fma, one order of summation.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+constexpr int64_t kRangeTokens = 256;  // cached tokens that one call of attend serves at most
+constexpr int kRangeHeads = 4;         // heads that one call serves at most: 1, 2 or 4
+constexpr int64_t kScoreFloats = kRangeTokens * kRangeHeads;
+
+// Attention of one token's heads that share a key/value head over a range of cached tokens.
+struct RangeArgs {
+    const uint8_t *keys, *values;     // (num_tokens, head_dim) of the cache's type
+    int64_t num_tokens;               // at least 1, at most kRangeTokens
+    int64_t head_dim;                 // a multiple of 8
+    int num_heads;                    // 1, 2 or 4
+    const float* query[kRangeHeads];  // (head_dim,), scaled
+    float* scores;                    // kScoreFloats to work in
+    float* max[kRangeHeads];          // of the range's scores
+    float* sum[kRangeHeads];          // of e^(score - max)
+    float* out[kRangeHeads];          // (head_dim,), sum of e^(score - max) * value
+};
+
+// The ranges of one head become one: out = sum_r e^(max_r - m) out_r / sum_r e^(max_r - m) sum_r.
+struct CombineArgs {
+    int64_t num_ranges, head_dim;
+    const float *max, *sum;  // (num_ranges,)
+    const float* parts;      // (num_ranges, head_dim)
+    const float* sink;       // a score without a value (gpt-oss), or nullptr
+    float* out;              // (head_dim,)
+};
+
+using RangeFn = void (*)(const RangeArgs&);
+
+struct TokenKernels {
+    const char* name;
+    // y = x / sqrt(mean(x^2) + eps) * weight
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
+    // Rotates (x[i], x[half + i]) by the angle whose cosine and sine are given.
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+    RangeFn attend_f32, attend_f16, attend_bf16;  // by the type of the cache
+    void (*combine)(const CombineArgs&);
+    // In place; x has room for n rounded up to 8.
+    void (*softmax)(float* x, int64_t n);
+};
+
+extern const TokenKernels token_kernels_baseline;
+#if defined(__x86_64__)
+extern const TokenKernels token_kernels_avx2;
+#endif
+
+// The table that fits the instruction set in use (cpu/isa.h).
+const TokenKernels& token_kernels();
+
+}  // namespace moe

@@ -1,0 +1,18 @@
+// One token's kernels for the compiler's default ISA: SSE2 on x86-64, NEON on aarch64.
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "decode/token_kernels.h"
+
+namespace moe {
+#define TOKEN_KERNELS token_kernels_baseline
+#define TOKEN_KERNELS_NAME "baseline"
+#include "decode/token_kernels.inc"
+
+const TokenKernels& token_kernels() {
+#if defined(__x86_64__)
+    if (std::strcmp(kernels().name, kernels_baseline.name) != 0) return token_kernels_avx2;
+#endif
+    return token_kernels_baseline;
+}
+}  // namespace moe

@@ -1,0 +1,168 @@
+"""One token's forward in native code, instead of transformers' layers.
+
+A forward qualifies by its shapes and by what it asks for: one sequence, one new token, our key/value
+cache with room, nothing masked, no output but logits, no hooks. Anything else takes transformers'
+layers. Routing, cache and prefetch see the same calls on both ways.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+from moe_offload.residency.expert_cache import Step
+from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.native_decoder import NativeDecoder
+
+SERVED_KEYS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "cache_position", "return_dict",
+}  # fmt: skip
+OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+
+class NativeStep:
+    """Decode steps of ``model``, layer by layer: attention and router, then the experts it chose.
+
+    Args:
+        model: loaded, of a family that ``native_step_reason`` accepts. Not kept, only its parts.
+        executors: by index, of the layers that have experts.
+    """
+
+    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor]) -> None:
+        self._decoder = NativeDecoder(model, executors)
+        self._step = self._decoder.step
+        self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
+        self._config, self._dtype = model.config, model.config.dtype
+        self._hidden_size = model.config.hidden_size
+        self._output_class = MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast
+        self._parts = _Parts(model)
+
+    def serves(self, inputs: dict[str, Any]) -> bool:
+        """Whether this forward is one that the native step computes; depends on no placement."""
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        return (
+            isinstance(ids, Tensor)
+            and ids.shape == (1, 1)
+            and isinstance(cache, KVCache)
+            and self._wants_only_logits(inputs)
+            and cache.has_room_for_one(self._dtype)
+            and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + 1)
+            and _is_one_position(inputs.get("position_ids"))
+            and self._parts.are_untouched()
+        )
+
+    def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
+        asked = {key for key, value in inputs.items() if value is not None and value is not False}
+        use_cache = inputs.get("use_cache")
+        return (
+            asked <= SERVED_KEYS
+            and (self._config.use_cache if use_cache is None else use_cache)
+            and inputs.get("return_dict") is not False
+            and isinstance(inputs.get("logits_to_keep", 0), int)
+            and not any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
+        )
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """Compute a forward that ``serves`` accepted; the cache grows only when all of it is done."""
+        cache: KVCache = inputs["past_key_values"]
+        shape = self._decoder.shape
+        num_tokens = cache.get_seq_length()
+        position_ids = inputs.get("position_ids")
+        position = num_tokens if position_ids is None else int(position_ids)
+        self._step.begin(int(inputs["input_ids"]), *self._decoder.rotary.addresses(position))
+        for layer_idx, executor in enumerate(self._executors):
+            keys, values = cache.layers[layer_idx].storage(shape.num_kv_heads, shape.head_dim, self._dtype)
+            self._step.attend(layer_idx, keys.data_ptr(), values.data_ptr(), keys.shape[2], num_tokens)
+            if executor is not None:
+                self._run_experts(executor)
+        logits = torch.empty(1, 1, shape.vocab_size)
+        self._step.logits(logits.data_ptr())
+        cache.grew_by_one()
+        return self._output_class(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def _run_experts(self, executor: ExpertExecutor) -> None:
+        """Serve the chosen experts from the cache, those at hand while the others are read."""
+        layer_idx, cache, prefetcher = executor.layer_idx, executor.cache, executor.prefetcher
+        expert_ids, weights = self._step.choice()
+        watched = executor.on_route is not None or prefetcher.enabled
+        if watched:
+            router_input, chosen = self._router_input(), np.array([expert_ids])
+            chosen_weights = np.array([weights], np.float32)
+            if executor.on_route is not None:
+                tensors = torch.from_numpy(chosen), torch.from_numpy(chosen_weights)
+                executor.on_route(layer_idx, router_input, *tensors)
+            prefetcher.routed(layer_idx, expert_ids, chosen, chosen_weights)
+        step = cache.begin(layer_idx, expert_ids, weights)
+        assert step is not None, "a pool has slots for one token's experts"
+        try:
+            if watched:
+                prefetcher.look_ahead(layer_idx, router_input, chosen, chosen_weights)
+            if step.pending:
+                self._compute_as_they_arrive(executor, step)
+            else:
+                self._step.experts(layer_idx, cache.step_addresses(step, expert_ids))
+        except BaseException:
+            cache.abort(step)
+            raise
+        cache.end(step)
+        executor.on_layer_done(layer_idx)
+
+    def _compute_as_they_arrive(self, executor: ExpertExecutor, step: Step) -> None:
+        layer_idx, cache = executor.layer_idx, executor.cache
+        position_of = {expert_id: i for i, expert_id in enumerate(step.expert_ids)}
+        groups = [step.ready, *([expert_id] for expert_id in step.pending)]
+        for expert_ids in groups:
+            if not expert_ids:
+                continue
+            if expert_ids is not step.ready:
+                cache.wait(step, expert_ids[0])
+            positions = [position_of[expert_id] for expert_id in expert_ids]
+            self._step.expert_rows(layer_idx, positions, cache.step_addresses(step, expert_ids))
+        self._step.add_expert_rows(layer_idx)
+
+    def _router_input(self) -> Tensor:
+        """Return a copy of what the router saw, (1, hidden_size) in the model's dtype."""
+        return self._decoder.router_input().to(self._dtype, copy=True)
+
+
+class _Parts:
+    """The modules, parameters and hooks that the native step goes past: all must be as they were."""
+
+    def __init__(self, model: Any) -> None:
+        modules: list[nn.Module] = [module for module in model.modules() if module is not model]
+        registries: list[dict[str, Any]] = [model._modules]
+        registries += [registry for m in modules for registry in (m._modules, m._parameters)]
+        self._places = [(registry.get, name) for registry in registries for name in registry]
+        self._contents = self._current()
+        self._hooks = [*GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in HOOKS)]
+
+    def are_untouched(self) -> bool:
+        """Whether no module or parameter was replaced and no hook waits for a forward."""
+        if any(self._hooks):
+            return False
+        return all(map(operator.is_, self._current(), self._contents))
+
+    def _current(self) -> list[Any]:
+        return [get(name) for get, name in self._places]
+
+
+def _sees_all(mask: Any, num_tokens: int) -> bool:
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.shape == (1, num_tokens) and bool(mask.all())
+
+
+def _is_one_position(position_ids: Any) -> bool:
+    return position_ids is None or (isinstance(position_ids, Tensor) and position_ids.numel() == 1)
