@@ -8,6 +8,7 @@ read that comes late still shortens the wait, and one that would hardly have beg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ def plan_reads(
             admitted.append(guess.key)
             queued_bytes += guess.num_bytes
     return admitted
+
+
+def lookahead_depth(needed_bytes: float, window_bytes: float) -> int:
+    """Return how many windows it takes to read what one layer needs (ExpertFlow, arXiv 2510.26730)."""
+    return 1 if window_bytes <= 0 or needed_bytes <= 0 else max(1, math.ceil(needed_bytes / window_bytes))
 
 
 def break_even(read_s: float, submit_s: float) -> float:

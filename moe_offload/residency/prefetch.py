@@ -1,7 +1,8 @@
 """From predictions to speculative reads. Knows no torch: a predictor's answers are arrays.
 
 What is worth reading is planning/prefetch_plan.py's to say; here it is measured how fast the link reads, how
-long a layer computes, how much of what is read is wasted, and whether prefetching pays at all.
+long a layer computes, what it needs and a prediction costs, how much of what is read is wasted, and whether
+prefetching pays at all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Forecast, Predictor
-from moe_offload.planning.prefetch_plan import Guess, Threshold, break_even, plan_reads
+from moe_offload.planning.prefetch_plan import Guess, Threshold, break_even, lookahead_depth, plan_reads
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -24,6 +25,8 @@ REST_AFTER_STEPS = 64  # a few tokens
 MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
 SMOOTHING = 0.2  # of measured windows
 SUBMIT_S = 2e-5  # compute time that asking for a read takes
+EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
+PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
 
 LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
 
@@ -62,6 +65,11 @@ class Prefetcher:
         self._bytes_per_s = math.inf
         self._link_seen = (0, 0.0)
         self._steps = 0
+        self._needs: dict[int, float] = {}  # by layer: experts of a step that are not resident, smoothed
+        self._next_layer: dict[int, int] = {}  # as steps have shown
+        self._last_layer = -1
+        self._predict_s = 0.0  # a prediction's time, smoothed
+        self._set_depth_limit()
 
     @property
     def is_on(self) -> bool:
@@ -90,12 +98,16 @@ class Prefetcher:
         self._predictor, self.enabled = predictor, predictor is not None
         self.switch, self.threshold = switch, threshold or Threshold()
         self._link, self._bytes_per_s = link, math.inf
+        self._set_depth_limit()
 
     def begin_step(self, token_ids: NDArray[np.int64] | None) -> None:
         """Start a forward pass: read what its tokens alone say of the first layers."""
         if self._predictor is None or not self.enabled:
             return
         self._last_look = None
+        self._last_layer = -1
+        if not self.is_on:
+            self._needs_seen = -1
         forecasts = self._predictor.begin_step(token_ids)
         if forecasts and self.is_on and not self._cache.has_every_expert:
             self._read(forecasts)
@@ -133,11 +145,14 @@ class Prefetcher:
         expert_weights: NDArray[np.float32],
     ) -> None:
         """Queue reads for the next layers; call after ``cache.begin``, whose demand reads go first."""
-        if not self.is_on or self._cache.has_every_expert or self._rests():
+        if not self.is_on or self._cache.has_every_expert or self._rests(layer_idx):
             return
         assert self._predictor is not None
-        self._measure()
+        started = self._measure()
+        if not self._is_worth_predicting(layer_idx):
+            return
         forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
+        self._predict_s += SMOOTHING * (self._clock() - started - self._predict_s)
         if forecasts:
             self._read(forecasts)
 
@@ -171,8 +186,22 @@ class Prefetcher:
             for expert_id in absent
         ]
 
-    def _measure(self) -> None:
-        """Bring the window's compute time up to date; now and then the link's speed and the threshold."""
+    def _is_worth_predicting(self, layer_idx: int) -> bool:
+        """Whether the stall that a prediction may save is above the time that it takes."""
+        if self._bytes_per_s == math.inf or self._steps % PROBE_EVERY == 0:
+            return True
+        needs = self._needs.get(self._next_layer.get(layer_idx, -1))
+        if needs is None:
+            return True
+        read_s = self._cache.largest_expert_bytes / self._bytes_per_s
+        return EXPECTED_RECALL * needs * read_s > self._predict_s
+
+    def _measure(self) -> float:
+        """Bring the window's compute time up to date; now and then the link's speed and what follows.
+
+        Returns:
+            The time.
+        """
         now, stall_s = self._clock(), self._cache.stats.stall_s
         if self._last_look is not None:
             window_s = max(1e-6, now - self._last_look[0] - (stall_s - self._last_look[1]))
@@ -182,6 +211,7 @@ class Prefetcher:
         self._steps += 1
         if self._link is not None and self._steps % MEASURE_EVERY_STEPS == 0:
             self._measure_link(*self._link())
+        return now
 
     def _measure_link(self, bytes_read: int, busy_s: float) -> None:
         new_bytes, new_s = bytes_read - self._link_seen[0], busy_s - self._link_seen[1]
@@ -192,10 +222,30 @@ class Prefetcher:
         stats = self._cache.stats
         read_s = self._cache.largest_expert_bytes / self._bytes_per_s
         self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, SUBMIT_S))
+        self._set_depth()
 
-    def _rests(self) -> bool:
-        """Count layer steps since one needed an expert that was not resident."""
+    def _set_depth_limit(self) -> None:
+        """Take the layers ahead that the predictor was made for as the most; begin with one."""
+        self._order = getattr(self._predictor, "order", None)
+        self._most_depth = self._order.depth if self._order is not None else 1
+
+    def _set_depth(self) -> None:
+        """Look as many layers ahead as it takes to read what a layer needs."""
+        if self._order is not None and self._needs:
+            needs = sum(self._needs.values()) / len(self._needs)
+            window_bytes = self._window_s * self._bytes_per_s
+            depth = lookahead_depth(needs * self._cache.largest_expert_bytes, window_bytes)
+            self._order.depth = min(self._most_depth, depth)
+
+    def _rests(self, layer_idx: int) -> bool:
+        """Note what the layer needed; whether for long no layer needed what was not resident."""
         needs = self._cache.needs_not_resident
-        self._steps_without_need = self._steps_without_need + 1 if needs == self._needs_seen else 0
+        new = needs - self._needs_seen if self._needs_seen >= 0 else 1
         self._needs_seen = needs
+        before = self._needs.get(layer_idx)
+        self._needs[layer_idx] = new if before is None else before + SMOOTHING * (new - before)
+        if self._last_layer >= 0:
+            self._next_layer[self._last_layer] = layer_idx
+        self._last_layer = layer_idx
+        self._steps_without_need = 0 if new else self._steps_without_need + 1
         return self._steps_without_need > REST_AFTER_STEPS
