@@ -21,7 +21,7 @@ one stream is open at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.placement import staging_slots
 from moe_offload.residency.prompt_stream import stream_experts
+from moe_offload.residency.route_log import RouteLog
 from moe_offload.residency.slot_pool import Entry, ExpertSource, SlotPool, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
@@ -97,6 +98,8 @@ class ExpertCache:
             address += plan.num_bytes
             self._pools.append(pool)
             self._pool_of |= dict.fromkeys(plan.layers, pool)
+        num_experts = {i: len(pool.table[i]) for i, pool in self._pool_of.items()}
+        self.log = RouteLog(self._all_residents, lambda: self.hits_and_needs, num_experts)
 
     # One token, or a few: everything in memory at once.
 
@@ -118,6 +121,7 @@ class ExpertCache:
         pool = self._pool_of[layer_idx]
         if len(expert_ids) > pool.num_slots:
             return None
+        self.log.add(layer_idx, expert_ids)
         step = Step(layer_idx, expert_ids, weights, [])
         try:
             missing = self._pin_what_is_there(pool, step)
@@ -213,6 +217,7 @@ class ExpertCache:
         """
         assert self._open is None, "end or abort the open step, or close the open stream, first"
         self._open = layer_idx
+        self.log.add(layer_idx, expert_ids, num_tokens or [1] * len(expert_ids))
         try:
             yield from stream_experts(self._pool_of[layer_idx], layer_idx, expert_ids, num_tokens)
         finally:
@@ -322,6 +327,14 @@ class ExpertCache:
     def residents(self) -> list[ExpertKey]:
         """Return the resident experts, sorted; for tests and reports."""
         return sorted(key for pool in self._pools for key in pool.residents)
+
+    def _all_residents(self) -> Iterator[ExpertKey]:
+        return (key for pool in self._pools for key in pool.residents)
+
+    @property
+    def hits_and_needs(self) -> tuple[int, int]:
+        """How often a step found an expert resident, and how often it needed one."""
+        return self._stats.hits, self._stats.hits + self.needs_not_resident
 
     def check(self) -> None:
         """Assert the invariants of every pool; only between steps."""

@@ -21,6 +21,7 @@ from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.runtime.belady_window import belady_window
 from moe_offload.runtime.footprint import cache_bytes
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
@@ -81,9 +82,19 @@ class OffloadHandle:
         """What this model takes at most, libraries apart."""
         return self.plan.total_bytes - self.plan.base_bytes
 
-    def stats(self) -> OffloadStats:
-        """Return the live counters, peak memory brought up to date."""
+    def stats(self, *, belady: bool = False) -> OffloadStats:
+        """Return the live counters, peak memory brought up to date.
+
+        Args:
+            belady: also find the distance to Belady's rule, by a replay of the last events that are kept
+                (ROUTE_LOG_BYTES of them; some 20 us an event).
+        """
         self._stats.peak_bytes = peak_bytes()
+        if self.prefetcher is not None:
+            self._stats.prefetch_state = self.prefetcher.describe()
+        if belady and self.cache is not None:
+            rates = belady_window(self.cache, self.plan.pools, self.spec.num_experts)
+            self._stats.window_hit_rate, self._stats.belady_hit_rate = rates
         return self._stats
 
     def account(self, **choices: Any) -> dict[str, Any]:
