@@ -1,4 +1,4 @@
-"""What things cost, in bytes: the arithmetic of the budget, beside what it describes.
+"""What things cost, in bytes and seconds: the arithmetic of budgets and ceilings.
 
 Pure functions on ints. Legend: T tokens, H hidden_size, I an MLP's intermediate size, K top_k.
 """
@@ -6,6 +6,7 @@ Pure functions on ints. Legend: T tokens, H hidden_size, I an MLP's intermediate
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_offload.config import MIB, PREFILL_CHUNK_TOKENS, ModelSpec
@@ -111,3 +112,59 @@ def workspace_bytes(
         stores_scores=stores_scores,
     )
     return activations + attention + ALLOCATOR_SLACK_BYTES
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What one decoded token reads, in the bytes of the file: the floor under any decoder's time."""
+
+    dense_bytes: int  # attention, routers, shared experts, norms, head
+    expert_bytes: int  # top_k of every layer
+    kv_bytes: int  # keys and values of the tokens before it
+
+    @property
+    def total_bytes(self) -> int:
+        return self.dense_bytes + self.expert_bytes + self.kv_bytes
+
+
+def token_bytes(
+    spec: ModelSpec,
+    *,
+    dense_bytes: int,
+    embedding_bytes: int,
+    one_expert_bytes: Mapping[int, int],
+    cached_tokens: int,
+    bytes_per_element: int,
+) -> TokenBytes:
+    """Return what decoding one token reads after ``cached_tokens`` others.
+
+    Args:
+        dense_bytes: of all dense tensors in the file.
+        embedding_bytes: of the input embedding, of which one row is read; 0 where it is the head, too.
+        one_expert_bytes: of an expert, by layer.
+        bytes_per_element: of the key/value cache.
+    """
+    embedding_row_bytes = embedding_bytes // max(1, spec.vocab_size)
+    return TokenBytes(
+        dense_bytes=dense_bytes - embedding_bytes + embedding_row_bytes,
+        expert_bytes=spec.top_k * sum(one_expert_bytes[layer_idx] for layer_idx in spec.moe_layers),
+        kv_bytes=kv_bytes(
+            spec, context_tokens=cached_tokens, batch_size=1, bytes_per_element=bytes_per_element
+        ),
+    )
+
+
+def decode_floor_s(
+    token: TokenBytes, *, ram_bytes_per_s: float, missed_bytes: float = 0.0, disk_bytes_per_s: float = 1.0
+) -> float:
+    """Return the least seconds of a token: memory and disk are read at full speed, at the same time.
+
+    Args:
+        missed_bytes: what a token needs and memory does not hold.
+    """
+    return max(token.total_bytes / ram_bytes_per_s, missed_bytes / disk_bytes_per_s)
+
+
+def prefill_floor_s(streamed_bytes: float, disk_bytes_per_s: float) -> float:
+    """Return the least seconds of a prompt whose experts come from disk: each is read once a chunk."""
+    return streamed_bytes / disk_bytes_per_s

@@ -1,0 +1,336 @@
+"""One measurement of end_to_end.py in a process of its own; prints JSON lines, each as it is known.
+
+    python bench/end_to_end_child.py '{"program": "ours", "model": "big.gguf", ...}'
+
+Both programs get the same token ids: a prompt, then one id after the other, whatever the model would
+have chosen (a model of random weights soon repeats itself, and a repeated token is a cache's best friend).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    if spec.get("cgroup_procs"):
+        Path(spec["cgroup_procs"]).write_text(str(os.getpid()))  # before anything large is imported
+    PROGRAMS[spec["program"]](spec)
+
+
+def say(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def token_ids(spec: dict[str, Any], first: int, count: int) -> list[int]:
+    """Return ``count`` ids in ascending order; 0 ends a text and is left out."""
+    return [1 + (first + i) % (spec["vocab_size"] - 1) for i in range(count)]
+
+
+def read_bytes() -> int:
+    """Return what this process has caused to be fetched from storage."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/self/io has no line read_bytes")
+
+
+def status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no line {name}")
+
+
+# Ours
+
+
+def load_ours(spec: dict[str, Any]) -> Any:
+    import moe_offload
+
+    start = time.perf_counter()
+    tokens = spec["prompt_tokens"] + spec["warm_tokens"] + spec["decode_tokens"]
+    model = moe_offload.from_pretrained(
+        spec["model"], ram=spec["ram"], context=tokens + 8, num_threads=spec["threads"], **spec["options"]
+    )
+    plan = model.offload.plan
+    slots = sum(pool.num_slots for pool in plan.pools)
+    experts = sum(pool.num_experts for pool in plan.pools)
+    say(load_s=time.perf_counter() - start, plan=plan.describe(), slots=slots, experts=experts)
+    say(native_step=native_step(model))
+    return model
+
+
+def native_step(model: Any) -> str:
+    """Return "native", or why the decode step is not."""
+    from moe_offload.runtime.native_families import native_step_reason
+
+    return native_step_reason(model.config.to_dict()) or "native"
+
+
+def run_ours(spec: dict[str, Any]) -> None:
+    model = load_ours(spec)
+    if spec["warm_up"]:  # twice: the first brings the experts into memory
+        for first in (2000, 3000):
+            generate(model, token_ids(spec, first, spec["prompt_tokens"]), token_ids(spec, first, 4), 0, 60.0)
+    prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
+    count = spec["warm_tokens"] + spec["decode_tokens"]
+    following = token_ids(spec, spec["first_id"] + len(prompt), count + 1)
+    before, io_before, started = counters(model), read_bytes(), time.perf_counter()
+    marks = generate(model, prompt, following, spec["warm_tokens"], spec["decode_limit_s"])
+    after, io_after = counters(model), read_bytes()
+    delta = {name: after[name] - before[name] for name in after}
+    say(prefill_s=marks.times[0] - started, token_s=differences(marks.times)[spec["warm_tokens"] :])
+    say(decode_counters={name: after[name] - marks.counters[name] for name in after}, choices=marks.choices)
+    say(
+        digest=marks.digest,
+        prefill_stream_bytes=delta["stream_bytes"],
+        counted_read_bytes=delta["bytes_read"],
+    )
+    say(io_read_bytes=io_after - io_before, peak_bytes=status_bytes("VmHWM"))
+    say(slots_given_back=delta["slots_given_back"])
+    model.offload.close()
+
+
+def counters(model: Any) -> dict[str, float]:
+    return {name: value for name, value in model.offload.stats().as_dict().items() if name != "hit_rate"}
+
+
+def differences(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+class Marks:
+    """Forces the tokens of a generation and notes when each was asked for, as a LogitsProcessor."""
+
+    def __init__(self, model: Any, following: list[int], warm_tokens: int, limit_s: float) -> None:
+        self.model, self.following, self.warm_tokens, self.limit_s = model, following, warm_tokens, limit_s
+        self.times: list[float] = []
+        self.choices: list[int] = []  # what the model would have said
+        self.digest = ""  # of the prompt's last logits
+        self.counters: dict[str, float] = {}
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        self.choices.append(int(scores[0].argmax()))
+        if not self.digest:
+            self.digest = hashlib.sha256(scores.numpy().tobytes()).hexdigest()
+        if len(self.times) == self.warm_tokens:
+            self.counters = counters(self.model)
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.following[len(self.times)]] = 0.0
+        self.times.append(time.perf_counter())
+        return forced
+
+    def is_over(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Stop when the time is up, as a StoppingCriteria; never before the warm-up and two tokens."""
+        import torch
+
+        late = self.times[-1] - self.times[0] > self.limit_s and len(self.times) > self.warm_tokens + 2
+        return torch.full((len(input_ids),), late, dtype=torch.bool)
+
+
+def generate(model: Any, prompt: list[int], following: list[int], warm_tokens: int, limit_s: float) -> Marks:
+    """Run the prompt, then ``following`` but its last token; times[i] is when logits i were there."""
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    marks = Marks(model, following, warm_tokens, limit_s)
+    inputs = torch.tensor([prompt])
+    model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=len(following), do_sample=False,
+        logits_processor=LogitsProcessorList([marks]),
+        stopping_criteria=StoppingCriteriaList([marks.is_over]),
+    )  # fmt: skip
+    return marks
+
+
+def run_routing(spec: dict[str, Any]) -> None:
+    """Say how much of the routing repeats itself, and what the next layers' routers would foresee."""
+    import numpy as np
+    import synthetic_routing
+    from trace_statistics import segment_routing
+
+    model = load_ours(spec)
+    with model.offload.trace(router_logits=False) as recorder:
+        generate(model, token_ids(spec, spec["first_id"], spec["prompt_tokens"]), [1, 2], 0, 600.0)
+    trace = recorder.trace().head(spec["prompt_tokens"])
+    routing = segment_routing(trace, 16)
+    counts = [
+        np.bincount(trace.experts[:, i].ravel(), minlength=trace.num_experts)
+        for i in range(len(trace.layers))
+    ]
+    quarter = trace.num_experts // 4
+    top = np.sort(np.stack(counts), axis=1)[:, ::-1][:, :quarter].sum() / np.sum(counts)
+    say(
+        adjacent_reuse=synthetic_routing.adjacent_reuse(trace.experts.astype(np.int64)),
+        srp_16=routing.srp if routing else None,
+        top_quarter_share=float(top),
+    )
+    model.offload.close()
+
+
+def run_flip(spec: dict[str, Any]) -> None:
+    """Flip a byte of an expert that the last token uses and of one that none does; say what changes."""
+    prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
+    model = load_ours(spec)
+    with model.offload.trace() as recorder:
+        original = generate(model, prompt, [1], 0, 60.0).digest
+    experts = recorder.trace().experts
+    model.offload.close()
+    layer_idx = experts.shape[1] // 2
+    idle = sorted(set(range(recorder.trace().num_experts)) - set(experts[:, layer_idx].ravel().tolist()))
+    for name, expert_id in (("used", int(experts[-1, layer_idx, 0])), ("idle", idle[0] if idle else None)):
+        if expert_id is not None:
+            with flipped_byte(spec["model"], recorder.trace().layers[layer_idx], expert_id):
+                model = load_ours(spec)
+                digest = generate(model, prompt, [1], 0, 60.0).digest
+                model.offload.close()
+            say(**{f"flipping_{name}_changes_logits": digest != original})
+
+
+@contextmanager
+def flipped_byte(path: str, layer_idx: int, expert_id: int) -> Iterator[None]:
+    """Double or halve the scale of the middle block of the expert's first matrix; undo it at the end.
+
+    A changed quant would not do: one weight's part in a unit may vanish when the unit is rounded to 8 bits.
+    """
+    from gguf import GGMLQuantizationType
+    from make_synthetic import SCALES
+
+    from moe_offload.storage.checkpoint import open_checkpoint
+    from moe_offload.storage.expert_format import BLOCK_SIZES, ExpertKey
+
+    experts = open_checkpoint(path).experts
+    span = experts.spans[ExpertKey(layer_idx, expert_id)][0]
+    ggml_type = experts.layouts[layer_idx].matrices[0].ggml_type
+    block_bytes = BLOCK_SIZES[ggml_type].num_bytes
+    scale_offset = SCALES[GGMLQuantizationType(ggml_type)][0][0]
+    position = span.offset + span.num_bytes // block_bytes // 2 * block_bytes + scale_offset + 1
+    with open(path, "r+b", buffering=0) as file:
+        original = os.pread(file.fileno(), 1, position)
+        try:
+            os.pwrite(file.fileno(), bytes([original[0] ^ 0x04]), position)
+            os.fsync(file.fileno())
+            yield
+        finally:
+            os.pwrite(file.fileno(), original, position)
+            os.fsync(file.fileno())
+
+
+# llama.cpp
+
+
+def run_llama(spec: dict[str, Any]) -> None:
+    from peer_llama_cpp import Settings, open_model
+
+    start = time.perf_counter()
+    context = spec["prompt_tokens"] + spec["warm_tokens"] + spec["decode_tokens"] + 8
+    settings = Settings(**spec["settings"])
+    evaluate = open_model(spec["model"], settings, context, spec["threads"])
+    say(load_s=time.perf_counter() - start)
+    if spec["warm_up"]:
+        for first in (2000, 3000):
+            evaluate([])
+            evaluate(token_ids(spec, first, spec["prompt_tokens"]))
+            evaluate([1])
+        evaluate([])
+    prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
+    following = token_ids(spec, spec["first_id"] + len(prompt), spec["warm_tokens"] + spec["decode_tokens"])
+    io_before = read_bytes()
+    say(prefill_s=timed(lambda: evaluate(prompt)))
+    token_s: list[float] = []
+    for token_id in following:
+        token_s.append(timed(lambda: evaluate([token_id])))  # noqa: B023
+        measured = token_s[spec["warm_tokens"] :]
+        if sum(token_s) > spec["decode_limit_s"] and len(measured) > 2:
+            break
+    say(token_s=token_s[spec["warm_tokens"] :], peak_bytes=status_bytes("VmHWM"))
+    say(io_read_bytes=read_bytes() - io_before)
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# What the machine can do
+
+
+def run_bandwidth(spec: dict[str, Any]) -> None:
+    """Say how fast memory is read by the threads, and the disk in pieces of an expert's matrices."""
+    import numpy as np
+
+    from moe_offload import _native, ops
+
+    ops.set_num_threads(spec["threads"])
+    data = np.ones(spec["ram_test_bytes"], np.uint8)
+    rates = [_native.read_bandwidth(data.ctypes.data, data.nbytes) for _ in range(6)][1:]
+    del data
+    say(ram_bytes_per_s=max(rates), ram_rates=rates)
+    rates = disk_rates(spec["model"], spec["disk_test_s"])
+    say(disk_bytes_per_s=max(rates), disk_rates=rates)
+
+
+def disk_rates(path: str, seconds: float) -> list[float]:
+    """Return bytes per second in three windows: an expert's matrices in random order, O_DIRECT, 4 threads."""
+    import mmap
+    import random
+    import threading
+
+    from moe_offload.storage.checkpoint import open_checkpoint
+
+    page = 4096
+    spans = [span for expert in open_checkpoint(path).experts.spans.values() for span in expert]
+    windows = [
+        (span.offset // page * page, -(-(span.offset + span.num_bytes) // page) * page) for span in spans
+    ]
+    random.Random(0).shuffle(windows)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    done = [0] * 4
+    stop = threading.Event()
+
+    def read(thread: int) -> None:
+        buffer = mmap.mmap(-1, max(end - start for start, end in windows))
+        index = thread
+        while not stop.is_set():
+            start, end = windows[index % len(windows)]
+            done[thread] += os.preadv(fd, [memoryview(buffer)[: end - start]], start)
+            index += len(done)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(done))]
+    for thread in threads:
+        thread.start()
+    rates = []
+    for _ in range(3):
+        before, began = sum(done), time.perf_counter()
+        time.sleep(seconds / 3)
+        rates.append((sum(done) - before) / (time.perf_counter() - began))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    os.close(fd)
+    return rates
+
+
+PROGRAMS = {
+    "ours": run_ours,
+    "llama": run_llama,
+    "bandwidth": run_bandwidth,
+    "routing": run_routing,
+    "flip": run_flip,
+}
+
+if __name__ == "__main__":
+    main()
