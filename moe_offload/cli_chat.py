@@ -156,4 +156,4 @@ def _answer(
             "--context makes more room",
             file=sys.stderr,
         )
-    cli_session.report(args, result)
+    cli_session.report(args, result, loaded.model.offload)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
                 stop=args.stop,
             )
         print(json.dumps(_as_json(loaded, result), ensure_ascii=False) if args.json else "", flush=True)
-        cli_session.report(args, result)
+        cli_session.report(args, result, loaded.model.offload)
     return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else 0
 
 

@@ -115,11 +115,12 @@ def print_piece(piece: str) -> None:
     sys.stdout.flush()
 
 
-def report(args: argparse.Namespace, result: GenerationResult) -> None:
+def report(args: argparse.Namespace, result: GenerationResult, offload: Any) -> None:
     """Print the counters where --stats asked for them, and the last line."""
     stats = result.stats
     if args.stats:
-        for name, value in stats.items():
+        now = offload.stats(belady=True)
+        for name, value in [*now.as_dict().items(), ("prefetch_state", now.prefetch_state)]:
             print(
                 f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}",
                 file=sys.stderr,

@@ -37,6 +37,7 @@ from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.runtime import quantized, skeleton
 from moe_offload.runtime.arguments import loading_info, read_arguments
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
@@ -212,7 +213,8 @@ def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig)
             context_tokens=context_tokens,
             stores_scores=model.config._attn_implementation == "eager",
         )
-        + (0 if tokenizer_was_loaded(checkpoint.path) else tokenizer_bytes(spec)),
+        + (0 if tokenizer_was_loaded(checkpoint.path) else tokenizer_bytes(spec))
+        + ROUTE_LOG_BYTES,
     )
 
 
