@@ -101,7 +101,7 @@ class RuntimeConfig:
     experts: str | int | None = None  # "25%", 96, "all": cap on experts in memory; None = bytes decide
     context_tokens: int | None = None
     policy: str = "horizon"
-    predictor: str = "cross_layer_gate"
+    predictor: str = "auto"
     prefetch: bool = True
     num_threads: int | None = None
     allow_dense: bool = False

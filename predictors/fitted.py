@@ -103,6 +103,8 @@ class Hybrid(Features):
     def __init__(
         self,
         layers: Sequence[int],
+        num_experts: int,
+        hidden_size: int,
         tables: Mapping[Pair, Float32Array],
         *,
         top_k: int,
@@ -111,8 +113,7 @@ class Hybrid(Features):
         embed: Embed | None = None,
         curves: Mapping[Pair, Curve] | None = None,
     ) -> None:
-        rows, num_experts = next(iter(tables.values())).shape
-        super().__init__(layers, num_experts, rows - 3 * num_experts - 1, top_k=top_k, depth=depth)
+        super().__init__(layers, num_experts, hidden_size, top_k=top_k, depth=depth)
         self._tables = {pair: torch.from_numpy(table) for pair, table in tables.items()}
         self._first = {i: torch.from_numpy(table) for i, table in (first_tables or {}).items()}
         self._embed, self._curves = embed, dict(curves or {})

@@ -7,6 +7,7 @@ The network lives in an ONNX file's bytes, so that another runtime can run it to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,11 @@ def with_past(seen: Float32Array, pasts: Sequence[Float32Array]) -> Float32Array
     features[:, : seen.shape[1]] = seen
     features[:, seen.shape[1] :] = past
     return features
+
+
+def is_available() -> bool:
+    """Whether onnxruntime is installed."""
+    return find_spec("onnxruntime") is not None
 
 
 def open_session(graph: bytes) -> Any:

@@ -33,7 +33,7 @@ from moe_offload.planning.cost_model import state_tokens, tokenizer_bytes, works
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.placement import plan_placement
-from moe_offload.predictors.cross_layer_gate import CrossLayerGate
+from moe_offload.planning.prediction import Predictor
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
@@ -46,6 +46,7 @@ from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.runtime.native_step import NativeStep
 from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
+from moe_offload.runtime.predictor_choice import PredictorChoice, choose_predictor, make_predictor
 from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.stats import OffloadStats
 from moe_offload.storage import quantize_plan
@@ -56,7 +57,6 @@ from moe_offload.storage.quantize import quantize_once
 from moe_offload.storage.quantize_rules import check_quant
 from moe_offload.storage.tokenizer import tokenizer_was_loaded
 
-PREDICTORS = ("cross_layer_gate", "none")
 GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
 GUARD_INTERVAL_S = 0.5
 
@@ -70,7 +70,7 @@ def from_pretrained(
     experts: str | int | None = None,
     context: int | None = None,
     policy: str = "horizon",
-    predictor: str = "cross_layer_gate",
+    predictor: str = "auto",
     prefetch: bool = True,
     num_threads: int | None = None,
     allow_dense: bool = False,
@@ -88,7 +88,8 @@ def from_pretrained(
         experts: cap on experts in memory: "25%", a number, or "all".
         context: tokens of key/value cache, over the whole batch; default 4096 or the model's maximum.
         policy: eviction policy by name or import path.
-        predictor: "cross_layer_gate" or "none".
+        predictor: what guesses the next layers' experts: "auto" is the fit of this checkpoint where
+            `moe-offload fit-predictor` made one, else "cross_layer_gate"; others: docs/PREDICTORS.md.
         prefetch: read predicted experts early; changes time, never tokens.
         num_threads: native threads; default from affinity, cgroup quota and cores.
         allow_dense: load a model without experts wholly into memory.
@@ -125,8 +126,7 @@ def from_pretrained(
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
     make_policy(config.policy)  # a wrong name is an error before anything is read
-    if predictor not in PREDICTORS:
-        raise ConfigError(f"predictor={predictor!r} is unknown; known are {', '.join(PREDICTORS)}")
+    choice = choose_predictor(predictor if prefetch else "none", checkpoint)
     if config.num_threads is not None:
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
@@ -136,7 +136,7 @@ def from_pretrained(
     plan = _plan(model, checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
-    model = _load(model, checkpoint, config, plan, progress)
+    model = _load(model, checkpoint, config, plan, choice, progress)
     if arguments.generation_config is not None:
         model.generation_config = copy.deepcopy(arguments.generation_config)
         model.generation_config.disable_compile = True
@@ -232,6 +232,7 @@ def _load(
     checkpoint: Checkpoint,
     config: RuntimeConfig,
     plan: PlacementPlan,
+    choice: PredictorChoice,
     progress: Callable[[int, int], None] | None,
 ) -> PreTrainedModel:
     reader = open_reader()
@@ -250,7 +251,7 @@ def _load(
             stats,
             top_k=checkpoint.spec.top_k,
         )
-        _attach(model, checkpoint, config, plan, cache, stats, store, arena)
+        _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena)
     except BaseException:
         reader.close()
         arena.close()
@@ -263,6 +264,7 @@ def _attach(
     checkpoint: Checkpoint,
     config: RuntimeConfig,
     plan: PlacementPlan,
+    choice: PredictorChoice,
     cache: ExpertCache,
     stats: OffloadStats,
     store: ExpertStore,
@@ -292,7 +294,7 @@ def _attach(
     modules = skeleton.experts_modules(model)
     prefetcher = Prefetcher(
         cache,
-        _make_predictor(model, config, sorted(modules)),
+        _make_predictor(choice, model, sorted(modules)),
         link=partial(_link_counters, store.reader),
         switch=GainSwitch(),
     )
@@ -328,13 +330,10 @@ def _link_counters(reader: DirectReader) -> tuple[int, float]:
     return int(counters["bytes_read"]), counters["busy_seconds"]
 
 
-def _make_predictor(
-    model: PreTrainedModel, config: RuntimeConfig, layers: list[int]
-) -> CrossLayerGate | None:
-    if not config.prefetch or config.predictor == "none":
-        return None
+def _make_predictor(choice: PredictorChoice, model: PreTrainedModel, layers: list[int]) -> Predictor | None:
+    """Return the predictor; the default goes without where a family's routers cannot be asked."""
     try:
-        return CrossLayerGate({layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in layers})
+        return make_predictor(choice, model, layers)
     except CheckpointError as error:
         print(f"moe-offload: nothing is read ahead: {error}", file=sys.stderr)
         return None
