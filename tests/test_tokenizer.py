@@ -63,7 +63,8 @@ def llama_ids(path: Path, texts: list[str], **options: Any) -> list[list[int]]:
 WITH_MARKS = frozenset(text for text in TEXTS if any(unicodedata.category(char)[0] == "M" for char in text))
 WITH_WIDE_SPACES = frozenset(text for text in TEXTS if "\u3000ideographic" in text)
 APPROXIMATED_BY_LLAMA_CPP = {
-    **dict.fromkeys(("gpt-4o", "llama4", "tekken"), WITH_MARKS),  # it leaves \\p{M} out
+    # It leaves \\p{M} out.
+    **dict.fromkeys(("gpt-4o", "llama4", "tekken", "kanana2", "minimax-m2"), WITH_MARKS),
     **dict.fromkeys(("deepseek-llm", "deepseek-coder"), WITH_WIDE_SPACES),  # it sees every space as ASCII
 }
 
@@ -178,6 +179,33 @@ def test_a_sentencepiece_vocabulary_gives_the_ids_of_llama_cpp(
     texts = [*TEXTS, "turn</s>next <s> one", "</s> spaced"]
     assert [tokenizer.encode(text) for text in texts] == llama_ids(path, texts, add_bos=True)
     assert tokenizer.decode(tokenizer.encode(TEXTS[3]), skip_special_tokens=True) == TEXTS[3]
+
+
+def test_gemma_4s_vocabulary_gives_the_ids_of_llama_cpp(tmp_path: Path) -> None:
+    """Merges over raw characters with spaces as marks, bytes where a character is unknown."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
+    pieces = [text[i : i + 9] for text in TEXTS for i in range(0, len(text), 4)]
+    learner.train_from_iterator(
+        pieces, trainers.BpeTrainer(vocab_size=900, min_frequency=2, limit_alphabet=150, show_progress=False)
+    )
+    model = json.loads(learner.to_str())["model"]
+    learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "\n", "\n\n"]
+    tokens = [*controls, *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
+    path = write_vocabulary(
+        tmp_path / "vocab.gguf", tokens, model="gemma4", pre="gemma4",
+        merges=["\n \n", *(" ".join(merge) for merge in model["merges"])],
+        token_types=[3, 3, 3, 2, 3, 3, 1, 1, *[6] * 256, *[1] * len(learned)],
+        special={"bos": 2, "eos": 1, "unknown": 3, "padding": 0},
+    )  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    texts = [*TEXTS, "turn<turn|>\n<|turn>model\n"]
+    assert [tokenizer.encode(text) for text in texts] == llama_ids(path, texts, add_bos=True)
+    assert [tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in TEXTS] == TEXTS
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,15 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
-def _cl100k(digits: str) -> str:
-    """The family of rules that began with GPT-4's; they differ in how many digits stay together."""
+def _cl100k(digits: str, letter: str = r"\p{L}", letters: str = r"\p{L}") -> str:
+    """The family of rules that began with GPT-4's; they differ in how many digits stay together.
+
+    Args:
+        letter: what a word is made of.
+        letters: the same as what a class that excludes words has inside.
+    """
     return (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
@@ -65,17 +70,73 @@ SPLIT_RULES: dict[str, tuple[str, ...]] = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
     "tekken": (_o200k("", r"\p{N}"),),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), (_GPT2,)),
-    **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone"), _DIGIT_THEN_GPT2),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), _LLAMA3),
-    **dict.fromkeys(("glm4", "chatglm-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _QWEN2),
-    **dict.fromkeys(("gpt-4o", "llama4"), (_o200k(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}"),)),
+    "qwen35": (_cl100k(r"\p{N}", r"[\p{L}\p{M}]", r"\p{L}\p{M}"),),
+    "seed-coder": (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    **dict.fromkeys(
+        ("bailingmoe", "bailingmoe2", "llada-moe"),
+        (
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]"
+            r"|\s+(?!\S)|\s+",
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "mellum",
+            "exaone4",
+            "trillion",
+            "granite-docling",
+            "jina-es",
+            "jina-de",
+            "gigachat",
+            "roberta-bpe",
+            "a.x-4.0",
+        ),
+        (_GPT2,),
+    ),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        _DIGIT_THEN_GPT2,
+    ),
+    **dict.fromkeys(
+        (
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "dbrx",
+            "smaug-bpe",
+            "glm4",
+            "chatglm-bpe",
+        ),
+        _LLAMA3,
+    ),
+    **dict.fromkeys(
+        ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
+        _QWEN2,
+    ),
+    **dict.fromkeys(
+        ("gpt-4o", "llama4", "kanana2", "minimax-m2"), (_o200k(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}"),)
+    ),
 }
 # Vocabularies that look a whole piece up before merging, and that begin texts with BOS by default.
-_WHOLE_PIECES_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+_WHOLE_PIECES_FIRST = frozenset(
+    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+)
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SPACE_MARK = "▁"
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -169,12 +230,14 @@ class _TokenizerReader:
             self.fail(f"{len(self.token_types)} token types for {len(tokens)} tokens")
 
     def build(self) -> Tokenizer:
-        if self.kind not in ("gpt2", "llama"):
+        builders = {"gpt2": self.byte_level, "llama": self.sentencepiece, "gemma4": self.merged_characters}
+        if self.kind not in builders:
             self.fail(
-                f"tokenizer.ggml.model {self.kind!r:.80} is not supported; gpt2 (BPE) and llama (SPM) are"
+                f"tokenizer.ggml.model {self.kind!r:.80} is not supported; gpt2 (BPE), llama (SPM) and "
+                "gemma4 are"
             )
         try:
-            backend = self.byte_level() if self.kind == "gpt2" else self.sentencepiece()
+            backend = builders[self.kind]()
             self.add_special_tokens(backend)
         except CheckpointError:
             raise
@@ -201,6 +264,26 @@ class _TokenizerReader:
             ]
         )
         backend.decoder = decoders.ByteLevel()
+        return backend
+
+    def merged_characters(self) -> Tokenizer:
+        """Gemma 4: merges over raw characters, spaces as marks, bytes where a character is unknown."""
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+        backend = Tokenizer(
+            models.BPE(
+                self.vocab,
+                list(self.merges()),
+                byte_fallback=True,
+                unk_token=self.token("unknown"),
+                fuse_unk=True,
+            )
+        )
+        backend.normalizer = normalizers.Replace(" ", _SPACE_MARK)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(_SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
         return backend
 
     def merges(self) -> Iterator[tuple[str, str]]:
@@ -230,9 +313,9 @@ class _TokenizerReader:
                 "token_type": self.token_types,
             },
         )[0]
-        steps: list[Any] = [normalizers.Replace(" ", "▁")]
+        steps: list[Any] = [normalizers.Replace(" ", _SPACE_MARK)]
         if self.flag("tokenizer.ggml.add_space_prefix", True):
-            steps.insert(0, normalizers.Prepend("▁"))
+            steps.insert(0, normalizers.Prepend(_SPACE_MARK))
         backend.normalizer = normalizers.Sequence(steps)
         backend.pre_tokenizer = None
         return backend
@@ -245,7 +328,7 @@ class _TokenizerReader:
             texts = (text for text, found in zip(self.tokens, self.token_types, strict=True) if found == kind)
             added = [AddedToken(text, normalized=False, special=special) for text in texts if text]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
-        starts = self.kind == "llama" or self.pre in _WHOLE_PIECES_FIRST
+        starts = self.kind in ("llama", "gemma4") or self.pre in _WHOLE_PIECES_FIRST
         begins = self.flag("tokenizer.ggml.add_bos_token", starts) and self.token_id("bos") is not None
         ends = self.flag("tokenizer.ggml.add_eos_token", False) and self.token_id("eos") is not None
         names = ["BOS"] * begins + ["$A"] + ["EOS"] * ends
