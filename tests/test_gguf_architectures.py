@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from gguf_writer import RawTensor, edit_gguf
-from test_gguf_models import IDS, VOCAB_SIZE, fuse_gate_up, runtime_logits, save_tokenizer
+from test_gguf_models import (
+    IDS,
+    VOCAB_SIZE,
+    assert_close_to_llama_cpp,
+    fuse_gate_up,
+    runtime_logits,
+    save_tokenizer,
+)
 from three_way import assert_three_way, llama_cpp_logits, logits_from_spans, transformers_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,7 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoe shared": (
         "granitemoeshared",
-        {"num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 48,
+        {"num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 64,
          "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
          "logits_scaling": 4.0},
     ),
@@ -119,6 +126,18 @@ LLAMA_CPP_DIFFERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 ALL_MODELS = MODELS | {f"{name}, by transformers": model for name, model in LLAMA_CPP_DIFFERS.items()}
+
+
+# Rows of whole blocks, and no groups: a token is to use all experts.
+QUANTIZABLE = {
+    "deepseek2 v3": {
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "q_lora_rank": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
 
 
 def save_model(folder: Path, name: str, **overrides: Any) -> Path:
@@ -185,6 +204,29 @@ def test_the_latents_projection_may_be_whole(name: str, folder_of: Any, tmp_path
     assert (llama_cpp_logits(old, IDS) - logits_from_spans(old, IDS)).abs().max() < 1e-3
     unnamed = edit_gguf(old, tmp_path / "unnamed.gguf", {"deepseek2.expert_gating_func": None})
     assert open_checkpoint(unnamed).config == open_checkpoint(old).config  # corrected scores are sigmoids
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("qwen2moe", {"exps": "Q4_0"}),
+        ("gpt-oss", {"exps": "MXFP4"}),
+        ("deepseek2 v3", {"attn_k_b": "Q5_0"}),
+        ("glm4moe", {}),
+        ("granitemoe shared", {"shexp": "Q4_1", "ffn_up_shexp": "Q5_1"}),
+    ],
+)
+def test_quantized_files_of_an_architecture_are_as_close_as_llama_cpp(
+    name: str, types: dict[str, str], tmp_path: Path
+) -> None:
+    """Q8_0 but for ``types`` by a part of the name; a token uses all experts, see the callee."""
+    experts = 6 if name == "gpt-oss" else 8
+    folder = save_model(tmp_path / "hf", name, num_experts_per_tok=experts, **QUANTIZABLE.get(name, {}))
+
+    def type_of(tensor: str) -> str:
+        return next((kind for part, kind in reversed(types.items()) if part in tensor), "Q8_0")
+
+    assert_close_to_llama_cpp(export(folder, tmp_path / "model.gguf", type_of))
 
 
 def test_layers_that_predict_further_tokens_are_dropped(folder_of: Any, tmp_path: Path) -> None:
