@@ -8,7 +8,7 @@ replaying a run's own trace gives that run's counters to the digit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,11 @@ class ReplayPool:
         self.total_experts = plan.num_experts
         self.keys = {i: [ExpertKey(i, expert_id) for expert_id in range(num_experts)] for i in plan.layers}
 
+    def admit(self, key: ExpertKey) -> None:
+        """Begin with an expert resident."""
+        self.residents[key] = None
+        self.policy.on_insert(key)
+
     def route(self, event: Event) -> None:
         """Serve an event: as a step, or as a stream when it has many tokens or more ids than slots."""
         if event.num_tokens is None and len(event.expert_ids) <= self.num_slots:
@@ -172,16 +177,40 @@ def replay(
     Raises:
         CheckpointError: a layer of the trace is in no pool.
     """
+    lost = sorted(set(trace.layers).difference(*(plan.layers for plan in pools)))
+    if lost:
+        raise CheckpointError(f"layers {lost} of the trace are in no pool of the plan")
+    return replay_events(
+        lambda: events(trace), pools, policy_factory, expert_bytes, trace.num_experts, on_progress=on_progress
+    )
+
+
+def replay_events(
+    events: Callable[[], Iterable[Event]],
+    pools: Sequence[PoolPlan],
+    policy_factory: Callable[[], EvictionPolicy],
+    expert_bytes: Mapping[int, int],
+    num_experts: int,
+    *,
+    residents: Iterable[ExpertKey] = (),
+    on_progress: Callable[[int], None] | None = None,
+) -> OffloadStats:
+    """Run events through ``pools``; see ``replay``.
+
+    Args:
+        events: called once for the run and once for each pool of an oracle.
+        num_experts: of a layer, at most.
+        residents: who is in memory at the start.
+    """
     stats = OffloadStats()
     by_layer: dict[int, ReplayPool] = {}
     for plan in pools:
-        pool = ReplayPool(plan, trace.num_experts, policy_factory(), stats, expert_bytes)
-        foresee(pool.policy, trace, pool)
+        pool = ReplayPool(plan, num_experts, policy_factory(), stats, expert_bytes)
+        foresee(pool.policy, events, pool)
         by_layer |= dict.fromkeys(plan.layers, pool)
-    lost = sorted(set(trace.layers) - set(by_layer))
-    if lost:
-        raise CheckpointError(f"layers {lost} of the trace are in no pool of the plan")
-    for count, event in enumerate(events(trace)):
+    for key in residents:
+        by_layer[key.layer_idx].admit(key)
+    for count, event in enumerate(events()):
         by_layer[event.layer_idx].route(event)
         if on_progress is not None and count % 4096 == 0:
             on_progress(count)
@@ -193,14 +222,14 @@ def belady_hit_rate(trace: RoutingTrace, pools: Sequence[PoolPlan], expert_bytes
     return replay(trace, pools, lambda: make_policy("belady", oracles=True), expert_bytes).hit_rate
 
 
-def foresee(policy: EvictionPolicy, trace: RoutingTrace, pool: ReplayPool) -> None:
+def foresee(policy: EvictionPolicy, events: Callable[[], Iterable[Event]], pool: ReplayPool) -> None:
     """Show an oracle the steps of its pool, which are the events that ``on_route`` will see."""
     look_ahead = getattr(policy, "foresee", None)
     if look_ahead is not None:
         look_ahead(
             [
                 (event.layer_idx, event.expert_ids)
-                for event in events(trace)
+                for event in events()
                 if event.layer_idx in pool.keys
                 and event.num_tokens is None
                 and len(event.expert_ids) <= pool.num_slots

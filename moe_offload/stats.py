@@ -31,6 +31,9 @@ class OffloadStats:
     decode_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    window_hit_rate: float | None = None  # residents alone, over the last events that are kept
+    belady_hit_rate: float | None = None  # what no eviction policy could exceed there, without prefetch
+    prefetch_state: str = ""  # what the prefetcher does, and why
     peak_bytes: int = 0
     ram_bytes: int = 0
 
@@ -53,15 +56,24 @@ class OffloadStats:
         return used / (used + self.prefetch_wasted_bytes) if used else 0.0
 
     @property
+    def below_belady(self) -> float | None:
+        """What the policy lost to Belady's rule in hit rate; None unless it was asked for."""
+        if self.belady_hit_rate is None or self.window_hit_rate is None:
+            return None
+        return self.belady_hit_rate - self.window_hit_rate
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of experts read from storage, speculation included."""
         return self.decode_bytes + self.stream_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every counter and the derived figures, ready for JSON."""
-        return {
+        """Return every counter and the derived figures, ready for JSON: numbers that are known."""
+        figures = {
             **asdict(self),
             "hit_rate": self.hit_rate,
             "prefetch_accuracy": self.prefetch_accuracy,
+            "below_belady": self.below_belady,
             "bytes_read": self.bytes_read,
         }
+        return {name: value for name, value in figures.items() if isinstance(value, int | float)}

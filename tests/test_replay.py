@@ -63,7 +63,7 @@ def run_through_the_cache(trace, layouts, pools, policy_name):
     )
     for pool in {id(pool): pool for pool in cache._pool_of.values()}.values():
         pool.keys = {layer: None for layer in pool.table}
-        foresee(pool.policy, trace, pool)
+        foresee(pool.policy, lambda: events(trace), pool)
     for event in events(trace):
         step = None
         if event.num_tokens is None:

@@ -25,6 +25,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.placement import staging_slots
@@ -88,9 +91,10 @@ class ExpertCache:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._arena, self._top_k, self._stats = arena, top_k, stats
-        self._policy_factory = policy_factory
+        self._policy_factory, self._layouts = policy_factory, layouts
         self._pools: list[SlotPool] = []
         self._pool_of: dict[int, SlotPool] = {}
+        self._tables: dict[int, NDArray[np.uint64]] | None = None  # see resident_tables
         self._open: Step | int | None = None  # the open step, or the layer of the open stream
         address = arena.address
         for plan in pools:
@@ -164,6 +168,28 @@ class ExpertCache:
             addresses += entry.addresses
         return addresses
 
+    def resident_tables(self) -> dict[int, NDArray[np.uint64]] | None:
+        """Return the residents' addresses by layer, (num_experts, number of matrices), 0 for all others.
+
+        None where experts may have to leave again. The arrays are kept up to date until ``give_back``,
+        ``recover`` or a stream: ask before each token. Who computes from them instead of through ``begin``
+        and ``end`` tells ``used_residents`` what was used.
+        """
+        if self._tables is None and all(pool.is_full_size for pool in self._pools):
+            self._tables = {}
+            for pool in self._pools:
+                for layer_idx, row in pool.table.items():
+                    width = len(self._layouts[layer_idx].matrices)
+                    self._tables[layer_idx] = np.zeros((len(row), width), np.uint64)
+                for key, entry in pool.residents.items():
+                    self._tables[key.layer_idx][key.expert_id] = entry.addresses
+        return self._tables
+
+    def used_residents(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
+        """Count a step that ran on ``resident_tables`` as ``begin`` and ``end`` would have."""
+        self._stats.hits += len(expert_ids)
+        self._pool_of[layer_idx].policy.on_route(layer_idx, expert_ids, weights)
+
     def end(self, step: Step) -> None:
         """Unpin, show the policy the step, make its misses residents, then evict what is too many."""
         assert self._open is step, "this step is not open"
@@ -171,6 +197,8 @@ class ExpertCache:
         for entry in step.entries:
             if entry.state is not SlotState.RESIDENT:
                 pool.admit(entry)
+                if self._tables is not None:
+                    self._tables[step.layer_idx][entry.key.expert_id] = entry.addresses
         for entry in step.entries:
             entry.pins -= 1
         self._open = None
@@ -191,7 +219,7 @@ class ExpertCache:
         Ctrl-C may fall between any two instructions, so nothing is believed but what adds up:
         residents stay, policies start anew, a slot that nobody can account for is lost.
         """
-        self._open = None
+        self._open = self._tables = None
         for pool in self._pools:
             pool.recover(self._policy_factory())
             pool.num_staging = staging_slots(pool.num_slots, pool.num_experts, self._top_k)
@@ -221,7 +249,7 @@ class ExpertCache:
         try:
             yield from stream_experts(self._pool_of[layer_idx], layer_idx, expert_ids, num_tokens)
         finally:
-            self._open = None
+            self._open = self._tables = None
 
     # Hints.
 
@@ -389,6 +417,7 @@ class ExpertCache:
 
     def _shrink(self, pool: SlotPool, count: int) -> None:
         """Take ``count`` slots out of a pool for good and hand their pages back."""
+        self._tables = None
         for entry in list(pool.staged.values()):
             pool.discard(entry)
         pool.drain()
