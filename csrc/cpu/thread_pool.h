@@ -82,7 +82,7 @@ class ThreadPool {
     int depth_ = 0;  // operations inside each other, under operation_
     std::vector<std::thread> workers_;
     int num_threads_ = 0;  // 0: not decided yet
-    int owner_pid_ = 0;
+    std::atomic<int> owner_pid_{0};  // read before the lock is held
     InterruptCheck interrupted_ = nullptr;
     int64_t last_poll_ns_ = 0;
 
