@@ -17,7 +17,7 @@ from moe_offload import ops
 from moe_offload.config import MIB
 from moe_offload.planning.roofline import MachineSpeed
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import ExpertKey, GgmlType, row_bytes
+from moe_offload.storage.expert_format import ExpertKey, WeightType, row_bytes
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import Arena, open_reader
 
@@ -40,12 +40,12 @@ def measure_machine(checkpoint: Checkpoint) -> MachineSpeed:
     )
 
 
-def main_format(checkpoint: Checkpoint) -> GgmlType:
+def main_format(checkpoint: Checkpoint) -> WeightType:
     """Return the format that most of the checkpoint's bytes have."""
     return next(iter(checkpoint.bytes_by_type()))
 
 
-def kernel_bytes_per_s(ggml_type: GgmlType, weights: torch.Tensor) -> float:
+def kernel_bytes_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
     """Return bytes of weights per second of one token's matrix product: the best of a few rounds.
 
     Args:
@@ -57,7 +57,7 @@ def kernel_bytes_per_s(ggml_type: GgmlType, weights: torch.Tensor) -> float:
     return packed.numel() / _best_s(lambda: ops.linear(x, packed, ggml_type, rows, COLS))
 
 
-def macs_per_s(ggml_type: GgmlType, weights: torch.Tensor) -> float:
+def macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
     """Return multiply-adds per second of a prompt's matrix product."""
     packed = weights[: PROMPT_ROWS * row_bytes(ggml_type, COLS)]
     x = torch.randn(PROMPT_TOKENS, COLS)

@@ -23,7 +23,15 @@ from torch.nn import functional
 
 from moe_offload import _native
 from moe_offload.errors import ConfigError
-from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixFormat, RowOrder
+from moe_offload.storage.expert_format import (
+    FP8_BLOCK,
+    ExpertLayout,
+    GgmlType,
+    MatrixFormat,
+    OwnType,
+    RowOrder,
+    WeightType,
+)
 
 # The codebooks of these types come from gguf-py when one is first used.
 CODEBOOK_TYPES = frozenset(
@@ -37,7 +45,7 @@ CODEBOOK_TYPES = frozenset(
         GgmlType.IQ3_S,
     }
 )
-_codebooks_set: set[GgmlType] = set()
+_codebooks_set: set[WeightType] = set()
 _ROW_ORDERS = (RowOrder.GATE_UP, RowOrder.INTERLEAVED, RowOrder.SPLIT)  # csrc/cpu/ops.h
 
 
@@ -78,7 +86,7 @@ def isa() -> str:
 def linear(
     x: Tensor,
     weight: Tensor,
-    ggml_type: GgmlType,
+    ggml_type: WeightType,
     rows: int,
     cols: int,
     bias: Tensor | None = None,
@@ -115,7 +123,7 @@ def linear(
 def linear_reference(
     x: Tensor,
     weight: Tensor,
-    ggml_type: GgmlType,
+    ggml_type: WeightType,
     rows: int,
     cols: int,
     bias: Tensor | None = None,
@@ -126,7 +134,7 @@ def linear_reference(
     return functional.linear(x.double(), matrix, None if bias is None else bias.double())
 
 
-def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: GgmlType, rows: int, cols: int) -> Tensor:
+def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: WeightType, rows: int, cols: int) -> Tensor:
     """Return rows ``ids`` of ``weight``, (T, cols) float32, to the bit as gguf-py dequantizes them.
 
     Args:
@@ -145,7 +153,7 @@ def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: GgmlType, rows: int, 
 
 
 def embedding_rows_reference(
-    ids: Tensor, weight: Tensor, ggml_type: GgmlType, rows: int, cols: int
+    ids: Tensor, weight: Tensor, ggml_type: WeightType, rows: int, cols: int
 ) -> Tensor:
     """``embedding_rows`` by dequantizing the whole matrix; float64 of the same float32 numbers."""
     return dequantize(weight, MatrixFormat(ggml_type, rows, cols))[ids]
@@ -334,13 +342,15 @@ def dequantize(weight: Tensor, matrix: MatrixFormat) -> Tensor:
     import gguf
 
     stored = (matrix.cols, matrix.rows) if matrix.transposed else (matrix.rows, matrix.cols)
-    packed = weight.detach().reshape(stored[0], -1).numpy()
-    values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(int(matrix.ggml_type)))
+    packed = weight.detach().reshape(stored[0], -1)
+    if matrix.ggml_type is OwnType.F8_E4M3:
+        return _dequantize_f8(packed).reshape(stored)
+    values = gguf.quants.dequantize(packed.numpy(), gguf.GGMLQuantizationType(int(matrix.ggml_type)))
     result = torch.from_numpy(values.astype(np.float64)).reshape(stored)
     return result.T if matrix.transposed else result
 
 
-def set_codebook(ggml_type: GgmlType) -> None:
+def set_codebook(ggml_type: WeightType) -> None:
     """Hand a type's codebook to the kernels, once; before an address of such weights goes to native code."""
     if ggml_type not in CODEBOOK_TYPES or ggml_type in _codebooks_set:
         return
@@ -351,6 +361,14 @@ def set_codebook(ggml_type: GgmlType) -> None:
     grid = np.ascontiguousarray(traits.grid.reshape(traits.grid_shape), dtype=np.int8)
     _native.set_grid(ggml_type, grid)
     _codebooks_set.add(ggml_type)
+
+
+def _dequantize_f8(packed: Tensor) -> Tensor:
+    """(rows, row bytes) -> (rows, blocks, 128) float64; each weight is rounded to float32 once."""
+    blocks = packed.reshape(len(packed), -1, 4 + FP8_BLOCK)
+    scales = blocks[..., :4].contiguous().view(torch.float32)
+    codes = blocks[..., 4:].contiguous().view(torch.float8_e4m3fn)
+    return (codes.float() * scales).double()
 
 
 def _address(tensor: Tensor | None) -> int:

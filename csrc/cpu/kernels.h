@@ -12,7 +12,7 @@ constexpr int kSuperblock = 256;  // 8 blocks: one step of the 8 chains
 constexpr int kTokenTile = 32;    // tokens that one call of a rows kernel serves at most
 constexpr int kRowTile = 32;      // rows that one call computes at most
 
-// ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType.
+// ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType and OwnType.
 enum GgmlType : int {
     F32 = 0,
     F16 = 1,
@@ -40,11 +40,12 @@ enum GgmlType : int {
     TQ2_0 = 35,
     MXFP4 = 39,
     NVFP4 = 40,
+    F8_E4M3 = 63,  // not ggml's: a float32 scale and 128 codes
 };
-constexpr int kNumTypes = 41;
+constexpr int kNumTypes = 64;
 
 constexpr bool is_float(int type) {
-    return type == F32 || type == F16 || type == BF16;
+    return type == F32 || type == F16 || type == BF16 || type == F8_E4M3;
 }
 
 // 256 activations in the order of the tiles: blocks 0 2 4 6, then 1 3 5 7.
@@ -75,6 +76,8 @@ struct RowsArgs {
     int num_tokens;
     float* out;  // out[i * out_stride + row - row_begin]
     int64_t out_stride;
+    // Where the thread goes on reading after these rows, for prefetching; nullptr: right behind them.
+    const uint8_t* next = nullptr;
 };
 
 enum class ActivationKind : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2, RELU = 3, GPT_OSS_SWIGLU = 4 };

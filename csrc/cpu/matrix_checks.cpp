@@ -38,7 +38,7 @@ void check_matrix(const char* op, const char* argument, const Matrix& matrix) {
     check(matrix.cols % elements == 0, op,
           name + " of ggml type " + type + " must have columns in blocks of " + std::to_string(elements) +
               ", got " + std::to_string(matrix.cols));
-    check(!matrix.transposed || is_float(matrix.type), op,
+    check(!matrix.transposed || kernels().rows_transposed[matrix.type], op,
           name + " of ggml type " + type + " cannot be transposed: only F32, F16 and BF16 can");
     check(!needs_grid(matrix.type) || grids.of[matrix.type], op,
           name + " of ggml type " + type + " needs its codebook: call set_grid first");

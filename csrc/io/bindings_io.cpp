@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <map>
+#include <optional>
 
 #include "io/arena.h"
 #include "io/direct_read.h"
@@ -17,6 +18,7 @@ using moe::ConfigError;
 using moe::DirectReader;
 using moe::Fault;
 using moe::FileError;
+using moe::Relayout;
 using moe::Segment;
 
 namespace {
@@ -29,7 +31,26 @@ void check_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-int64_t submit(DirectReader& reader, const SegmentArray& array, bool speculative, int64_t base_address) {
+// (n, 6) int64: kind, scales, codes, blocks, rows, cols; base_address is added to the three addresses.
+std::vector<Relayout> relayouts_of(const SegmentArray& array, int64_t base_address) {
+    if (array.ndim() != 2 || array.shape(1) != 6) {
+        throw ConfigError("DirectReader.submit: relayouts must be (n, 6): kind, scales, codes, blocks, ...");
+    }
+    const auto rows = array.unchecked<2>();
+    std::vector<Relayout> relayouts(static_cast<size_t>(rows.shape(0)));
+    for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+        relayouts[static_cast<size_t>(i)] = {rows(i, 0),
+                                             rows(i, 1) + base_address,
+                                             rows(i, 2) + base_address,
+                                             rows(i, 3) + base_address,
+                                             rows(i, 4),
+                                             rows(i, 5)};
+    }
+    return relayouts;
+}
+
+int64_t submit(DirectReader& reader, const SegmentArray& array, bool speculative, int64_t base_address,
+               const std::optional<SegmentArray>& relayouts) {
     if (array.ndim() != 2 || array.shape(1) != 4) {
         throw ConfigError("DirectReader.submit: segments must be (n, 4): file_id, offset, num_bytes, region");
     }
@@ -38,7 +59,8 @@ int64_t submit(DirectReader& reader, const SegmentArray& array, bool speculative
     for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
         segments[static_cast<size_t>(i)] = {rows(i, 0), rows(i, 1), rows(i, 2), rows(i, 3) + base_address};
     }
-    return reader.submit(segments, speculative);
+    return reader.submit(segments, speculative,
+                         relayouts ? relayouts_of(*relayouts, base_address) : std::vector<Relayout>());
 }
 
 bool wait(const DirectReader& reader, int64_t ticket, double timeout_s) {
@@ -124,8 +146,11 @@ void register_reader(py::module_& m) {
         .def(
             "file_bytes", [](const DirectReader& r, int64_t id) { return r.file(id).num_bytes(); },
             py::arg("file_id"), "Size when it was opened.")
-        .def("submit", &submit, py::arg("segments"), py::arg("speculative"), py::arg("base_address") = 0,
-             "Queue reads of (n, 4) int64 file_id, offset, num_bytes, region; returns a ticket.")
+        .def(
+            "submit", &submit, py::arg("segments"), py::arg("speculative"), py::arg("base_address") = 0,
+            py::arg("relayouts") = py::none(),
+            "Queue reads of (n, 4) int64 file_id, offset, num_bytes, region, and (m, 6) relayouts; returns a "
+            "ticket.")
         .def("promote", &DirectReader::promote, py::arg("ticket"),
              "Make a queued speculative ticket a demand.")
         .def("cancel", &DirectReader::cancel, py::arg("ticket"), "True when nothing of it was issued.")
@@ -159,6 +184,16 @@ void register_reader(py::module_& m) {
 }  // namespace
 
 void register_io(py::module_& m) {
+    m.def(
+        "relayout",
+        [](int64_t kind, int64_t scales, int64_t codes, int64_t blocks, int64_t rows, int64_t cols) {
+            const Relayout relayout{kind, scales, codes, blocks, rows, cols};
+            moe::check_relayout(relayout);
+            moe::run_relayout(relayout);
+        },
+        py::arg("kind"), py::arg("scales"), py::arg("codes"), py::arg("blocks"), py::arg("rows"),
+        py::arg("cols"), py::call_guard<py::gil_scoped_release>(),
+        "Put codes and their scales, by address, together in blocks (csrc/io/relayout.h).");
     py::register_local_exception_translator(translate_file_error);
     register_arena(m);
     register_reader(m);

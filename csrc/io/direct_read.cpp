@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <csignal>
 #include <limits>
+#include <new>
 #include <system_error>
 #include <utility>
 
@@ -140,11 +141,14 @@ void DirectReader::enqueue(const RequestPtr& request) {
     }
 }
 
-DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, bool speculative) {
+DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, bool speculative,
+                                          std::vector<Relayout> relayouts) {
     check_usable();
+    for (const Relayout& relayout : relayouts) check_relayout(relayout);
     std::lock_guard lock(state_->mutex);
     if (state_->closed) throw ConfigError("DirectReader.submit: the reader is closed");
     const RequestPtr request = make_request(segments, speculative);
+    request->relayouts = std::move(relayouts);
     const Ticket ticket = state_->next_ticket++;
     state_->requests.emplace(ticket, request);
     enqueue(request);
@@ -251,11 +255,26 @@ void DirectReader::work(State& state) {
         } catch (const FileError& failure) {
             error = ReadError{piece.file_id, piece.segment_offset, failure.error_number, failure.what()};
         }
-        std::lock_guard lock(state.mutex);
+        std::unique_lock lock(state.mutex);
         state.counters.disk_bytes += disk_bytes;
         state.counters.requests += requests;
+        if (!error && is_last_piece(*request)) {  // nobody else touches the request's memory now
+            lock.unlock();
+            try {
+                for (const Relayout& relayout : request->relayouts) run_relayout(relayout);
+            } catch (const std::bad_alloc&) {
+                error = ReadError{piece.file_id, piece.segment_offset, ENOMEM, "no memory for its scales"};
+            }
+            lock.lock();
+        }
         finish_piece(state, *request, piece, std::move(error));
     }
+}
+
+// Whether all other pieces are in memory. Called with the lock held.
+bool DirectReader::is_last_piece(const Request& request) {
+    return request.in_flight == 1 && request.next_piece == request.pieces.size() && !request.error &&
+           !request.relayouts.empty();
 }
 
 // Waits for a piece; null when the reader closes.

@@ -20,6 +20,7 @@
 
 #include "io/arena.h"
 #include "io/direct_file.h"
+#include "io/relayout.h"
 #include "io/syscalls.h"
 
 namespace moe {
@@ -64,7 +65,9 @@ class DirectReader {
     int64_t add_file(const std::string& path);  // throws FileError
     const DirectFile& file(int64_t file_id) const;
 
-    Ticket submit(const std::vector<Segment>& segments, bool speculative);
+    // Relayouts run on the thread that reads the last piece, before the ticket is done.
+    Ticket submit(const std::vector<Segment>& segments, bool speculative,
+                  std::vector<Relayout> relayouts = {});
     // Moves a speculative ticket (what is left of it) behind the demands already queued. False when
     // there was nothing left to move.
     bool promote(Ticket ticket);
@@ -103,6 +106,7 @@ class DirectReader {
         bool speculative = false;
         TicketState state = TicketState::kQueued;
         std::optional<ReadError> error;
+        std::vector<Relayout> relayouts;
         std::shared_ptr<Arena> keep_alive;  // of read_into: the memory that the pieces are read to
         bool is_finished() const { return state >= TicketState::kDone; }
     };
@@ -143,6 +147,7 @@ class DirectReader {
     bool wait_for(const RequestPtr& request, double timeout_s, const CheckInterrupt& check_interrupt) const;
     static void work(State& state);
     static RequestPtr take_piece(State& state, Piece* piece);
+    static bool is_last_piece(const Request& request);
     static void finish_piece(State& state, Request& request, const Piece& piece,
                              std::optional<ReadError> error);
 

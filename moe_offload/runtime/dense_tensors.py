@@ -14,16 +14,31 @@ from torch import Tensor
 
 from moe_offload import ops
 from moe_offload.storage.dense_tensor import Recipe, TensorInfo
-from moe_offload.storage.expert_format import FLOAT_TYPES, GgmlType, Span, row_bytes
+from moe_offload.storage.expert_format import (
+    FLOAT_TYPES,
+    FP8_BLOCK,
+    GgmlType,
+    Relayout,
+    Span,
+    WeightType,
+    row_bytes,
+)
 from moe_offload.storage.expert_store import ExpertStore
+from moe_offload.storage.io import put_together
 
 CONVERT_ELEMENTS = 4 << 20
-TORCH_DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
+TORCH_DTYPES: dict[WeightType, torch.dtype] = {
+    GgmlType.F32: torch.float32,
+    GgmlType.F16: torch.float16,
+    GgmlType.BF16: torch.bfloat16,
+}
 
 
 def read_packed(info: TensorInfo, store: ExpertStore) -> Tensor:
     """Return the blocks of a matrix as (rows, row bytes) of uint8."""
     rows, cols = info.shape[0], prod(info.shape[1:])
+    if info.scales is not None:
+        return _read_scaled(info, store)
     if info.recipe is None:
         tensor = torch.empty(rows, row_bytes(info.ggml_type, cols), dtype=torch.uint8)
         store.read_into(info.span, tensor.data_ptr())
@@ -46,6 +61,30 @@ def read_float(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tens
     store.read_into(info.span, packed.data_ptr())
     tensor = ops.embedding_rows(torch.arange(rows), packed, info.ggml_type, rows, cols)
     return tensor.view(info.shape).to(dtype)
+
+
+def _read_scaled(info: TensorInfo, store: ExpertStore) -> Tensor:
+    """Put FP8 codes and their scales together in blocks, some rows of blocks at a time."""
+    assert info.scales is not None
+    rows, cols = info.shape
+    relayout = info.scales.relayout
+    packed = torch.empty(rows, row_bytes(info.ggml_type, cols), dtype=torch.uint8)
+    scale_row_bytes = cols // FP8_BLOCK * (4 if relayout is Relayout.FP8_F32 else 2)
+    band_rows = max(1, CONVERT_ELEMENTS // (cols * FP8_BLOCK)) * FP8_BLOCK
+    codes = torch.empty(min(rows, band_rows) * cols, dtype=torch.uint8)
+    scales = torch.empty(band_rows // FP8_BLOCK * scale_row_bytes, dtype=torch.uint8)
+    for first in range(0, rows, band_rows):
+        count = min(band_rows, rows - first)
+        first_scale, scale_rows = first // FP8_BLOCK, -(-count // FP8_BLOCK)
+        store.read_into(_part(info.span, first * cols, count * cols), codes.data_ptr())
+        scale_part = _part(info.scales.span, first_scale * scale_row_bytes, scale_rows * scale_row_bytes)
+        store.read_into(scale_part, scales.data_ptr())
+        put_together(relayout, scales.data_ptr(), codes.data_ptr(), packed[first].data_ptr(), count, cols)
+    return packed
+
+
+def _part(span: Span, offset: int, num_bytes: int) -> Span:
+    return Span(span.file_id, span.offset + offset, num_bytes)
 
 
 def _read_converted(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:

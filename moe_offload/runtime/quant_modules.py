@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload import ops
-from moe_offload.storage.expert_format import GgmlType, row_bytes
+from moe_offload.storage.expert_format import WeightType, row_bytes
 
 
-def packed_weight(ggml_type: GgmlType, rows: int, cols: int) -> nn.Parameter:
+def packed_weight(ggml_type: WeightType, rows: int, cols: int) -> nn.Parameter:
     """Return an uninitialised packed weight on the current default device."""
     return nn.Parameter(torch.empty(rows, row_bytes(ggml_type, cols), dtype=torch.uint8), requires_grad=False)
 
@@ -21,7 +21,7 @@ def packed_weight(ggml_type: GgmlType, rows: int, cols: int) -> nn.Parameter:
 class QuantLinear(nn.Module):
     """``nn.Linear`` over packed blocks, in arithmetic v1 (a row's result ignores its neighbours)."""
 
-    def __init__(self, in_features: int, out_features: int, ggml_type: GgmlType, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, ggml_type: WeightType, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.ggml_type = in_features, out_features, ggml_type
         self.weight = packed_weight(ggml_type, out_features, in_features)
@@ -42,7 +42,7 @@ class QuantEmbedding(nn.Module):
     """``nn.Embedding`` over packed blocks: only the rows asked for are dequantized."""
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, ggml_type: GgmlType, dtype: torch.dtype
+        self, num_embeddings: int, embedding_dim: int, ggml_type: WeightType, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.ggml_type = num_embeddings, embedding_dim, ggml_type

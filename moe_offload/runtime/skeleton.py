@@ -26,7 +26,7 @@ from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_pac
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
 from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import GgmlType
+from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 from moe_offload.storage.expert_store import ExpertStore
 
 EXPERTS_IMPLEMENTATION = "moe_offload"
@@ -65,7 +65,7 @@ def build_skeleton(
     _check_shapes(modules, checkpoint)
     for experts in modules.values():
         _drop_expert_weights(experts)
-    if checkpoint.source == "gguf":
+    if checkpoint.source == "gguf" or any(info.scales for info in checkpoint.dense.values()):
         _pack_dense_layers(model, checkpoint, dtype)
     return model
 
@@ -74,6 +74,7 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Return the transformers configuration object of the checkpoint."""
     values = dict(checkpoint.config)
     model_type = values.pop("model_type")
+    values.pop("quantization_config", None)  # the blocks are read as they are, by us
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{checkpoint.path}: transformers does not know model_type {model_type!r}")
     try:
@@ -168,19 +169,28 @@ def _check_expert_sources(model: PreTrainedModel) -> None:
 def _pack_dense_layers(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Swap Linear and Embedding for packed ones where the file's type is not the compute dtype."""
     tied = model.config.tie_word_embeddings and "lm_head.weight" not in checkpoint.dense
+    left = {name for name, info in checkpoint.dense.items() if info.scales is not None}
     for name, module in list(model.named_modules()):
         source_name = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
         info = checkpoint.dense.get(source_name)
         if info is None or TORCH_DTYPES.get(info.ggml_type) == dtype:
+            continue
+        if checkpoint.source == "safetensors" and info.scales is None:
             continue
         packed = _packed_module(module, info.ggml_type, dtype)
         if packed is not None:
             packed._is_hf_initialized = True
             parent_name, _, child_name = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child_name, packed)
+            left.discard(source_name)
+    if left:
+        raise CheckpointError(
+            f"{checkpoint.path}: {min(left)} is quantized, but no plain linear layer of the model; use an "
+            "unquantized checkpoint or a GGUF file of the model"
+        )
 
 
-def _packed_module(module: nn.Module, ggml_type: GgmlType, dtype: torch.dtype) -> Any:
+def _packed_module(module: nn.Module, ggml_type: WeightType, dtype: torch.dtype) -> Any:
     """Return the packed twin of an exact Linear or Embedding on meta, None for anything else."""
     with torch.device("meta"):
         if type(module) is nn.Linear:
@@ -262,7 +272,9 @@ def dense_resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     for name, info in checkpoint.dense.items():
         is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
         is_unpacked = info.recipe is not None and info.ggml_type is GgmlType.F32
-        if info.packed or (checkpoint.source == "gguf" and is_matrix and not is_unpacked):
+        if info.scales is not None:
+            total += info.shape[0] * row_bytes(info.ggml_type, info.shape[1])
+        elif info.packed or (checkpoint.source == "gguf" and is_matrix and not is_unpacked):
             total += info.span.num_bytes
         else:
             total += info.num_elements * dtype.itemsize

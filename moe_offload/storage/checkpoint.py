@@ -15,14 +15,15 @@ from typing import Any
 from moe_offload.config import ModelSpec
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.dense_tensor import TensorInfo
-from moe_offload.storage.expert_format import ExpertIndex, GgmlType
+from moe_offload.storage.expert_format import ExpertIndex, WeightType
 from moe_offload.storage.gguf import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
 from moe_offload.storage.gguf_config import find_architecture, gguf_config, gguf_generation_config
 from moe_offload.storage.gguf_tensors import map_tensors
 from moe_offload.storage.header_reader import HeaderReader, read_json_object
 from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config
-from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder
+from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder, weight_type
 from moe_offload.storage.safetensors_experts import index_experts
+from moe_offload.storage.scaled_tensors import pair_scales, quantization_method
 from moe_offload.storage.text_only import text_tensors
 
 
@@ -46,9 +47,9 @@ class Checkpoint:
         """File bytes of everything that is not a routed expert."""
         return sum(info.span.num_bytes for info in self.dense.values())
 
-    def bytes_by_type(self) -> dict[GgmlType, int]:
+    def bytes_by_type(self) -> dict[WeightType, int]:
         """File bytes of all weights, dense and experts, by block format, largest first."""
-        totals: Counter[GgmlType] = Counter()
+        totals: Counter[WeightType] = Counter()
         for info in self.dense.values():
             totals[info.ggml_type] += info.span.num_bytes
         for layout in self.experts.layouts.values():
@@ -119,9 +120,11 @@ def _open_folder(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     config = text_config(read_json_object(config_path))
     spec = model_spec(config, str(config_path))
+    method = quantization_method(config, str(config_path))
     shards, left_out = text_tensors(
         read_folder(folder), spec.num_hidden_layers, next_token_layers(config, str(config_path))
     )
+    shards = pair_scales(shards, method)
     found = index_experts(shards, spec)
     generation_path = folder / "generation_config.json"
     return Checkpoint(
@@ -139,12 +142,13 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _dense_tensor(folder: SafetensorsFolder, name: str) -> TensorInfo:
     tensor = folder.tensors[name]
-    if tensor.dtype not in WEIGHT_TYPES:
+    ggml_type = weight_type(tensor)
+    if ggml_type is None:
         raise CheckpointError(
             f"{folder.files[tensor.span.file_id]}: tensor {name!r} has dtype {tensor.dtype}; "
             f"{', '.join(WEIGHT_TYPES)} are supported: use an unquantized checkpoint"
         )
-    return TensorInfo(name, WEIGHT_TYPES[tensor.dtype], tensor.shape, tensor.span)
+    return TensorInfo(name, ggml_type, tensor.shape, tensor.span, scales=tensor.scales)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

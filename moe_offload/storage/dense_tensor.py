@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from moe_offload.storage.expert_format import GgmlType, Span
+from moe_offload.storage.expert_format import GgmlType, Span, WeightType
+from moe_offload.storage.safetensors import Scales
 
 # Operations that move whole rows, and so work on packed rows as they do on numbers.
 ROW_OPERATIONS = frozenset({"unpermute", "concat_rows"})
@@ -34,11 +35,12 @@ class TensorInfo:
     """
 
     name: str
-    ggml_type: GgmlType
+    ggml_type: WeightType
     shape: tuple[int, ...]  # torch order: (rows, cols)
     span: Span
     packed: bool = False  # quantized by storage/quantize.py: the model keeps its blocks as they are
     recipe: Recipe | None = None
+    scales: Scales | None = None  # that lie apart in a safetensors file
 
     @property
     def num_elements(self) -> int:

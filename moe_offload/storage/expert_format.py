@@ -48,6 +48,26 @@ class GgmlType(IntEnum):
     NVFP4 = 40
 
 
+class OwnType(IntEnum):
+    """Types that ggml does not have, numbered beyond its own (csrc/cpu/kernels.h)."""
+
+    F8_E4M3 = 63  # a float32 scale and 128 codes
+
+
+WeightType = GgmlType | OwnType
+
+
+class Relayout(IntEnum):
+    """How codes and scales that lie apart in a file are put together (csrc/io/relayout.h)."""
+
+    MXFP4 = 1
+    FP8_F32 = 2
+    FP8_BF16 = 3
+
+
+FP8_BLOCK = 128  # columns, and rows, that share a scale
+
+
 class BlockSize(NamedTuple):
     """``elements`` consecutive weights of a row are stored in ``num_bytes`` bytes."""
 
@@ -84,16 +104,18 @@ BLOCK_SIZES: dict[GgmlType, BlockSize] = {
     GgmlType.NVFP4: BlockSize(64, 36),
 }
 
+OWN_BLOCK_SIZES = {OwnType.F8_E4M3: BlockSize(FP8_BLOCK, 4 + FP8_BLOCK)}
+
 FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
-def row_bytes(ggml_type: GgmlType, cols: int) -> int:
+def row_bytes(ggml_type: WeightType, cols: int) -> int:
     """Return the bytes of one row of ``cols`` weights.
 
     Raises:
         CheckpointError: ``cols`` is not a whole number of the type's blocks.
     """
-    block = BLOCK_SIZES[ggml_type]
+    block = OWN_BLOCK_SIZES[ggml_type] if isinstance(ggml_type, OwnType) else BLOCK_SIZES[ggml_type]
     if cols % block.elements:
         raise CheckpointError(
             f"{ggml_type.name} stores blocks of {block.elements} weights, but a row has {cols}"
@@ -124,16 +146,51 @@ class MatrixFormat:
     ``transposed`` matrices (gpt-oss safetensors) are stored (cols, rows) and only in float types.
     """
 
-    ggml_type: GgmlType
+    ggml_type: WeightType
     rows: int
     cols: int
     transposed: bool = False
+    relayout: Relayout | None = None  # its codes and its scales are two spans of the file
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored matrix."""
         stored_rows, stored_cols = (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
         return stored_rows * row_bytes(self.ggml_type, stored_cols)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes in the file: all of the matrix, but for scales that lie apart."""
+        if self.relayout is None:
+            return self.num_bytes
+        return self.rows * self.cols // (2 if self.relayout is Relayout.MXFP4 else 1)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales that lie apart in the file."""
+        match self.relayout:
+            case None:
+                return 0
+            case Relayout.MXFP4:
+                return self.rows * self.cols // 32
+            case _:
+                scales = -(-self.rows // FP8_BLOCK) * (self.cols // FP8_BLOCK)
+                return scales * (4 if self.relayout is Relayout.FP8_F32 else 2)
+
+    @property
+    def codes_offset(self) -> int:
+        """Where in the slot's region the codes are read to: scales come first, then so far back that the
+        blocks, which are written from the region's start, never reach codes that are still to be moved.
+        """
+        if self.relayout is None:
+            return 0
+        page = DIRECT_IO_ALIGNMENT_BYTES
+        return max(region_bytes(self.scale_bytes), -(-(self.num_bytes - self.code_bytes) // page) * page)
+
+    @property
+    def region_bytes(self) -> int:
+        """Slot bytes that reading the matrix may touch."""
+        return self.codes_offset + region_bytes(self.code_bytes)
 
 
 class RowOrder(StrEnum):
@@ -187,13 +244,13 @@ class ExpertLayout:
         offsets, position = [], 0
         for matrix in self.matrices:
             offsets.append(position)
-            position += region_bytes(matrix.num_bytes)
+            position += matrix.region_bytes
         return tuple(offsets)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot that can hold any expert of this layer."""
-        return sum(region_bytes(matrix.num_bytes) for matrix in self.matrices)
+        return sum(matrix.region_bytes for matrix in self.matrices)
 
 
 def region_bytes(span_bytes: int) -> int:
@@ -206,11 +263,13 @@ def region_bytes(span_bytes: int) -> int:
 class ExpertIndex:
     """Where every expert of a checkpoint lies.
 
-    ``spans[key]`` has one span per matrix of ``layouts[key.layer_idx]``, in the same order.
+    ``spans[key]`` has one span per matrix of ``layouts[key.layer_idx]``, in the same order;
+    ``scale_spans[key]`` too, where the layer's scales lie apart.
     """
 
     layouts: Mapping[int, ExpertLayout] = field(default_factory=dict)
     spans: Mapping[ExpertKey, tuple[Span, ...]] = field(default_factory=dict)
+    scale_spans: Mapping[ExpertKey, tuple[Span, ...]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:

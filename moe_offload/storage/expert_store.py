@@ -40,6 +40,7 @@ class ExpertStore:
         self._slot_bytes = {layer_idx: layout.slot_bytes for layer_idx, layout in index.layouts.items()}
         self._expert_bytes = {layer_idx: layout.expert_bytes for layer_idx, layout in index.layouts.items()}
         self._segments: dict[ExpertKey, npt.NDArray[np.int64]] = {}
+        self._relayouts: dict[ExpertKey, npt.NDArray[np.int64]] = {}
         self._first_bytes: dict[ExpertKey, tuple[int, ...]] = {}  # of each matrix, from the slot's start
         self._keys: dict[int, ExpertKey] = {}  # of tickets not yet forgotten, for error messages
         self._prepare()
@@ -49,6 +50,9 @@ class ExpertStore:
         rows: list[tuple[int, int, int, int]] = []
         starts: dict[ExpertKey, tuple[int, int]] = {}
         for key, spans in self._index.spans.items():
+            if key in self._index.scale_spans:
+                self._prepare_scaled(key)
+                continue
             regions = self._index.layouts[key.layer_idx].region_offsets
             starts[key] = (len(rows), len(rows) + len(spans))
             for span, region in zip(spans, regions, strict=True):
@@ -58,7 +62,26 @@ class ExpertStore:
                 for span, region in zip(spans, regions, strict=True)
             )
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        self._segments = {key: table[start:end] for key, (start, end) in starts.items()}
+        self._segments |= {key: table[start:end] for key, (start, end) in starts.items()}
+
+    def _prepare_scaled(self, key: ExpertKey) -> None:
+        """Codes and scales are read apart into each matrix's region; its blocks begin where that does."""
+        layout, pages = self._index.layouts[key.layer_idx], DIRECT_IO_ALIGNMENT_BYTES
+        segments, relayouts = [], []
+        spans = zip(self._index.spans[key], self._index.scale_spans[key], strict=True)
+        places = zip(layout.matrices, layout.region_offsets, strict=True)
+        for (codes, scales), (matrix, region) in zip(spans, places, strict=True):
+            assert matrix.relayout is not None, f"{key} has scales, but its layout says nothing of them"
+            codes_region = region + matrix.codes_offset
+            segments.append((self._reader_ids[scales.file_id], scales.offset, scales.num_bytes, region))
+            segments.append((self._reader_ids[codes.file_id], codes.offset, codes.num_bytes, codes_region))
+            first_scale, first_code = region + scales.offset % pages, codes_region + codes.offset % pages
+            relayouts.append(
+                (int(matrix.relayout), first_scale, first_code, region, matrix.rows, matrix.cols)
+            )
+        self._segments[key] = np.array(segments, dtype=np.int64)
+        self._relayouts[key] = np.array(relayouts, dtype=np.int64)
+        self._first_bytes[key] = layout.region_offsets
 
     def slot_bytes(self, layer_idx: int) -> int:
         """Bytes of a slot that holds any expert of the layer."""
@@ -74,7 +97,7 @@ class ExpertStore:
 
     def read(self, key: ExpertKey, slot_address: int, *, speculative: bool) -> int:
         """Queue the expert's bytes into the slot at ``slot_address`` (4096-aligned); returns a ticket."""
-        ticket = self.reader.submit(self._segments[key], speculative, slot_address)
+        ticket = self.reader.submit(self._segments[key], speculative, slot_address, self._relayouts.get(key))
         self._keys[ticket] = key
         return ticket
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_offload.config import ModelSpec
-from moe_offload.errors import CheckpointError
 from moe_offload.storage.config_view import MAX_CONTEXT as MAX_CONTEXT
 from moe_offload.storage.config_view import MAX_EXPERTS as MAX_EXPERTS
 from moe_offload.storage.config_view import MAX_LAYERS as MAX_LAYERS
@@ -53,7 +52,6 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         CheckpointError: unknown model_type, a quantized checkpoint, or a number missing or out of range.
     """
     config = text_config(config)
-    refuse_quantization(config, where)
     model_type = config.get("model_type")
     family = find_family(model_type, where)
     view = ConfigView(config, family.defaults, where)
@@ -86,18 +84,3 @@ def next_token_layers(config: Mapping[str, Any], where: str) -> int:
     view = ConfigView(config, {}, where)
     stated = view.optional("num_nextn_predict_layers", "mtp_num_hidden_layers", low=0, high=MAX_LAYERS)
     return family.next_token_layers if stated is None else stated
-
-
-def refuse_quantization(config: Mapping[str, Any], where: str) -> None:
-    """safetensors weights must be F32, F16 or BF16; other methods are refused by their name."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    remedy = "use the unquantized (bf16) checkpoint, or a GGUF file of the model"
-    if method == "mxfp4":
-        remedy = "save the model once as bf16 with Mxfp4Config(dequantize=True) and open that folder"
-    raise CheckpointError(
-        f"{where}: the weights are quantized with {method!r:.80}, which is not supported from safetensors "
-        f"yet; F32, F16 and BF16 are: {remedy}"
-    )

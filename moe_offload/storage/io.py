@@ -20,6 +20,7 @@ __all__ = [
     "add_file",
     "io_mode_from_env",
     "open_reader",
+    "put_together",
 ]
 
 DEFAULT_NUM_IO_THREADS = 4  # each has one pread in flight; the threads sleep in the kernel
@@ -61,6 +62,11 @@ def add_file(reader: DirectReader, path: Path) -> int:
         raise CheckpointError(
             f"{path}: {error.strerror}; check that the file exists and may be read"
         ) from error
+
+
+def put_together(relayout: int, scales: int, codes: int, blocks: int, rows: int, cols: int) -> None:
+    """Put a matrix's codes and scales together in blocks, all by address (csrc/io/relayout.h)."""
+    _native.relayout(int(relayout), scales, codes, blocks, rows, cols)
 
 
 def add_files(reader: DirectReader, paths: Sequence[Path]) -> list[int]:

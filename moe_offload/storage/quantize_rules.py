@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_offload.errors import ConfigError
-from moe_offload.storage.expert_format import BLOCK_SIZES, GgmlType, row_bytes
+from moe_offload.storage.expert_format import BLOCK_SIZES, GgmlType, WeightType, row_bytes
 
 _K_QUANTS = frozenset({GgmlType.Q4_K, GgmlType.Q6_K})
 _FALLBACK = {GgmlType.Q4_K: GgmlType.Q5_0, GgmlType.Q6_K: GgmlType.Q8_0}
@@ -66,7 +66,7 @@ def matrix_type(quant: str, cols: int, *, is_output: bool = False) -> GgmlType |
     return wanted
 
 
-def float_values(raw: npt.NDArray[np.uint8], ggml_type: GgmlType) -> npt.NDArray[np.float32]:
+def float_values(raw: npt.NDArray[np.uint8], ggml_type: WeightType) -> npt.NDArray[np.float32]:
     """Return the float32 values of F32, F16 or BF16 bytes, flat."""
     if ggml_type is GgmlType.BF16:
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

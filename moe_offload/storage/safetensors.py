@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.expert_format import GgmlType, Span
+from moe_offload.storage.expert_format import GgmlType, OwnType, Relayout, Span, WeightType
 from moe_offload.storage.header_reader import HeaderReader, parse_json_object, read_json_object
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -27,16 +27,35 @@ DTYPE_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 WEIGHT_TYPES = {"F32": GgmlType.F32, "F16": GgmlType.F16, "BF16": GgmlType.BF16}
+SCALED_TYPES: dict[str, WeightType] = {"MXFP4": GgmlType.MXFP4, "F8_E4M3": OwnType.F8_E4M3}
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """The scales of a quantized tensor, and how reading puts them among its codes."""
+
+    relayout: Relayout
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsTensor:
-    """One header entry; ``span`` counts from the start of the file."""
+    """One header entry; ``span`` counts from the start of the file.
+
+    A quantized one has the shape of its weights, and ``scales`` (scaled_tensors.py).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     span: Span
+    scales: Scales | None = None
+
+
+def weight_type(tensor: SafetensorsTensor) -> WeightType | None:
+    """Return the type of its numbers; None for one that no kernel reads."""
+    types = WEIGHT_TYPES if tensor.scales is None else SCALED_TYPES
+    return types.get(tensor.dtype)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from moe_offload.storage.expert_format import (
     ExpertIndex,
     ExpertKey,
     ExpertLayout,
-    GgmlType,
     MatrixFormat,
+    Relayout,
     RowOrder,
     Span,
+    WeightType,
 )
 from moe_offload.storage.families import find_family
-from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, SafetensorsTensor
+from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, SafetensorsTensor, weight_type
 
 _K = TypeVar("_K")
 _EXPERTS = re.compile(
@@ -65,7 +66,7 @@ def index_experts(folder: SafetensorsFolder, spec: ModelSpec) -> FolderExperts:
             layouts[layer_idx] = finder.fused_layer(layer_idx, spans)
         else:
             layouts[layer_idx] = finder.split_layer(layer_idx, spans)
-    return FolderExperts(ExpertIndex(layouts, spans), dense_names)
+    return FolderExperts(ExpertIndex(layouts, spans, finder.scale_spans), dense_names)
 
 
 class _Finder:
@@ -75,6 +76,7 @@ class _Finder:
         self.moe_layers = frozenset(spec.moe_layers)
         self.split: defaultdict[int, dict[tuple[int, str], SafetensorsTensor]] = defaultdict(dict)
         self.fused: defaultdict[int, dict[str, SafetensorsTensor]] = defaultdict(dict)
+        self.scale_spans: dict[ExpertKey, tuple[Span, ...]] = {}
 
     def take(self, tensor: SafetensorsTensor) -> bool:
         """Keep ``tensor`` if it belongs to routed experts; say whether it does."""
@@ -127,7 +129,14 @@ class _Finder:
         for expert_id in range(spec.num_experts):
             key = ExpertKey(layer_idx, expert_id)
             spans[key] = tuple(found[expert_id, matrix].span for matrix in _SPLIT_ORDER)
-        matrices = tuple(MatrixFormat(types[matrix], *shapes[matrix]) for matrix in _SPLIT_ORDER)
+            if found[0, "gate"].scales is not None:
+                self.scale_spans[key] = tuple(
+                    _scale_span(found[expert_id, matrix]) for matrix in _SPLIT_ORDER
+                )
+        matrices = tuple(
+            MatrixFormat(types[matrix], *shapes[matrix], relayout=_relayout(found[0, matrix]))
+            for matrix in _SPLIT_ORDER
+        )
         return ExpertLayout(layer_idx, spec.num_experts, RowOrder.SPLIT, matrices)
 
     def fused_layer(self, layer_idx: int, spans: dict[ExpertKey, tuple[Span, ...]]) -> ExpertLayout:
@@ -141,7 +150,7 @@ class _Finder:
                 f"{self.folder.files[0].parent}: layer {layer_idx} has {next(iter(found.values())).name!r} "
                 f"but not its {missing[0]}_proj; a shard is missing: fetch it"
             )
-        transposed = self.family.transposed
+        transposed = self.family.transposed and found["gate_up"].scales is None
         sizes = {
             "gate_up": (2 * spec.moe_intermediate_size, spec.hidden_size),
             "down": (spec.hidden_size, spec.moe_intermediate_size),
@@ -152,21 +161,25 @@ class _Finder:
             weight_type = self.weight_type(tensor)
             stored = (cols, rows) if transposed else (rows, cols)
             self.check(tensor, (spec.num_experts, *stored), weight_type)
-            matrices.append(MatrixFormat(weight_type, rows, cols, transposed))
+            matrices.append(MatrixFormat(weight_type, rows, cols, transposed, _relayout(tensor)))
+        forms = [(found[matrix], form) for matrix, form in zip(_FUSED_ORDER, matrices, strict=True)]
         for expert_id in range(spec.num_experts):
-            spans[ExpertKey(layer_idx, expert_id)] = tuple(
-                _slice(found[matrix].span, expert_id, form.num_bytes)
-                for matrix, form in zip(_FUSED_ORDER, matrices, strict=True)
-            )
+            key = ExpertKey(layer_idx, expert_id)
+            spans[key] = tuple(_slice(tensor.span, expert_id, form.code_bytes) for tensor, form in forms)
+            if found["gate_up"].scales is not None:
+                self.scale_spans[key] = tuple(
+                    _slice(_scale_span(tensor), expert_id, form.scale_bytes) for tensor, form in forms
+                )
         order = RowOrder.INTERLEAVED if self.family.interleaved else RowOrder.GATE_UP
         return ExpertLayout(layer_idx, spec.num_experts, order, tuple(matrices))
 
-    def weight_type(self, tensor: SafetensorsTensor) -> GgmlType:
-        if tensor.dtype not in WEIGHT_TYPES:
+    def weight_type(self, tensor: SafetensorsTensor) -> WeightType:
+        found = weight_type(tensor)
+        if found is None:
             self.fail(tensor, f"has dtype {tensor.dtype}; experts must be {', '.join(WEIGHT_TYPES)}")
-        return WEIGHT_TYPES[tensor.dtype]
+        return found
 
-    def check(self, tensor: SafetensorsTensor, shape: tuple[int, ...], weight_type: GgmlType) -> None:
+    def check(self, tensor: SafetensorsTensor, shape: tuple[int, ...], weight_type: WeightType) -> None:
         if tensor.shape != shape:
             self.fail(tensor, f"has shape {tensor.shape}, but by config.json it must have {shape}")
         if self.weight_type(tensor) is not weight_type:
@@ -177,6 +190,15 @@ class _Finder:
 
     def fail(self, tensor: SafetensorsTensor, message: str) -> NoReturn:
         raise CheckpointError(f"{self.folder.files[tensor.span.file_id]}: tensor {tensor.name!r} {message}")
+
+
+def _relayout(tensor: SafetensorsTensor) -> Relayout | None:
+    return None if tensor.scales is None else tensor.scales.relayout
+
+
+def _scale_span(tensor: SafetensorsTensor) -> Span:
+    assert tensor.scales is not None, f"{tensor.name} has no scales, its layer's others have"
+    return tensor.scales.span
 
 
 def _slice(span: Span, index: int, num_bytes: int) -> Span:
