@@ -27,8 +27,9 @@ from moe_offload.cli import main
 from moe_offload.runtime import quantized
 from moe_offload.storage import quantize, quantize_file, quantize_rules
 from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.checkpoint_key import cache_folder
 from moe_offload.storage.expert_format import GgmlType
-from moe_offload.storage.quantize import cache_folder, quantize_once
+from moe_offload.storage.quantize import quantize_once
 from moe_offload.storage.quantize_plan import plan_quantization
 
 CHILD = Path(__file__).parent / "quantize_child.py"
@@ -39,7 +40,7 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 40, 41, 42]])
 def cache(tmp_path, monkeypatch):
     """A cache of its own for every test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_folder("quantized")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,11 +23,11 @@ from typing import NoReturn
 from moe_offload.config import MIB, gib
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key
 from moe_offload.storage.quantize_file import MAX_THREADS, Progress, read_spans, write_quantized
 from moe_offload.storage.quantize_plan import QuantPlan, quantized_checkpoint
 
 FORMAT_VERSION = 1  # of what the file holds and how its numbers are made
-SAMPLES, SAMPLE_BYTES = 32, 4096  # of each file of weights, for its identity
 DISK_RESERVE_BYTES = 64 * MIB
 POLL_S = 0.2
 PARTIAL, LOCK = ".partial", ".lock"
@@ -56,7 +55,7 @@ def quantize_once(
         ConfigError: the cache cannot be written, or the disk has too little room.
     """
     identity = _identity(plan)
-    path = cache_folder() / f"{_file_stem(plan)}-{plan.quant}-{identity[:16]}.gguf"
+    path = cache_folder("quantized") / f"{_file_stem(plan)}-{plan.quant}-{identity[:16]}.gguf"
     checkpoint = _open_cached(path, plan, identity, say)
     if checkpoint is not None:
         return checkpoint
@@ -72,13 +71,6 @@ def quantize_once(
     checkpoint = _open_cached(path, plan, identity, say)
     assert checkpoint is not None, f"{path} was removed as soon as it was written"
     return checkpoint
-
-
-def cache_folder() -> Path:
-    """Return where quantized files are kept: below XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "moe_offload" / "quantized"
 
 
 def default_threads() -> int:
@@ -158,30 +150,20 @@ def _file_stem(plan: QuantPlan) -> str:
 def _identity(plan: QuantPlan) -> str:
     """Return a hash of everything that the quantized file depends on.
 
-    Weights count by size, time of change and samples: reading them all would take as long as
-    quantizing. Samples tell apart what an archive gave the same times.
+    Weights count by size, samples and time of change: reading them all would take as long as
+    quantizing. (A copy that keeps its times shares the file; samples tell apart what an archive gave
+    the same times.)
     """
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {plan.quant}\n".encode())
-    digest.update(json.dumps(plan.source.config, sort_keys=True, default=str).encode())
+    source = plan.source
+    key = checkpoint_key(source).rpartition("-")[2]
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {plan.quant} {key}\n".encode())
     for tensor in plan.tensors:
         digest.update(f"{tensor.name} {tensor.ggml_type.name} {tensor.shape}\n".encode())
-        for source in tensor.sources:
-            digest.update(f"{source.span} {source.form}\n".encode())
-    for path in plan.source.files:
-        _add_file(digest, path)
+        for matrix in tensor.sources:
+            digest.update(f"{matrix.span} {matrix.form}\n".encode())
+    for path in source.files:
+        digest.update(f"{path.name} {path.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _add_file(digest: hashlib._Hash, path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-            for number in range(SAMPLES):
-                offset = max(0, status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1)
-                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, offset))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the disk") from error
 
 
 class _Wait:

@@ -137,7 +137,8 @@ def _dense_tensors(checkpoint: Checkpoint, quant: str, outputs: Mapping[str, boo
     for name, is_output in outputs.items():
         info = checkpoint.dense[name]
         ggml_type = matrix_type(quant, info.shape[-1], is_output=is_output)
-        if ggml_type is not None and info.ggml_type in FLOAT_TYPES and len(info.shape) == 2:
+        is_plain = info.ggml_type in FLOAT_TYPES and info.recipe is None and len(info.shape) == 2
+        if ggml_type is not None and is_plain:
             rows, cols = info.shape
             source = SourceMatrix(info.span, MatrixFormat(info.ggml_type, rows, cols))
             tensors.append(QuantTensor(name, ggml_type, info.shape, (source,)))
