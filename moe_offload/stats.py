@@ -24,6 +24,7 @@ class OffloadStats:
     prefetch_wasted_bytes: int = 0
     prefetch_cancelled: int = 0
     stream_bytes: int = 0  # read for prompts, past the decode cache
+    warm_bytes: int = 0  # read at the start, because an earlier run had used them most
     stall_s: float = 0.0  # compute waited for reads
     evictions: int = 0
     slots_given_back: int = 0
@@ -65,7 +66,7 @@ class OffloadStats:
     @property
     def bytes_read(self) -> int:
         """Bytes of experts read from storage, speculation included."""
-        return self.decode_bytes + self.stream_bytes
+        return self.decode_bytes + self.stream_bytes + self.warm_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Return every counter and the derived figures, ready for JSON: numbers that are known."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -318,6 +318,50 @@ class ExpertCache:
     def has_every_expert(self) -> bool:
         """Whether a prefetch could find nothing to do."""
         return all(len(pool.residents) == pool.num_experts for pool in self._pools)
+
+    # The start of a run (warm_start.py).
+
+    def preload(self, keys: Iterable[ExpertKey]) -> None:
+        """Queue reads of experts that shall become residents, in order, as far as there is room.
+
+        They are the last in the reader's queue and give way to whatever a step or a prompt needs;
+        ``absorb`` makes residents of what has arrived.
+        """
+        wanted = list(keys)
+        for pool in self._pools:
+            pool.preload(key for key in wanted if key.layer_idx in pool.table)
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether reads of ``preload`` have not become residents yet."""
+        return any(pool.warming for pool in self._pools)
+
+    def absorb(self) -> None:
+        """Make residents of what ``preload`` has read meanwhile; nothing while a step or stream is open."""
+        if self._open is None and self.is_warming:
+            self._tables = None
+            for pool in self._pools:
+                pool.absorb()
+
+    def policy_states(self) -> list[Mapping[str, NDArray[Any]]]:
+        """Return what each pool's policy has learned; empty where it keeps none of it."""
+        states = (getattr(pool.policy, "state", None) for pool in self._pools)
+        return [state() if state is not None else {} for state in states]
+
+    def restore_policies(self, states: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """Let policies go on from ``policy_states`` of the same policies; before any step.
+
+        Raises:
+            ValueError, KeyError: a state contradicts itself; the policies are then new ones.
+        """
+        try:
+            for pool, state in zip(self._pools, states, strict=len(states) > 0):
+                if state:
+                    pool.policy.restore(state)  # type: ignore[attr-defined]
+        except (ValueError, KeyError):
+            for pool in self._pools:
+                pool.policy = self._policy_factory()
+            raise
 
     # Memory.
 

@@ -15,12 +15,12 @@ def stream_experts(
     """Yield (expert_id, matrix addresses); see ``ExpertCache.stream``."""
     held: dict[int, Entry] = {}  # pinned, by expert id: what is there and what is being read ahead
     try:
-        _hold_what_is_there(pool, layer_idx, expert_ids, held)
+        warm = _hold_what_is_there(pool, layer_idx, expert_ids, held)
         unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
-        keepers = _choose_keepers(pool, layer_idx, expert_ids, num_tokens)
+        keepers = warm | _choose_keepers(pool, layer_idx, expert_ids, num_tokens, len(warm))
         for expert_id in expert_ids:
             if expert_id not in held and not pool.free:
-                pool.drain()  # only reads that nobody wants any more can be in the way
+                pool.free_one()
             _read_ahead(pool, layer_idx, unread, held)
             entry = held[expert_id]
             pool.wait(entry)
@@ -28,7 +28,8 @@ def stream_experts(
             del held[expert_id]
             entry.pins -= 1
             if entry.state is SlotState.STAGED:
-                (pool.admit if expert_id in keepers else pool.discard)(entry)
+                keeps = expert_id in keepers and len(pool.residents) < pool.capacity
+                (pool.admit if keeps else pool.discard)(entry)
     finally:
         for entry in held.values():
             entry.pins -= 1
@@ -38,8 +39,13 @@ def stream_experts(
 
 def _hold_what_is_there(
     pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], held: dict[int, Entry]
-) -> None:
-    """Pin residents and this layer's speculation; all other speculation leaves its slots."""
+) -> set[int]:
+    """Pin residents and this layer's speculation; all other speculation leaves its slots.
+
+    Returns:
+        The ids that were being read since the start: they become residents.
+    """
+    pool.absorb()
     wanted = set(expert_ids)
     for entry in pool.unclaimed():
         is_wanted = entry.key.layer_idx == layer_idx and entry.key.expert_id in wanted
@@ -49,6 +55,7 @@ def _hold_what_is_there(
     found = [there for i in expert_ids if (there := row[i]) is not None and pool.settle(there)]
     # One slot stays for what must be read, or a stream would wait for itself.
     room = pool.num_slots - len(pool.residents) - (len(found) < len(expert_ids))
+    warm = {entry.key.expert_id for entry in found if entry.key in pool.warming}
     for entry in found:
         if entry.state is not SlotState.RESIDENT:
             if room == 0:
@@ -58,10 +65,15 @@ def _hold_what_is_there(
             pool.claim(entry)
         entry.pins += 1
         held[entry.key.expert_id] = entry
+    return warm
 
 
 def _choose_keepers(
-    pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None
+    pool: SlotPool,
+    layer_idx: int,
+    expert_ids: Sequence[int],
+    num_tokens: Sequence[int] | None,
+    num_warm: int,
 ) -> set[int]:
     """Return which experts become residents: the most used, in free slots only.
 
@@ -72,7 +84,8 @@ def _choose_keepers(
     absent = [i for i in expert_ids if (entry := row[i]) is None or entry.state is not SlotState.RESIDENT]
     residents = sum(entry is not None and entry.state is SlotState.RESIDENT for entry in row)
     layer_share = pool.capacity * len(row) // pool.num_experts
-    count = max(0, min(layer_share - residents, pool.capacity - len(pool.residents)))
+    room = pool.capacity - len(pool.residents) - len(pool.warming) - num_warm
+    count = max(0, min(layer_share - residents - num_warm, room))
     uses = dict(zip(expert_ids, num_tokens, strict=True)) if num_tokens is not None else {}
     return set(sorted(absent, key=lambda expert_id: (-uses.get(expert_id, 0), expert_id))[:count])
 

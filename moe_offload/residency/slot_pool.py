@@ -6,7 +6,7 @@ One thread uses it: reads finish in the background, but a pool learns of it only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -97,6 +97,9 @@ class SlotPool:
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
         self.residents: dict[ExpertKey, Entry] = {}
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
+        self.warming: dict[
+            ExpertKey, Entry
+        ] = {}  # of the staged: read at the start for no step in particular
         self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
         self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
         self._layers_end = max(plan.layers) + 1
@@ -178,6 +181,12 @@ class SlotPool:
     def claim(self, entry: Entry) -> bool:
         """Take over a prefetch that is needed now; True when it was useful, False when it is late."""
         entry.unclaimed = False
+        if self.warming.pop(entry.key, None) is not None:
+            self.stats.warm_bytes += entry.num_bytes
+            if entry.state is SlotState.STAGED:
+                return True
+            self.store.promote(entry.ticket)
+            return False
         if entry.state is SlotState.STAGED:
             self.stats.prefetch_useful_bytes += entry.num_bytes
             return True
@@ -211,6 +220,8 @@ class SlotPool:
             return
         if entry.unclaimed:
             self.stats.prefetch_wasted_bytes += entry.num_bytes
+        if entry.key in self.warming:
+            self.stats.warm_bytes += entry.num_bytes
         self._remove(entry)
 
     def cancel(self, entry: Entry) -> bool:
@@ -225,7 +236,8 @@ class SlotPool:
     def make_room(self, count: int) -> None:
         """Free slots until there are ``count``, dearest last.
 
-        First abandoned reads that have finished, then speculation nobody claimed (oldest first),
+        First abandoned reads that have finished, then what was read at the start and is not resident yet
+        (coldest first), then speculation nobody claimed (oldest first),
         then residents, then waiting for reads that nobody wants any more. Where every expert has a
         slot of its own only such a read can be in the way.
         """
@@ -233,7 +245,7 @@ class SlotPool:
         if self.is_full_size:
             self.drain()
             return
-        for entry in self.unclaimed():
+        for entry in [*reversed(self.warming.values()), *self.unclaimed()]:
             if len(self.free) >= count:
                 return
             if self.settle(entry):
@@ -254,7 +266,8 @@ class SlotPool:
         """
         if self.draining:
             self.reap()
-        if self.free and (self.is_full_size or len(self.staged) + len(self.draining) < self.num_staging):
+        num_guesses = len(self.staged) - len(self.warming) + len(self.draining)
+        if self.free and (self.is_full_size or num_guesses < self.num_staging):
             return True
         farthest, distance = None, self._layers_until(key.layer_idx, after_layer)
         for entry in self.unclaimed():
@@ -276,6 +289,37 @@ class SlotPool:
         """Return the bytes of reads that have not finished."""
         entries = [entry for entry in self.staged.values() if entry.state is SlotState.IN_FLIGHT]
         return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
+
+    def preload(self, keys: Iterable[ExpertKey]) -> None:
+        """Queue the reads of experts that shall become residents: as many as there is room for."""
+        room = min(len(self.free), self.capacity - len(self.residents) - len(self.warming))
+        for key in keys:
+            if room <= 0:
+                return
+            if self.find(key) is None:
+                entry = self.read(key, speculative=True)
+                entry.unclaimed = False
+                self.warming[key] = entry
+                room -= 1
+
+    def absorb(self) -> None:
+        """Make residents of what ``preload`` has read meanwhile, as long as there is room."""
+        for entry in list(self.warming.values()):
+            if not self.store.done(entry.ticket) or self.settle(entry) is None:
+                continue
+            self.stats.warm_bytes += entry.num_bytes
+            del self.warming[entry.key]
+            if len(self.residents) < self.capacity:
+                self.admit(entry)
+            else:
+                self.discard(entry)
+
+    def free_one(self) -> None:
+        """Free a slot for a stream that has none: what nobody waits for is in the way."""
+        self.drain()
+        if not self.free and self.warming:
+            self.discard(next(reversed(self.warming.values())))
+            self.drain()
 
     def reap(self) -> None:
         """Free the slots of abandoned reads that have finished."""
@@ -300,7 +344,7 @@ class SlotPool:
         owners = [*self.residents.values(), *self.staged.values()]
         owners += [entry for row in self.table.values() for entry in row if entry is not None]
         entries = {entry.slot: entry for entry in owners}
-        self.residents, self.staged = {}, {}
+        self.residents, self.staged, self.warming = {}, {}, {}
         for row in self.table.values():
             row[:] = [None] * len(row)
         drained = {slot for _, slot in self.draining}
@@ -357,6 +401,7 @@ class SlotPool:
         if entry.unclaimed:
             self.stats.prefetch_wasted_bytes += entry.num_bytes
         del self.staged[entry.key]
+        self.warming.pop(entry.key, None)
         self.table[entry.key.layer_idx][entry.key.expert_id] = None
         self.draining.append((entry.ticket, entry.slot))
 
@@ -370,5 +415,6 @@ class SlotPool:
     def _remove(self, entry: Entry) -> None:
         owner = self.residents if entry.state is SlotState.RESIDENT else self.staged
         del owner[entry.key]
+        self.warming.pop(entry.key, None)
         self.table[entry.key.layer_idx][entry.key.expert_id] = None
         self.free.append(entry.slot)
