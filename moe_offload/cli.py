@@ -134,6 +134,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="eviction policy: horizon (default), ewma, lru, ...: docs/POLICIES.md",
     )
     group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
+    group.add_argument(
+        "--no-warm-start", action="store_true", help="forget what earlier runs used, and keep nothing"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")
     group.add_argument("--stats", action="store_true", help="print all counters to stderr at the end")
     lossy = parser.add_argument_group("fewer bits (this changes the tokens)")

@@ -75,6 +75,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             context=args.context,
             policy=args.policy,
             prefetch=not args.no_prefetch,
+            warm_start=not args.no_warm_start,
             num_threads=args.threads,
             allow_dense=args.allow_dense,
             quant=args.quant,

@@ -105,6 +105,7 @@ class RuntimeConfig:
     prefetch: bool = True
     num_threads: int | None = None
     allow_dense: bool = False
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:

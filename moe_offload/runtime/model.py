@@ -48,6 +48,7 @@ from moe_offload.runtime.offload import OffloadHandle, base_bytes
 from moe_offload.runtime.offloaded_class import offloaded_class
 from moe_offload.runtime.predictor_choice import PredictorChoice, choose_predictor, make_predictor
 from moe_offload.runtime.recorder import RoutingRecorder
+from moe_offload.runtime.warm import start_warm
 from moe_offload.stats import OffloadStats
 from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
@@ -74,6 +75,7 @@ def from_pretrained(
     prefetch: bool = True,
     num_threads: int | None = None,
     allow_dense: bool = False,
+    warm_start: bool = True,
     quant: str | None = None,
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -93,6 +95,8 @@ def from_pretrained(
         prefetch: read predicted experts early; changes time, never tokens.
         num_threads: native threads; default from affinity, cgroup quota and cores.
         allow_dense: load a model without experts wholly into memory.
+        warm_start: begin with what earlier runs of the checkpoint used most, and keep what this one uses,
+            in a small file below XDG_CACHE_HOME (~/.cache); changes time, never tokens.
         quant: "q8_0", "q4_0" or "q4_k": quantize a safetensors folder once, into a file in the user's
             cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
@@ -121,6 +125,7 @@ def from_pretrained(
         prefetch=prefetch,
         num_threads=num_threads,
         allow_dense=allow_dense,
+        warm_start=warm_start,
     )
     quant = None if quant is None else check_quant(quant)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
@@ -252,6 +257,8 @@ def _load(
             top_k=checkpoint.spec.top_k,
         )
         _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena)
+        if config.warm_start:
+            start_warm(model.offload, cache, checkpoint, config.policy)
     except BaseException:
         reader.close()
         arena.close()

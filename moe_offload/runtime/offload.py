@@ -70,6 +70,8 @@ class OffloadHandle:
         self.native_step: NativeStep | None = None
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
+        self.before_close: Callable[[], None] | None = None  # keeps what the run has learned
+        self.started_warm = False
         live_handles.add(self)
 
     @property
@@ -99,7 +101,12 @@ class OffloadHandle:
 
     def account(self, **choices: Any) -> dict[str, Any]:
         """Return ``choices``, the plan and the counters, ready for JSON: what a trace says of its run."""
-        return {**choices, "plan": asdict(self.plan), "stats": self.stats().as_dict()}
+        return {
+            **choices,
+            "warm_start": self.started_warm,
+            "plan": asdict(self.plan),
+            "stats": self.stats().as_dict(),
+        }
 
     def trace(self, *, router_logits: bool = False, router_inputs: bool = False) -> RoutingRecorder:
         """Return a recorder of what the routers choose inside ``with model.offload.trace() as recorder:``.
@@ -137,7 +144,10 @@ class OffloadHandle:
             raise ConfigError("offload.close() was called inside a forward of the model; call it afterwards")
         self._closed = True
         with self._lock:
+            if self.before_close is not None:
+                self.before_close()
             self.make_recorder = self.native_step = self.prefetcher = None  # they hold what holds this handle
+            self.before_close = None
             self._close_resources()
             self.cache = None
             live_handles.discard(self)
@@ -230,6 +240,8 @@ class OffloadHandle:
     def step(self, num_tokens: int, token_ids: Tensor | None = None) -> Iterator[None]:
         """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
         decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
+        if self.cache is not None and self.cache.is_warming:
+            self.cache.absorb()
         if self.prefetcher is not None:
             self.prefetcher.begin_step(None if token_ids is None else token_ids.reshape(-1).numpy())
         torch_threads = torch.get_num_threads()
@@ -272,6 +284,8 @@ class OffloadHandle:
     def layer_done(self, layer_idx: int) -> None:
         """Give memory back where others need it; report the prompt's progress, layer by layer."""
         self._relieve_memory()
+        if self.cache is not None and self.cache.is_warming:
+            self.cache.absorb()
         if self.on_prefill is not None:
             start, num_tokens, total_tokens = self._chunk
             share = (layer_idx + 1) / self.spec.num_hidden_layers
