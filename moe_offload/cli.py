@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     args = build_parser().parse_args(argv)
     try:
-        code = int(import_module(f"moe_offload.cli_{args.command}").run(args))
+        code = int(import_module(f"moe_offload.cli_{args.command.replace('-', '_')}").run(args))
         sys.stdout.flush()
         return code
     except (ConfigError, CheckpointError, BudgetError) as error:
@@ -84,6 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="record which experts are chosen", description=_TRACE)
     _add_model(trace)
     _add_trace(trace)
+    fit = commands.add_parser("fit-predictor", help="learn to guess a model's experts", description=_FIT)
+    _add_model(fit)
+    _add_fit(fit)
     plan = commands.add_parser("plan", help="foretell memory and speed from headers", description=_PLAN)
     _add_plan(plan)
     info = commands.add_parser("info", help="show this machine and what is used of it", description=_INFO)
@@ -100,6 +103,10 @@ headers only."""
 
 _TRACE = """Answer prompts and write down, for every token and layer, the experts that the router chose and
 their weights. Budget, policy and prefetch change the time and never the trace."""
+
+_FIT = """Run text through the model, fit the predictors that read experts ahead, and say how good they
+are on documents that they were not fitted on. The fit is kept beside the user's cache for this checkpoint
+and used from then on; it changes the time and never a token. See docs/PREDICTORS.md."""
 
 _INFO = """Show the machine, memory, instruction set, how disks are read, packages and what is off and why:
 paste it into a bug report."""
@@ -132,6 +139,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default="horizon",
         metavar="NAME",
         help="eviction policy: horizon (default), ewma, lru, ...: docs/POLICIES.md",
+    )
+    group.add_argument(
+        "--predictor",
+        default="auto",
+        metavar="NAME",
+        help="what guesses the next experts: auto (a fit of this checkpoint, or else cross_layer_gate), ...: "
+        "docs/PREDICTORS.md",
     )
     group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
     group.add_argument(
@@ -195,9 +209,33 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="plain text, also .xz; documents end at lines <|endoftext|>",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FIT.npz", help="default: the user's cache")
+    parser.add_argument("--tokens", type=int, default=30000, metavar="N", help="to fit on; default 30000")
+    parser.add_argument("--depth", type=int, default=2, metavar="N", help="layers ahead, 1 to 4; default 2")
+    parser.add_argument("--no-network", action="store_true", help="closed forms only: no onnx needed")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of documents")
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer (default: the model's generation config, else greedy)")
     group.add_argument("--system", metavar="TEXT", help="system message for the chat template")
+    group.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        dest="thinking",
+        default=None,
+        help="let the model think first, or not, where its chat template has the switch; "
+        "thinking is printed to stderr",
+    )
     group.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="default 256, or what the context allows"
     )

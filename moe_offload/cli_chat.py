@@ -20,8 +20,9 @@ PROMPT = "> "
 class Conversation:
     """Messages and the key/value cache of the tokens that were computed for them."""
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, system: str | None, thinking: bool | None = None) -> None:
         self._model, self._tokenizer, self._system = model, tokenizer, system
+        self._thinking = thinking  # None: as the template has it
         self.reset()
 
     def reset(self) -> None:
@@ -39,16 +40,18 @@ class Conversation:
         *,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        on_thinking: Callable[[str], None] | None = None,
     ) -> GenerationResult:
         """Answer ``text``; what the turns before have in common with this one is not computed again.
 
         Raises:
             BudgetError: the conversation has reached the end of the context. It stays as it was.
         """
-        from moe_offload.runtime.generate import encode_chat, run
+        from moe_offload.runtime.generate import run
+        from moe_offload.runtime.prompts import encode_chat
 
         messages = [*self.messages, {"role": "user", "content": text}]
-        input_ids = encode_chat(self._tokenizer, messages)
+        input_ids = encode_chat(self._tokenizer, messages, thinking=self._thinking)
         # The last token is computed again: generate() needs its logits.
         self._keep(min(_common_prefix(self._cached_ids, input_ids), len(input_ids) - 1))
         result = run(
@@ -60,6 +63,7 @@ class Conversation:
             max_new_tokens=max_new_tokens,
             stop=stop,
             past_key_values=self._cache,
+            on_thinking=on_thinking,
         )
         if result.token_ids:  # the newest token was chosen, but never went through the layers
             self._cached_ids = [*input_ids, *result.token_ids[:-1]]
@@ -87,19 +91,19 @@ def run(args: argparse.Namespace) -> int:
     cli_session.import_libraries()
     sampling = cli_session.make_sampling(args)
     tokenizer = cli_session.load_tokenizer(args)
-    _check_template(tokenizer, args.system)
+    _check_template(tokenizer, args.system, args.thinking)
     with cli_session.loaded_model(args, tokenizer) as loaded:
-        conversation = Conversation(loaded.model, tokenizer, args.system)
+        conversation = Conversation(loaded.model, tokenizer, args.system, args.thinking)
         _talk(args, loaded, conversation, sampling)
     return 0
 
 
-def _check_template(tokenizer: Any, system: str | None) -> None:
-    """Refuse a model without a chat template before its weights are read."""
-    from moe_offload.runtime.generate import encode_chat
+def _check_template(tokenizer: Any, system: str | None, thinking: bool | None) -> None:
+    """Refuse a model without a chat template, or without the switch, before its weights are read."""
+    from moe_offload.runtime.prompts import encode_chat
 
     messages = [{"role": "system", "content": system}] if system is not None else []
-    encode_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])
+    encode_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}], thinking=thinking)
 
 
 def _talk(
@@ -142,9 +146,15 @@ def _answer(
 ) -> None:
     context_tokens = loaded.model.offload.context_tokens
     try:
-        with cli_session.prompt_progress(loaded, cli_session.print_piece) as on_text:
+        takers = cli_session.print_piece, cli_session.print_thinking
+        with cli_session.prompt_progress(loaded, *takers) as (on_text, on_thinking):
             result = conversation.ask(
-                text, sampling, on_text, max_new_tokens=args.max_new_tokens, stop=args.stop
+                text,
+                sampling,
+                on_text,
+                max_new_tokens=args.max_new_tokens,
+                stop=args.stop,
+                on_thinking=on_thinking,
             )
     except (BudgetError, ConfigError) as error:
         print(f"moe-offload: {error}; /reset starts a new conversation", file=sys.stderr)

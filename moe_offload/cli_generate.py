@@ -26,10 +26,12 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = cli_session.make_sampling(args)
     tokenizer = cli_session.load_tokenizer(args)
-    input_ids = generate.encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw)
-    show: cli_session.OnText = _keep if args.json else cli_session.print_piece
+    input_ids = generate.encode_prompt(
+        tokenizer, prompt, system=args.system, raw=args.raw, thinking=args.thinking
+    )
+    takers = (_keep, _discard) if args.json else (cli_session.print_piece, cli_session.print_thinking)
     with cli_session.loaded_model(args, tokenizer) as loaded:
-        with cli_session.prompt_progress(loaded, show) as on_text:
+        with cli_session.prompt_progress(loaded, *takers) as (on_text, on_thinking):
             result = generate.run(
                 loaded.model,
                 tokenizer,
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
                 on_text,
                 max_new_tokens=args.max_new_tokens,
                 stop=args.stop,
+                on_thinking=on_thinking,
+                split=not args.raw,
             )
         print(json.dumps(_as_json(loaded, result), ensure_ascii=False) if args.json else "", flush=True)
         cli_session.report(args, result, loaded.model.offload)
@@ -82,6 +86,8 @@ def _as_json(loaded: cli_session.Loaded, result: GenerationResult) -> dict[str, 
     return {
         "model": str(loaded.path),
         "text": result.text,
+        "thinking": result.thinking,
+        "commentary": result.commentary,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
@@ -100,3 +106,7 @@ def _as_json(loaded: cli_session.Loaded, result: GenerationResult) -> dict[str, 
 
 def _keep(piece: str) -> None:
     """Print nothing now: the whole text comes in the JSON object."""
+
+
+def _discard(piece: str) -> None:
+    """The thinking comes in the JSON object, too."""

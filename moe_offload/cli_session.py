@@ -74,6 +74,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             experts=args.experts,
             context=args.context,
             policy=args.policy,
+            predictor=args.predictor,
             prefetch=not args.no_prefetch,
             warm_start=not args.no_warm_start,
             num_threads=args.threads,
@@ -92,20 +93,27 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
 
 
 @contextmanager
-def prompt_progress(loaded: Loaded, on_text: OnText) -> Iterator[OnText]:
-    """Show the prompt's progress in tokens until the first text comes through the yielded function."""
+def prompt_progress(loaded: Loaded, on_text: OnText, on_thinking: OnText) -> Iterator[tuple[OnText, OnText]]:
+    """Show the prompt's progress in tokens until the first text comes through one of what is yielded."""
     offload = loaded.model.offload
     progress = Progress("prompt", sys.stderr, lambda tokens: f"{tokens:.0f} tok")
+    last: list[OnText] = []
 
-    def first_ends_progress(piece: str) -> None:
-        offload.on_prefill = None
-        progress.end()
-        on_text(piece)
+    def ending_progress(taker: OnText) -> OnText:
+        def take(piece: str) -> None:
+            offload.on_prefill = None
+            progress.end()
+            if last == [on_thinking] and taker is on_text:
+                on_thinking("\n\n")
+            last[:] = [taker]
+            taker(piece)
+
+        return take
 
     offload.on_prefill = progress.update
     try:
         with progress:
-            yield first_ends_progress
+            yield ending_progress(on_text), ending_progress(on_thinking)
     finally:
         offload.on_prefill = None
 
@@ -114,6 +122,12 @@ def print_piece(piece: str) -> None:
     """Write a piece of the answer to stdout at once."""
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def print_thinking(piece: str) -> None:
+    """Write a piece of the model's thinking to stderr, dimmed on a terminal: stdout has the answer alone."""
+    sys.stderr.write(f"\x1b[2m{piece}\x1b[22m" if sys.stderr.isatty() else piece)
+    sys.stderr.flush()
 
 
 def report(args: argparse.Namespace, result: GenerationResult, offload: Any) -> None:

@@ -106,7 +106,8 @@ def test_what_may_begin_a_stop_string_waits():
 
 def test_a_beginning_that_leads_nowhere_is_printed_at_the_end():
     stream = TextStream(ByteTokenizer(), ["END"])
-    assert "".join(stream.push(byte) for byte in b"the EN") + stream.finish() == "the EN"
+    parts = [part for byte in b"the EN" for part in stream.push(byte)] + stream.finish()
+    assert "".join(part.text for part in parts) == "the EN"
     assert not stream.stopped
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.runtime.answer_parts import ANSWER, COMMENTARY, THINKING, Part, splitter_of
+from moe_offload.runtime.prompts import encode_chat as encode_chat
+from moe_offload.runtime.prompts import encode_prompt as encode_prompt
 from moe_offload.runtime.text_stream import TextStream
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -66,7 +69,7 @@ class Sampling:
 class GenerationResult:
     """An answer. ``str(result)`` is its text."""
 
-    text: str  # without stop strings and special tokens
+    text: str  # the answer, without stop strings and special tokens
     token_ids: list[int]  # all that were generated, the end-of-text token too
     finish_reason: str  # "stop": by the model or a stop string | "length" | "interrupted"
     prompt_tokens: int
@@ -75,6 +78,8 @@ class GenerationResult:
     decode_s: float  # from the first new token to the last
     seed: int | None = None  # what sampling started from; None for greedy
     stats: dict[str, Any] = field(default_factory=dict)  # OffloadStats.as_dict() after the run
+    thinking: str = ""  # what the model's markup sets apart from the answer
+    commentary: str = ""  # gpt-oss: what it says before it calls a tool
 
     @property
     def new_tokens(self) -> int:
@@ -101,6 +106,7 @@ def generate(
     stop: str | Sequence[str] = (),
     system: str | None = None,
     raw: bool = False,
+    thinking: bool | None = None,
     stream: bool | OnText = True,
     tokenizer: Any = None,
     **load_options: Any,
@@ -113,7 +119,8 @@ def generate(
         stop: texts that end the answer; they are not part of it.
         system: system message for the chat template.
         raw: continue ``prompt`` as it is; otherwise the chat template is applied, where there is one.
-        stream: True prints to stdout, False does not, a function is called with each piece of text.
+        thinking: turns the chat template's switch on or off, where it has one.
+        stream: True prints to stdout, False does not, a function is called with each piece of the answer.
         **load_options: ``ram``, ``experts``, ``context`` and the rest of ``from_pretrained``.
 
     Raises:
@@ -135,11 +142,18 @@ def generate(
         raise ConfigError(
             "a loaded model needs its tokenizer: pass tokenizer=moe_offload.load_tokenizer(path)"
         )
-    input_ids = encode_prompt(tokenizer, prompt, system=system, raw=raw)
+    input_ids = encode_prompt(tokenizer, prompt, system=system, raw=raw, thinking=thinking)
     loaded: Any = model if path is None else _load(path, load_options)
     try:
         result = run(
-            loaded, tokenizer, input_ids, sampling, on_text, max_new_tokens=max_new_tokens, stop=stop
+            loaded,
+            tokenizer,
+            input_ids,
+            sampling,
+            on_text,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            split=not raw,
         )
     finally:
         if path is not None:
@@ -157,49 +171,6 @@ def _load(path: str | Path, load_options: dict[str, Any]) -> Any:
     return from_pretrained(path, **load_options)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
-    """Return the token ids of a prompt, through the chat template unless ``raw`` or there is none.
-
-    Raises:
-        ConfigError: the prompt is empty, or a system message has no template to go into.
-    """
-    if not prompt:
-        raise ConfigError("the prompt is empty; give at least one character")
-    if not raw and tokenizer.chat_template:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
-    if system is not None:
-        why = "raw was asked for" if raw else "this model has no chat template"
-        raise ConfigError(
-            f"a system message goes into the chat template, but {why}; leave out one of the two"
-        )
-    input_ids: list[int] = tokenizer(prompt)["input_ids"]
-    if not input_ids:
-        raise ConfigError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}; give another one")
-    return input_ids
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a conversation, up to where the model's answer begins.
-
-    Raises:
-        ConfigError: there is no chat template, or it refuses the conversation.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "this model has no chat template, so it was not made for conversations; "
-            "use moe-offload generate --raw, which continues a text"
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
-    input_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return input_ids
-
-
 def run(
     model: Any,
     tokenizer: Any,
@@ -210,8 +181,13 @@ def run(
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
     past_key_values: Any = None,
+    on_thinking: OnText | None = None,
+    split: bool = True,
 ) -> GenerationResult:
     """Generate after ``input_ids`` and hand over the text piece by piece.
+
+    Where the model's family marks its thinking, that goes to ``on_thinking`` and not to ``on_text``;
+    ``split=False`` takes everything for the answer.
 
     Ctrl-C ends it with what there is, ``finish_reason="interrupted"``. Tokens that
     ``past_key_values`` holds already are the beginning of ``input_ids`` and are not computed again.
@@ -226,11 +202,15 @@ def run(
     config.max_new_tokens = _room(model.offload, len(input_ids), max_new_tokens)
     config.max_length = None
     eos_ids = _eos_ids(config)
+    if tokenizer.eos_token_id is not None:  # the end of a turn, where the configuration names another end
+        eos_ids.add(tokenizer.eos_token_id)
+        config.eos_token_id = sorted(eos_ids)
     if config.pad_token_id is None and eos_ids:
         config.pad_token_id = min(eos_ids)
-    watcher = _Watcher(
-        TextStream(tokenizer, stop, input_ids[-CONTEXT_IDS:]), len(input_ids), eos_ids, on_text
-    )
+    splitter = splitter_of(tokenizer, input_ids) if split else None
+    stream = TextStream(tokenizer, stop, input_ids[-CONTEXT_IDS:], splitter)
+    takers = {ANSWER: on_text, THINKING: on_thinking or _discard, COMMENTARY: on_thinking or _discard}
+    watcher = _Watcher(stream, len(input_ids), eos_ids, takers)
     cached_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = torch.tensor([input_ids], dtype=torch.long)
     interrupted = False
@@ -252,7 +232,9 @@ def run(
     watcher.finish()
     ended_by_model = watcher.stream.stopped or watcher.token_ids[-1:] in [[eos_id] for eos_id in eos_ids]
     return GenerationResult(
-        text="".join(watcher.pieces),
+        text=watcher.text(ANSWER),
+        thinking=watcher.text(THINKING),
+        commentary=watcher.text(COMMENTARY),
         token_ids=watcher.token_ids,
         finish_reason="interrupted" if interrupted else ("stop" if ended_by_model else "length"),
         prompt_tokens=len(input_ids),
@@ -323,10 +305,16 @@ class _Watcher(StoppingCriteria):  # type: ignore[misc]
     (A transformers streamer would see a token only after that question.)
     """
 
-    def __init__(self, stream: TextStream, prompt_tokens: int, eos_ids: set[int], on_text: OnText) -> None:
-        self.stream, self.pieces, self.token_ids = stream, list[str](), list[int]()
+    def __init__(
+        self, stream: TextStream, prompt_tokens: int, eos_ids: set[int], takers: Mapping[str, OnText]
+    ) -> None:
+        self.stream, self.parts, self.token_ids = stream, list[Part](), list[int]()
         self.first_token_at = self.last_token_at = 0.0
-        self._seen, self._eos_ids, self._on_text = prompt_tokens, eos_ids, on_text
+        self._seen, self._eos_ids, self._takers = prompt_tokens, eos_ids, takers
+
+    def text(self, kind: str) -> str:
+        """Return all the text of a kind."""
+        return "".join(part.text for part in self.parts if part.kind == kind)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new_ids = input_ids[0, self._seen :].tolist()
@@ -343,10 +331,10 @@ class _Watcher(StoppingCriteria):  # type: ignore[misc]
         """Hand over what was held back."""
         self._say(self.stream.finish())
 
-    def _say(self, piece: str) -> None:
-        if piece:
-            self.pieces.append(piece)
-            self._on_text(piece)
+    def _say(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self.parts.append(part)
+            self._takers[part.kind](part.text)
 
 
 def _print_piece(piece: str) -> None:

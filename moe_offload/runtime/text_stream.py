@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moe_offload.errors import ConfigError
+from moe_offload.runtime.answer_parts import ANSWER, Part, Splitter, WholeAnswer, beginning_at_the_end
 
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not a character, or not yet
 MAX_PENDING = 3  # a UTF-8 character has at most three bytes before its last one
@@ -94,7 +95,7 @@ class StopStrings:
             end, self.found = min(matches, key=lambda match: (match[0], -len(match[1])))
             passed, self._held = self._held[: end - len(self.found)], ""
             return passed
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((beginning_at_the_end(self._held, stop) for stop in self._stop), default=0)
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return passed
 
@@ -104,16 +105,23 @@ class StopStrings:
         return passed
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that is a beginning of ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
 class TextStream:
-    """Tokens of one answer in, printable text out, stop strings and half characters withheld."""
+    """Tokens of one answer in, its parts out, stop strings and half characters withheld.
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), context_ids: Sequence[int] = ()) -> None:
+    Args:
+        stop: texts that end the answer; thinking may speak of them.
+        context_ids: tokens before the answer, which are not printed.
+        splitter: tells thinking from answer; by default everything is answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stop: Sequence[str] = (),
+        context_ids: Sequence[int] = (),
+        splitter: Splitter | None = None,
+    ) -> None:
+        self._tokenizer, self._splitter = tokenizer, splitter or WholeAnswer()
         self._decoder = TokenDecoder(tokenizer, context_ids)
         self._stop = StopStrings(stop)
 
@@ -122,11 +130,20 @@ class TextStream:
         """Whether a stop string has come."""
         return self._stop.found is not None
 
-    def push(self, token_id: int) -> str:
-        """Return the text that this token sets free."""
-        return self._stop.push(self._decoder.push(token_id))
+    def push(self, token_id: int) -> list[Part]:
+        """Return the parts that this token sets free."""
+        mark = self._splitter.marks.get(token_id)
+        if mark is None:
+            return self._passed(self._splitter.push(self._decoder.push(token_id)))
+        parts = self._splitter.push(self._decoder.finish()) + self._splitter.mark(mark)
+        self._decoder = TokenDecoder(self._tokenizer)
+        return self._passed(parts)
 
-    def finish(self) -> str:
-        """Return the rest of the text; call once, at the end."""
-        rest = self._stop.push(self._decoder.finish())
-        return rest + self._stop.finish()
+    def finish(self) -> list[Part]:
+        """Return the rest; call once, at the end."""
+        rest = self._passed(self._splitter.push(self._decoder.finish()) + self._splitter.finish())
+        return rest + [Part(ANSWER, text) for text in [self._stop.finish()] if text]
+
+    def _passed(self, parts: Sequence[Part]) -> list[Part]:
+        passed = [Part(kind, self._stop.push(text) if kind == ANSWER else text) for kind, text in parts]
+        return [part for part in passed if part.text]
