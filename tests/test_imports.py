@@ -35,6 +35,7 @@ READING_ORDER = [
         "plan_plot",
         "cli",
         "cli_chat",
+        "cli_fit_predictor",
         "cli_generate",
         "cli_info",
         "cli_inspect",

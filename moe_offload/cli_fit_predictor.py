@@ -1,0 +1,158 @@
+"""`moe-offload fit-predictor`: record a text's routing, fit the predictors, keep them for this checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_offload import cli_session
+from moe_offload.config import DEMO_MODEL, gib
+from moe_offload.errors import ConfigError
+from moe_offload.terminal import Progress
+
+if TYPE_CHECKING:
+    from moe_offload.predictors.fit import Fitter, Recording
+    from moe_offload.predictors.fit_file import PredictorFit
+
+HELD_OUT_SHARE = 0.15
+HELD_OUT_TOKENS = 3000
+MEMORY_SHARE = 0.3  # of what the machine has free, for a recording
+MIN_GAIN = 0.002  # of recall, for which a network is worth its cost
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, report on held-out documents, write; return 0."""
+    _check(args)
+    cli_session.import_libraries()
+    from moe_offload.predictors import fit_file
+    from moe_offload.runtime import fit_recording
+    from moe_offload.runtime.predictor_choice import fit_path
+    from moe_offload.storage.checkpoint import open_checkpoint
+    from moe_offload.storage.checkpoint_key import checkpoint_key
+
+    documents = fit_recording.read_documents(args.text)
+    fitted, held_out = fit_recording.split_documents(documents, HELD_OUT_SHARE, args.seed)
+    checkpoint = open_checkpoint(args.model or DEMO_MODEL)
+    output = args.output or fit_path(checkpoint)
+    args.no_prefetch, args.context = True, fit_recording.WINDOW_TOKENS
+    tokenizer = cli_session.load_tokenizer(args)
+    with cli_session.loaded_model(args, tokenizer) as loaded:
+        model = loaded.model
+        recordings = [
+            _record(model, tokenizer, texts, count, label)
+            for texts, count, label in (
+                (fitted, _affordable(model, args.tokens), "recording"),
+                (held_out, min(HELD_OUT_TOKENS, args.tokens), "recording held-out text"),
+            )
+        ]
+        fitter = make_fitter(model, recordings[0], args.depth, checkpoint_key(checkpoint))
+        _fit(fitter, network=not args.no_network)
+        layouts = checkpoint.experts.layouts.values()
+        expert_bytes = sum(layout.expert_bytes for layout in layouts) / len(layouts)
+        report(model, fitter.fit, recordings[1], expert_bytes)
+    fit_file.write_fit(output, fitter.fit)
+    _print(fitter.fit, output)
+    return 0
+
+
+def make_fitter(model: Any, recording: Recording, depth: int, key: str) -> Fitter:
+    """Return the fitter of a loaded model's routers."""
+    from moe_offload.errors import CheckpointError
+    from moe_offload.predictors.fit import Fitter
+    from moe_offload.runtime import skeleton
+    from moe_offload.runtime.predictor_choice import norms_of
+
+    routers = {layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in recording.layers}
+    try:
+        norms = norms_of(model, list(recording.layers))
+    except CheckpointError:
+        norms = {}
+    return Fitter(recording, routers, norms, depth=depth, checkpoint=key)
+
+
+def report(model: Any, fit: PredictorFit, held_out: Recording, expert_bytes: float) -> None:
+    """Measure the gate and the fitted predictors on held-out text; put it into ``fit.report``."""
+    from moe_offload.predictors.evaluate import evaluate, summarize
+    from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
+
+    results = {}
+    for name in ("cross_layer_gate", "hybrid", *(["learned"] if fit.groups.get("network") else [])):
+        predictor = make_predictor(PredictorChoice(name, fit), model, list(fit.layers), depth=fit.depth)
+        assert predictor is not None
+        with Progress(f"measuring {name}", sys.stderr, lambda tokens: f"{tokens:.0f} tok") as progress:
+            evaluation = evaluate(predictor, held_out, fit.num_experts, progress.update)
+        results[name] = summarize(evaluation, fit.top_k, expert_bytes, fit.depth)
+    fit.report["held_out"] = {"tokens": held_out.num_tokens, "expert_bytes": expert_bytes, **results}
+    fit.report["best"] = _best(results)
+
+
+def _best(results: dict[str, Any]) -> str:
+    """Return "learned" where its network finds more than the linear one, one layer ahead."""
+    if "learned" not in results:
+        return "hybrid"
+    recall = {name: results[name]["ahead"]["1"]["recall"] for name in ("hybrid", "learned")}
+    return "learned" if recall["learned"] > recall["hybrid"] + MIN_GAIN else "hybrid"
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 1 <= args.depth <= 4:
+        raise ConfigError(f"--depth {args.depth}: from 1 to 4 layers ahead can be fitted")
+    if args.tokens < 1000:
+        raise ConfigError(f"--tokens {args.tokens}: at least 1000 are needed; 30000 is a good number")
+    if args.output is not None and args.output.suffix != ".npz":
+        raise ConfigError(f"-o {args.output}: a fit is an .npz file")
+
+
+def _affordable(model: Any, tokens: int) -> int:
+    """Return how many of ``tokens`` a recording may have in the memory that is free; say if fewer."""
+    from moe_offload.residency.memory import available_bytes
+    from moe_offload.runtime.fit_recording import recording_bytes_per_token
+
+    spec = model.offload.spec
+    per_token = recording_bytes_per_token(len(spec.moe_layers), spec.hidden_size, spec.top_k)
+    most = int(MEMORY_SHARE * available_bytes() / per_token)
+    if most < tokens:
+        print(
+            f"moe-offload: note: {tokens} tokens would take {gib(per_token * tokens)}; {most} are recorded",
+            file=sys.stderr,
+        )
+    return min(tokens, most)
+
+
+def _record(model: Any, tokenizer: Any, documents: list[str], tokens: int, label: str) -> Recording:
+    from moe_offload.runtime.fit_recording import record
+
+    with Progress(label, sys.stderr, lambda done: f"{done:.0f} tok") as progress:
+        return record(model, tokenizer, documents, tokens, on_progress=progress.update)
+
+
+def _fit(fitter: Fitter, *, network: bool) -> None:
+    with Progress("counting", sys.stderr):
+        fitter.counts()
+        fitter.gates()
+    stages = [("fitting low rank", fitter.low_rank), ("fitting", fitter.hybrid)]
+    if network:
+        stages.append(("training", fitter.network))
+    for label, stage in stages:
+        with Progress(label, sys.stderr, lambda done: f"{done:.0f} layers") as progress:
+            stage(progress.update)
+
+
+def _print(fit: PredictorFit, output: Path) -> None:
+    """Print one line for each predictor and distance, then where the fit is."""
+    held_out = fit.report["held_out"]
+    names = [name for name in held_out if isinstance(held_out[name], dict)]
+    print(f"held-out text, {held_out['tokens']} tokens; top {fit.top_k} of {fit.num_experts}")
+    print(
+        f"{'predictor':18} {'ahead':>5} {'recall':>7} {'experts for .97':>16} {'calibration':>12} {'µs':>6}"
+    )
+    for name in names:
+        for ahead, row in held_out[name]["ahead"].items():
+            needed = row["guesses_for_recall"]["0.97"]
+            cost = f"{held_out[name]['predict_us'][0]:6.0f}" if ahead == "1" else ""
+            error = row["calibration_error"]
+            print(f"{name:18} {ahead:>5} {row['recall']:7.3f} {needed:16.2f} {error:12.3f} {cost}")
+    size = gib(output.stat().st_size)
+    print(f"{output}: {size}; the best is {fit.report['best']}")
