@@ -1,10 +1,11 @@
 // Table of contents of moe_offload._native: each group registers the functions that Python sees.
 #include <pybind11/pybind11.h>
 
-void register_ops(pybind11::module_& m);       // csrc/cpu/bindings_ops.cpp: arithmetic v1, thread pool
-void register_io(pybind11::module_& m);        // csrc/io/bindings_io.cpp: arena, direct reader
-void register_decode(pybind11::module_& m);    // csrc/decode/bindings_decode.cpp: the native decode step
-void register_planning(pybind11::module_& m);  // csrc/planning/bindings_planning.cpp: the horizon policy
+void register_ops(pybind11::module_& m);        // csrc/cpu/bindings_ops.cpp: arithmetic v1, thread pool
+void register_io(pybind11::module_& m);         // csrc/io/bindings_io.cpp: arena, direct reader
+void register_decode(pybind11::module_& m);     // csrc/decode/bindings_decode.cpp: the native decode step
+void register_planning(pybind11::module_& m);   // csrc/planning/bindings_planning.cpp: the horizon policy
+void register_scheduler(pybind11::module_& m);  // csrc/planning/bindings_scheduler.cpp: CPU or GPU, by expert
 
 PYBIND11_MODULE(_native, m) {
     m.doc() =
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_native, m) {
     register_io(m);
     register_decode(m);
     register_planning(m);
+    register_scheduler(m);
 }

@@ -1,7 +1,6 @@
 """Types of the native extension; contracts stand in the headers under csrc/."""
 
 from collections.abc import Sequence
-
 from typing import Any
 
 import numpy as np
@@ -156,6 +155,15 @@ class DecodeStep:
     def experts(self, layer: int, addresses: list[int]) -> None: ...
     def expert_rows(self, layer: int, positions: list[int], addresses: list[int]) -> None: ...
     def add_expert_rows(self, layer: int) -> None: ...
+    def run(
+        self,
+        first: int,
+        keys_values: list[tuple[int, int]],
+        capacity: int,
+        num_tokens: int,
+        tables: list[int],
+    ) -> int: ...
+    def choices(self) -> list[tuple[list[int], list[float]]]: ...
     def logits(self, out: int) -> None: ...
 
 # csrc/planning/bindings_planning.cpp
@@ -182,3 +190,15 @@ class HorizonTable:
     def forecasts(self) -> npt.NDArray[np.float32]: ...
     def parts(self) -> npt.NDArray[np.float32]: ...
     def set_parts(self, layers: list[int], values: npt.NDArray[np.float32]) -> None: ...
+
+# csrc/planning/bindings_scheduler.cpp; one entry per expert
+
+def schedule_layer(
+    cpu_s: npt.NDArray[np.float64],
+    gpu_s: npt.NDArray[np.float64],
+    on_gpu: npt.NDArray[np.bool_],
+    in_ram: npt.NDArray[np.bool_],
+    copy_s: float,
+    cpu_start_s: float,
+    gpu_start_s: float,
+) -> tuple[npt.NDArray[np.bool_], float]: ...

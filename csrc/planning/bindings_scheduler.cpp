@@ -1,0 +1,43 @@
+// What Python sees of the scheduler; moe_offload/planning/scheduler.py is the only caller.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "planning/scheduler.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Seconds = py::array_t<double, py::array::c_style>;
+using Flags = py::array_t<bool, py::array::c_style>;
+
+template <class T, class Array>
+std::vector<T> vector_of(const char* argument, const Array& array, py::ssize_t length) {
+    if (array.ndim() != 1 || array.shape(0) != length)
+        throw py::value_error(std::string("schedule_layer: ") + argument + " must have one entry per expert");
+    return std::vector<T>(array.data(), array.data() + length);
+}
+
+py::tuple schedule_layer(const Seconds& cpu_s, const Seconds& gpu_s, const Flags& on_gpu, const Flags& in_ram,
+                         double copy_s, double cpu_start_s, double gpu_start_s) {
+    const py::ssize_t n = cpu_s.ndim() == 1 ? cpu_s.shape(0) : -1;
+    const moe::LayerWork work{vector_of<double>("cpu_s", cpu_s, n),
+                              vector_of<double>("gpu_s", gpu_s, n),
+                              vector_of<uint8_t>("on_gpu", on_gpu, n),
+                              vector_of<uint8_t>("in_ram", in_ram, n),
+                              copy_s,
+                              cpu_start_s,
+                              gpu_start_s};
+    const moe::Schedule schedule = moe::schedule_layer(work);
+    Flags chosen(n);
+    std::copy(schedule.on_gpu.begin(), schedule.on_gpu.end(), chosen.mutable_data());
+    return py::make_tuple(chosen, schedule.finish_s);
+}
+
+}  // namespace
+
+void register_scheduler(py::module_& m) {
+    m.def("schedule_layer", schedule_layer, py::arg("cpu_s"), py::arg("gpu_s"), py::arg("on_gpu"),
+          py::arg("in_ram"), py::arg("copy_s"), py::arg("cpu_start_s"), py::arg("gpu_start_s"),
+          "Which experts run on the GPU, and when the later side finishes");
+}
