@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from moe_offload.trace import write_trace
 
     encoded = [generate.encode_prompt(tokenizer, prompt, raw=args.raw) for prompt in prompts]
+    args.no_warm_start = True  # a trace is replayed from cold
     with (
         cli_session.loaded_model(args, tokenizer) as loaded,
         loaded.model.offload.trace(router_logits=args.logits, router_inputs=args.inputs) as recorder,

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from moe_offload.residency import warm_start
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch
 
 # What one run leaves behind for the next is not the next test's business; test_warm_start.py asks for it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moe_offload_tests_")
+
+warm_start.enabled = False
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=5_000)  # make fuzz
