@@ -133,7 +133,7 @@ def times_of(curve: Sequence[tuple[int, float]], num_tokens: NDArray[np.int64]) 
         curve: (tokens, seconds), ascending; beyond its end the last slope goes on.
     """
     tokens, seconds = np.array(curve, np.float64).T
-    times = np.interp(num_tokens, tokens, seconds)
+    times: NDArray[np.float64] = np.interp(num_tokens, tokens, seconds)
     if len(curve) > 1:
         slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
         times = np.where(num_tokens > tokens[-1], seconds[-1] + slope * (num_tokens - tokens[-1]), times)
