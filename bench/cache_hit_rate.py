@@ -30,6 +30,7 @@ from hit_rate_report import print_tables, write_files
 from trace_statistics import segment_cache_hit_rates, segment_routing
 
 from moe_offload.config import PoolPlan, parse_bytes
+from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import ORACLES, POLICIES, make_policy
 from moe_offload.replay import layer_pools, replay
@@ -48,6 +49,8 @@ def main() -> int:
     args = parse_args()
     started = time.perf_counter()
     try:
+        if args.profile:
+            use_profile(args)
         names = policy_names(args.policies)
         TRACES.extend((path.stem, load(path, args)) for path in args.trace)
         if args.as_run:
@@ -83,6 +86,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--expert-bytes", help="of one expert; default: the trace's, else 1 MiB is assumed")
     parser.add_argument("--max-tokens", type=int, help="only the first tokens of each trace")
     parser.add_argument("--phase", choices=["decode", "all"], default="decode", help="which tokens count")
+    parser.add_argument(
+        "--profile", help="device profile, by name or file: its figures instead of the next two"
+    )
+    parser.add_argument(
+        "--tier", choices=["disk", "link"], default="disk", help="what misses cross on the profile's device"
+    )
     parser.add_argument("--link-bytes-per-s", type=float, default=2e9, help="of the modelled device")
     parser.add_argument("--latency-s", type=float, default=1e-4, help="of a read on the modelled device")
     parser.add_argument(
@@ -101,6 +110,15 @@ def policy_names(text: str) -> list[str]:
     return (
         [*POLICIES, *ORACLES] if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     )
+
+
+def use_profile(args: argparse.Namespace) -> None:
+    """Take bandwidth and latency of a tier from the device profile; a latency that it lacks is none."""
+    profile = load_profile(args.profile)
+    name = "read_bandwidth" if args.tier == "disk" else "to_device_bandwidth"
+    args.link_bytes_per_s = profile.value(args.tier, name)
+    latency = profile.figures[args.tier].get("latency")
+    args.latency_s = latency.value if latency else 0.0
 
 
 def check_names(names: list[str]) -> None:
@@ -276,6 +294,7 @@ def card(args: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": commit(),
         "seed": args.seed,
+        "profile": args.profile,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "link_bytes_per_s": args.link_bytes_per_s,

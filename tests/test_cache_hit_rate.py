@@ -178,6 +178,22 @@ def test_what_cannot_be_replayed_is_refused(capsys, monkeypatch, trace_file, arg
     assert code == 2 and message in err
 
 
+def test_times_are_modelled_on_a_device_profile(capsys, monkeypatch, trace_file):
+    arguments = ("--trace", trace_file, "--policies", "lru", "--slots", "3", "--no-statistics")
+    options = {
+        "disk": ("--profile", "rtx-4060-laptop"),
+        "link": ("--profile", "rtx-4060-laptop", "--tier", "link"),
+    }
+    seconds = {}
+    for tier, option in options.items():
+        _, _, result, _ = run(capsys, monkeypatch, *arguments, *option)
+        assert result["profile"] == "rtx-4060-laptop"
+        seconds[tier] = result["results"][0]["modelled_read_s_per_token"]
+    assert seconds["disk"] > 3.5 * seconds["link"]  # 3.5 GB/s and a latency against 15.75 GB/s
+    code, _, _, err = run(capsys, monkeypatch, *arguments, "--profile", "cpu-laptop-16gb", "--tier", "link")
+    assert code == 2 and "has no link.to_device_bandwidth" in err
+
+
 def test_without_matplotlib_it_says_so(capsys, monkeypatch, trace_file, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, _, err = run(
