@@ -93,6 +93,26 @@ void add_expert_rows(DecodeStep& step, int64_t layer) {
     without_gil([&] { step.add_expert_rows(layer); });
 }
 
+// (key address, value address) by layer; tables by layer, 0 where there are no experts.
+int64_t run(DecodeStep& step, int64_t first, const std::vector<std::pair<uint64_t, uint64_t>>& keys_values,
+            int64_t capacity, int64_t num_tokens, const std::vector<uint64_t>& tables) {
+    std::vector<CachedTokens> cached;
+    for (const auto& [keys, values] : keys_values)
+        cached.push_back(
+            {reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity, num_tokens});
+    std::vector<const uint64_t*> addresses;
+    for (uint64_t table : tables) addresses.push_back(reinterpret_cast<const uint64_t*>(table));
+    int64_t stopped = 0;
+    without_gil([&] { stopped = step.run(first, cached, addresses); });
+    return stopped;
+}
+
+py::list choices(const DecodeStep& step) {
+    py::list list;
+    for (const Choice& choice : step.choices()) list.append(py::make_tuple(choice.ids, choice.weights));
+    return list;
+}
+
 void logits(DecodeStep& step, uint64_t out) {
     without_gil([&] { step.logits(reinterpret_cast<float*>(out)); });
 }
@@ -116,5 +136,7 @@ void register_decode(py::module_& m) {
         .def("experts", experts, "Add the chosen experts")
         .def("expert_rows", expert_rows, "Compute some of them")
         .def("add_expert_rows", add_expert_rows, "Add all of them, once computed")
+        .def("run", run, "The layers from one on, up to one that chose what is not in memory")
+        .def("choices", choices, "What run() chose, by layer, (ids, weights)")
         .def("logits", logits, "The token's logits");
 }

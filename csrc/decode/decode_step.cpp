@@ -258,6 +258,35 @@ void DecodeStep::experts(int64_t layer, const uint64_t* addresses) {
     layers_[layer].kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(), residual_.data());
 }
 
+int64_t DecodeStep::run(int64_t first, const std::vector<CachedTokens>& cached,
+                        const std::vector<const uint64_t*>& tables) {
+    check_equal(kOp, "number of layers' caches", num_layers(), int64_t(cached.size()));
+    check_equal(kOp, "number of layers' tables", num_layers(), int64_t(tables.size()));
+    choices_.resize(layers_.size());
+    for (int64_t layer = first; layer < num_layers(); ++layer) {
+        const bool has_experts = layers_[layer].router.top_k > 0;
+        check(has_experts == (tables[layer] != nullptr), kOp, "a table for each layer that has experts");
+        attend(layer, cached[layer]);
+        if (!has_experts) continue;
+        if (!find_chosen(layer, tables[layer])) return layer;
+        experts(layer, chosen_addresses_.data());
+        choices_[layer] = choice_;
+    }
+    return num_layers();
+}
+
+// Collects the addresses of the chosen experts; false when one is not in memory.
+bool DecodeStep::find_chosen(int64_t layer, const uint64_t* table) {
+    const int64_t width = num_matrices(layer);
+    chosen_addresses_.clear();
+    for (int32_t id : choice_.ids) {
+        const uint64_t* expert = table + id * width;
+        if (!expert[0]) return false;
+        chosen_addresses_.insert(chosen_addresses_.end(), expert, expert + width);
+    }
+    return true;
+}
+
 void DecodeStep::expert_rows(int64_t layer, const std::vector<int32_t>& positions,
                              const uint64_t* addresses) {
     num_matrices(layer);

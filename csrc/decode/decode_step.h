@@ -90,6 +90,16 @@ class DecodeStep {
     void expert_rows(int64_t layer, const std::vector<int32_t>& positions, const uint64_t* addresses);
     void add_expert_rows(int64_t layer);
 
+    // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
+    // has, for each layer with experts, the addresses of all of them, (num_experts, number of matrices), 0
+    // where one is not in memory; nullptr for other layers. Returns the layer whose router chose what is
+    // not in memory, its experts() still to be called, or num_layers().
+    int64_t run(int64_t first, const std::vector<CachedTokens>& cached,
+                const std::vector<const uint64_t*>& tables);
+
+    // What the last run() chose, by layer.
+    const std::vector<Choice>& choices() const { return choices_; }
+
     void logits(float* out);  // (vocab_size,)
 
     int64_t num_layers() const { return int64_t(layers_.size()); }
@@ -104,6 +114,7 @@ class DecodeStep {
         std::vector<uint64_t> addresses;  // dense
     };
     struct TokenPairs;
+    bool find_chosen(int64_t layer, const uint64_t* table);
     struct Product {
         const Linear* linear;
         float* out;
@@ -129,6 +140,8 @@ class DecodeStep {
     std::vector<float> scores_;                             // of the router, padded to 8
     std::vector<float> rows_, some_rows_;                   // (top_k, hidden_size)
     Choice choice_;
+    std::vector<Choice> choices_;
+    std::vector<uint64_t> chosen_addresses_;
 };
 
 }  // namespace moe

@@ -60,6 +60,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         self._key_storage = self._allocate(key_states)
         self._value_storage = self._allocate(value_states)
+        self._addresses = self._key_storage.data_ptr(), self._value_storage.data_ptr()
         self.is_initialized = True
 
     def _allocate(self, states: Tensor) -> Tensor:
@@ -88,21 +89,18 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.num_tokens = end
         return self.keys, self.values
 
-    def storage(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return one sequence's keys and values at full capacity, for native code that appends itself."""
+    def addresses(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Return where one sequence's keys and values begin, for native code that appends by itself."""
         if not self.is_initialized:
             nothing = torch.empty(1, num_heads, 0, head_dim, dtype=dtype)
             self.lazy_initialization(nothing, nothing)
-        return self._key_storage, self._value_storage
+        return self._addresses
 
     def has_room_for_one(self, num_tokens: int, dtype: torch.dtype) -> bool:
         """Whether this layer holds ``num_tokens`` of one sequence and can take another."""
-        if self.num_tokens != num_tokens:
+        if self.num_tokens != num_tokens or num_tokens >= self.capacity_tokens:
             return False
-        if not self.is_initialized:
-            return self.capacity_tokens > 0
-        storage = self._key_storage
-        return storage.shape[0] == 1 and storage.shape[2] > num_tokens and storage.dtype == dtype
+        return not self.is_initialized or (self._key_storage.shape[0] == 1 and self.dtype == dtype)
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -213,7 +211,7 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def used_tokens(self) -> int:
         """Tokens held, over the whole batch."""
-        return self.get_seq_length() * self.num_sequences
+        return int(self.get_seq_length()) * self.num_sequences
 
     @property
     def can_forget(self) -> bool:

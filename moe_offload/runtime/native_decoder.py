@@ -152,7 +152,7 @@ class NativeDecoder:
             ggml_type, cols = GGML_TYPES[weight.dtype], weight.shape[1]
         assert weight.is_contiguous(), "weights are read row by row"
         ops.set_codebook(ggml_type)
-        self._kept.append(weight)
+        self._kept.append(weight.detach())
         bias = self._vector(getattr(module, "bias", None))
         return int(ggml_type), weight.shape[0], cols, weight.data_ptr(), weight.nbytes, bias
 

@@ -27,6 +27,7 @@ SERVED_KEYS = {
     "cache_position", "return_dict",
 }  # fmt: skip
 OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+REST_AFTER_TOKENS = 2
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
@@ -43,6 +44,8 @@ class NativeStep:
         self._decoder = NativeDecoder(model, executors)
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
+        self._moe_executors = [executor for executor in self._executors if executor is not None]
+        self._needs_seen, self._tokens_without_need = -1, 0
         self._config, self._dtype = model.config, model.config.dtype
         self._hidden_size = model.config.hidden_size
         self._output_class = MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast
@@ -82,15 +85,74 @@ class NativeStep:
         position_ids = inputs.get("position_ids")
         position = num_tokens if position_ids is None else int(position_ids)
         self._step.begin(int(inputs["input_ids"]), *self._decoder.rotary.addresses(position))
-        for layer_idx, executor in enumerate(self._executors):
-            keys, values = cache.layers[layer_idx].storage(shape.num_kv_heads, shape.head_dim, self._dtype)
-            self._step.attend(layer_idx, keys.data_ptr(), values.data_ptr(), keys.shape[2], num_tokens)
-            if executor is not None:
-                self._run_experts(executor)
+        cached = [layer.addresses(shape.num_kv_heads, shape.head_dim, self._dtype) for layer in cache.layers]
+        tables = self._tables()
+        if tables is None:
+            self._run_layers(cached, cache.capacity_tokens, num_tokens)
+        else:
+            self._run_residents(cached, cache.capacity_tokens, num_tokens, tables)
         logits = torch.empty(1, 1, shape.vocab_size)
         self._step.logits(logits.data_ptr())
         cache.grew_by_one()
         return self._output_class(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def _tables(self) -> list[int] | None:
+        """Return the addresses of the layers' expert tables, 0 for a dense layer.
+
+        None while experts may have to leave again, while the routing is recorded, or while there is
+        something to prefetch: then Python decides between a layer's router and its experts.
+        """
+        if not self._moe_executors:
+            return [0] * len(self._executors)
+        first = self._moe_executors[0]
+        if first.on_route is not None or not self._prefetch_rests(first):
+            return None
+        tables = first.cache.resident_tables()
+        if tables is None:
+            return None
+        return [
+            0 if executor is None else tables[i].ctypes.data for i, executor in enumerate(self._executors)
+        ]
+
+    def _prefetch_rests(self, executor: ExpertExecutor) -> bool:
+        """Whether no token has needed what was not resident for some tokens, or nothing prefetches."""
+        needs = executor.cache.needs_not_resident
+        self._tokens_without_need = self._tokens_without_need + 1 if needs == self._needs_seen else 0
+        self._needs_seen = needs
+        return not executor.prefetcher.enabled or self._tokens_without_need > REST_AFTER_TOKENS
+
+    def _run_residents(
+        self, cached: list[tuple[int, int]], capacity: int, num_tokens: int, tables: list[int]
+    ) -> None:
+        """Compute layer after layer without coming back, but where an expert has to be read."""
+        layer_idx = 0
+        while layer_idx < len(self._executors):
+            first = layer_idx
+            layer_idx = self._step.run(first, cached, capacity, num_tokens, tables)
+            self._count_residents(first, layer_idx)
+            if layer_idx < len(self._executors):
+                executor = self._executors[layer_idx]
+                assert executor is not None, "only a layer with experts stops the run"
+                self._run_experts(executor)
+                layer_idx += 1
+
+    def _count_residents(self, first: int, end: int) -> None:
+        """Tell cache and handle of layers that were computed in one go."""
+        if not self._moe_executors:
+            return
+        choices = self._step.choices()
+        for layer_idx in range(first, end):
+            executor = self._executors[layer_idx]
+            if executor is not None:
+                executor.cache.used_residents(layer_idx, *choices[layer_idx])
+                executor.on_layer_done(layer_idx)
+
+    def _run_layers(self, cached: list[tuple[int, int]], capacity: int, num_tokens: int) -> None:
+        """Compute layer by layer, deciding what is read as soon as a router has spoken."""
+        for layer_idx, executor in enumerate(self._executors):
+            self._step.attend(layer_idx, *cached[layer_idx], capacity, num_tokens)
+            if executor is not None:
+                self._run_experts(executor)
 
     def _run_experts(self, executor: ExpertExecutor) -> None:
         """Serve the chosen experts from the cache, those at hand while the others are read."""
