@@ -114,6 +114,18 @@ def test_an_experts_row_does_not_depend_on_its_company(case: ExpertCase) -> None
     assert_same_bits(together[70:71], layer.rows(hidden[5:6], {1: [0]}))
 
 
+@pytest.mark.parametrize("row_order", RowOrder)
+def test_many_pairs_have_the_bits_of_few(row_order: RowOrder) -> None:
+    """Beyond 2^20 gate and up numbers an activation no longer waits for all rows of its expert."""
+    types = (GgmlType.Q8_0,) * (3 if row_order is RowOrder.SPLIT else 2)
+    layer = Layer(ExpertCase("many", row_order, types, ActivationKind.SILU, 64, 256, bias=True))
+    hidden = activations(701, 64, seed=28)
+    many = layer.rows(hidden, {e: list(range(701)) for e in range(3)})
+    for e in range(3):
+        few = layer.rows(hidden, {e: list(range(701))})
+        assert_same_bits(many[701 * e : 701 * (e + 1)], few)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_sum_has_the_bits_of_rows_and_weighted_sum(num_tokens: int) -> None:
     """With 300 tokens a group of experts ends between two experts, with 40 the columns are shared out."""

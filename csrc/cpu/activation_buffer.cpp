@@ -18,30 +18,36 @@ T* at_least(std::vector<T>& buffer, int64_t size) {
 
 }  // namespace
 
-Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, int64_t num_tokens,
-                                      int64_t cols, bool quantized) {
+Activations ActivationBuffer::reserve(const float* x, int64_t num_tokens, int64_t cols, bool quantized) {
     Activations a;
     a.x = x;
     a.cols = cols;
     if (!quantized) return a;
-    const int64_t padded = (cols + kSuperblock - 1) / kSuperblock * kSuperblock;
-    int16_t* q = at_least(q_, num_tokens * padded);
-    float* d = at_least(d_, num_tokens * (padded / kBlock));
-    int16_t* sums = at_least(sums_, num_tokens * (padded / 16));
-    ActivationTile* tiles = at_least(tiles_, num_tokens * (padded / kSuperblock));
-    const int64_t tokens_per_chunk = padded >= kElementsPerChunk ? 1 : kElementsPerChunk / padded;
-    const int64_t num_chunks = (num_tokens + tokens_per_chunk - 1) / tokens_per_chunk;
-    ThreadPool::instance().run(num_chunks, [&](int64_t chunk) {
+    a.padded_cols = (cols + kSuperblock - 1) / kSuperblock * kSuperblock;
+    a.q = at_least(q_, num_tokens * a.padded_cols);
+    a.d = at_least(d_, num_tokens * (a.padded_cols / kBlock));
+    a.sums = at_least(sums_, num_tokens * (a.padded_cols / 16));
+    a.tiles = at_least(tiles_, num_tokens * (a.padded_cols / kSuperblock));
+    return a;
+}
+
+void ActivationBuffer::quantize_row(const Kernels& kernels, const Activations& a, int64_t token) {
+    const int64_t padded = a.padded_cols;
+    kernels.quantize(a.x + token * a.cols, a.cols, padded, const_cast<int16_t*>(a.q) + token * padded,
+                     const_cast<float*>(a.d) + token * (padded / kBlock),
+                     const_cast<int16_t*>(a.sums) + token * (padded / 16),
+                     const_cast<ActivationTile*>(a.tiles) + token * (padded / kSuperblock));
+}
+
+Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, int64_t num_tokens,
+                                      int64_t cols, bool quantized) {
+    const Activations a = reserve(x, num_tokens, cols, quantized);
+    if (!quantized) return a;
+    const int64_t tokens_per_chunk = std::max<int64_t>(1, kElementsPerChunk / a.padded_cols);
+    ThreadPool::instance().run((num_tokens + tokens_per_chunk - 1) / tokens_per_chunk, [&](int64_t chunk) {
         const int64_t end = std::min(num_tokens, (chunk + 1) * tokens_per_chunk);
-        for (int64_t t = chunk * tokens_per_chunk; t < end; ++t)
-            kernels.quantize(x + t * cols, cols, padded, q + t * padded, d + t * (padded / kBlock),
-                             sums + t * (padded / 16), tiles + t * (padded / kSuperblock));
+        for (int64_t t = chunk * tokens_per_chunk; t < end; ++t) quantize_row(kernels, a, t);
     });
-    a.q = q;
-    a.d = d;
-    a.sums = sums;
-    a.tiles = tiles;
-    a.padded_cols = padded;
     return a;
 }
 

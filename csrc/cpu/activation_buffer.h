@@ -14,6 +14,10 @@ class ActivationBuffer {
     Activations prepare(const Kernels& kernels, const float* x, int64_t num_tokens, int64_t cols,
                         bool quantized);
 
+    // The places of prepare() only; quantize_row() fills them token by token, on any thread.
+    Activations reserve(const float* x, int64_t num_tokens, int64_t cols, bool quantized);
+    static void quantize_row(const Kernels& kernels, const Activations& activations, int64_t token);
+
   private:
     std::vector<int16_t> q_;
     std::vector<float> d_;

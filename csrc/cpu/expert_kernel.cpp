@@ -1,5 +1,6 @@
 // The fused expert FFN: gate and up rows, activation, down rows; rows shared out over the pool.
 #include <algorithm>
+#include <atomic>
 
 #include "common/errors.h"
 #include "cpu/activation_buffer.h"
@@ -17,15 +18,30 @@ constexpr int64_t kUnitTile = kRowTile / 2;  // a unit is one gate row and one u
 
 // Kept between operations, guarded by ThreadPool::Operation.
 ActivationBuffer hidden_inputs, down_inputs;
-std::vector<float> intermediate;  // (num_pairs, intermediate_size)
-std::vector<float> pair_rows;     // (num_pairs, hidden_size) of a group of experts, for sum()
+std::vector<float> intermediate;   // (num_pairs, intermediate_size)
+std::vector<float> raw_gate_up;    // (num_pairs, 2 * intermediate_size), of few pairs
+std::vector<int32_t> tiles_to_do;  // (num_experts,) row tiles of gate and up that are not computed yet
+std::vector<float> pair_rows;      // (num_pairs, hidden_size) of a group of experts, for sum()
 
 std::vector<int32_t> group_offsets;
+
+// Up to so many numbers wait for their activation until all rows of an expert are there.
+constexpr int64_t kMaxRawGateUp = int64_t(1) << 20;
 
 constexpr int64_t kPairsPerGroup = 512;  // sum() keeps the rows of so many pairs at once, or of one expert
 
 int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
+}
+
+float* at_least(std::vector<float>& buffer, int64_t size) {
+    if (int64_t(buffer.size()) < size) buffer.resize(size);
+    return buffer.data();
+}
+
+void add_bias(float* out, int64_t stride, int num_tokens, const float* bias, int64_t num_rows) {
+    for (int t = 0; t < num_tokens; ++t)
+        for (int64_t r = 0; r < num_rows; ++r) out[t * stride + r] = out[t * stride + r] + bias[r];
 }
 
 std::string range_error(const char* array, int64_t index, int64_t end, int64_t got) {
@@ -52,8 +68,14 @@ ExpertPairs group_of(const ExpertPairs& pairs, int64_t begin, int64_t end, int64
 struct ExpertKernel::Step {
     const ExpertPairs& pairs;
     Activations gate_up_inputs, down_inputs;
-    float* h;    // (num_pairs, intermediate_size)
-    float* out;  // (num_pairs, hidden_size)
+    float* h;        // (num_pairs, intermediate_size)
+    float* out;      // (num_pairs, hidden_size)
+    float* gate_up;  // (num_pairs, 2 * intermediate_size) in stored order, where rows are streamed
+    int32_t* tiles_to_do;
+
+    const uint8_t* weights(int64_t expert, int64_t matrix, int64_t num_matrices) const {
+        return reinterpret_cast<const uint8_t*>(pairs.addresses[expert * num_matrices + matrix]);
+    }
 };
 
 ExpertKernel::ExpertKernel(std::vector<Matrix> matrices, RowOrder row_order, int64_t num_experts,
@@ -106,11 +128,10 @@ void ExpertKernel::sum(const float* hidden, int64_t num_tokens, const ExpertPair
         for (end = begin + 1; end < pairs.num_experts; ++end)
             if (pairs.pair_offsets[end + 1] - first > kPairsPerGroup) break;
         const ExpertPairs group = group_of(pairs, begin, end, num_matrices(), group_offsets);
-        if (int64_t(pair_rows.size()) < group.num_pairs * hidden_size())
-            pair_rows.resize(group.num_pairs * hidden_size());
-        compute_rows(hidden, num_tokens, group, pair_rows.data());
-        weighted_sum(out, num_tokens, hidden_size(), pair_rows.data(), group.pair_tokens,
-                     pair_weights + first, group.num_pairs);
+        float* rows = at_least(pair_rows, group.num_pairs * hidden_size());
+        compute_rows(hidden, num_tokens, group, rows);
+        weighted_sum(out, num_tokens, hidden_size(), rows, group.pair_tokens, pair_weights + first,
+                     group.num_pairs);
     }
 }
 
@@ -119,20 +140,73 @@ void ExpertKernel::compute_rows(const float* hidden, int64_t num_tokens, const E
                                 float* out) const {
     ThreadPool& pool = ThreadPool::instance();
     const int64_t num_units = intermediate_size();
-    if (int64_t(intermediate.size()) < pairs.num_pairs * num_units)
-        intermediate.resize(pairs.num_pairs * num_units);
-    Step step{pairs, {}, {}, intermediate.data(), out};
+    Step step{pairs, {}, {}, at_least(intermediate, pairs.num_pairs * num_units), out, nullptr, nullptr};
     bool quantized = false;
     for (size_t i = 0; i + 1 < matrices_.size(); ++i) quantized |= !is_float(matrices_[i].type);
     step.gate_up_inputs = hidden_inputs.prepare(kernels(), hidden, num_tokens, hidden_size(), quantized);
-    const int64_t unit_tiles = ceil_div(num_units, kUnitTile);
-    pool.run(pairs.num_experts * unit_tiles,
-             [&](int64_t chunk) { gate_up_units(step, chunk / unit_tiles, chunk % unit_tiles * kUnitTile); });
-    step.down_inputs =
-        down_inputs.prepare(kernels(), step.h, pairs.num_pairs, num_units, !is_float(matrices_.back().type));
+    const bool down_quantized = !is_float(matrices_.back().type);
+    if (pairs.num_pairs * 2 * num_units <= kMaxRawGateUp) {
+        step.down_inputs = down_inputs.reserve(step.h, pairs.num_pairs, num_units, down_quantized);
+        stream_gate_up(step);
+    } else {
+        const int64_t unit_tiles = ceil_div(num_units, kUnitTile);
+        pool.run(pairs.num_experts * unit_tiles, [&](int64_t chunk) {
+            gate_up_units(step, chunk / unit_tiles, chunk % unit_tiles * kUnitTile);
+        });
+        step.down_inputs = down_inputs.prepare(kernels(), step.h, pairs.num_pairs, num_units, down_quantized);
+    }
     const int64_t row_tiles = ceil_div(hidden_size(), kRowTile);
     pool.run(pairs.num_experts * row_tiles,
              [&](int64_t chunk) { down_rows(step, chunk / row_tiles, chunk % row_tiles * kRowTile); });
+}
+
+// Few pairs: the bytes set the pace, and they come fastest in the order of addresses. All of gate, then
+// all of up; whoever computes an expert's last row tile goes on to its activation.
+void ExpertKernel::stream_gate_up(Step& step) const {
+    const int64_t num_experts = step.pairs.num_experts, num_gate_up = num_matrices() - 1;
+    const int64_t tiles_of_matrix = ceil_div(matrices_[0].rows, kRowTile);  // gate and up have as many rows
+    const int64_t tiles_of_expert = num_gate_up * tiles_of_matrix;
+    step.gate_up = at_least(raw_gate_up, step.pairs.num_pairs * 2 * intermediate_size());
+    tiles_to_do.assign(num_experts, int32_t(tiles_of_expert));
+    step.tiles_to_do = tiles_to_do.data();
+    ThreadPool::instance().run(num_experts * tiles_of_expert, [&](int64_t chunk) {
+        const int64_t expert = chunk / tiles_of_expert, tile = chunk % tiles_of_expert;
+        gate_up_rows(step, expert, tile / tiles_of_matrix, tile % tiles_of_matrix * kRowTile);
+        std::atomic_ref<int32_t> left(step.tiles_to_do[expert]);
+        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) activate_expert(step, expert);
+    });
+}
+
+// Rows [first_row, first_row + kRowTile) of gate, up or both for every pair of an expert.
+void ExpertKernel::gate_up_rows(const Step& step, int64_t expert, int64_t m, int64_t first_row) const {
+    const ExpertPairs& pairs = step.pairs;
+    const Matrix& matrix = matrices_[m];
+    const int64_t last_row = std::min(matrix.rows, first_row + kRowTile), width = 2 * intermediate_size();
+    const int64_t column = m * matrix.rows + first_row;
+    const uint8_t* next = nullptr;
+    if (last_row == matrix.rows && m + 1 < num_matrices() - 1)
+        next = step.weights(expert, m + 1, num_matrices());
+    else if (last_row == matrix.rows && expert + 1 < pairs.num_experts)
+        next = step.weights(expert + 1, 0, num_matrices());
+    const float* bias = gate_up_bias_ ? gate_up_bias_ + pairs.expert_ids[expert] * width + column : nullptr;
+    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
+        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
+        float* y = step.gate_up + p * width + column;
+        rows_of(matrix)({step.weights(expert, m, num_matrices()), matrix.rows, matrix.cols, first_row,
+                         last_row, &step.gate_up_inputs, pairs.pair_tokens + p, tile, y, width, next});
+        if (bias) add_bias(y, width, tile, bias, last_row - first_row);
+    }
+}
+
+void ExpertKernel::activate_expert(const Step& step, int64_t expert) const {
+    const int64_t num_units = intermediate_size();
+    const bool interleaved = row_order_ == RowOrder::INTERLEAVED;
+    for (int32_t p = step.pairs.pair_offsets[expert]; p < step.pairs.pair_offsets[expert + 1]; ++p) {
+        const float* gate = step.gate_up + p * 2 * num_units;
+        kernels().activate(activation_, gate, gate + (interleaved ? 1 : num_units), interleaved ? 2 : 1,
+                           step.h + p * num_units, num_units);
+        if (step.down_inputs.tiles) ActivationBuffer::quantize_row(kernels(), step.down_inputs, p);
+    }
 }
 
 // h of units [first_unit, first_unit + kUnitTile) for every pair of an expert.
@@ -140,8 +214,6 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
     const ExpertPairs& pairs = step.pairs;
     const int64_t num_units = intermediate_size();
     const int64_t last_unit = std::min(num_units, first_unit + kUnitTile), n = last_unit - first_unit;
-    const auto* address = pairs.addresses + expert * num_matrices();
-    const auto weights = [&](int64_t m) { return reinterpret_cast<const uint8_t*>(address[m]); };
     const float* bias = gate_up_bias_ ? gate_up_bias_ + pairs.expert_ids[expert] * 2 * num_units : nullptr;
     const bool interleaved = row_order_ == RowOrder::INTERLEAVED;
     alignas(32) float y[kTokenTile][kRowTile];  // interleaved, or gate units then up units
@@ -149,12 +221,10 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
         const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
         const auto compute = [&](int64_t m, int64_t row, int64_t num_rows, int64_t bias_row, float* to) {
             const Matrix& matrix = matrices_[m];
-            rows_of(matrix)({weights(m), matrix.rows, matrix.cols, row, row + num_rows, &step.gate_up_inputs,
-                             pairs.pair_tokens + p, tile, to, kRowTile});
-            if (!bias) return;
-            for (int t = 0; t < tile; ++t)
-                for (int64_t r = 0; r < num_rows; ++r)
-                    to[t * kRowTile + r] = to[t * kRowTile + r] + bias[bias_row + r];
+            rows_of(matrix)({step.weights(expert, m, num_matrices()), matrix.rows, matrix.cols, row,
+                             row + num_rows, &step.gate_up_inputs, pairs.pair_tokens + p, tile, to,
+                             kRowTile});
+            if (bias) add_bias(to, kRowTile, tile, bias + bias_row, num_rows);
         };
         if (interleaved) {
             compute(0, 2 * first_unit, 2 * n, 2 * first_unit, y[0]);
@@ -173,21 +243,19 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
 void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row) const {
     const ExpertPairs& pairs = step.pairs;
     const Matrix& matrix = matrices_.back();
-    const int64_t last_row = std::min(matrix.rows, first_row + kRowTile);
-    const auto* weights =
-        reinterpret_cast<const uint8_t*>(pairs.addresses[(expert + 1) * num_matrices() - 1]);
+    const int64_t last = num_matrices() - 1, last_row = std::min(matrix.rows, first_row + kRowTile);
+    const uint8_t* next = nullptr;
+    if (last_row == matrix.rows && expert + 1 < pairs.num_experts)
+        next = step.weights(expert + 1, last, num_matrices());
     const float* bias = down_bias_ ? down_bias_ + pairs.expert_ids[expert] * matrix.rows : nullptr;
     for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
         const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
         int32_t tokens[kTokenTile];
         for (int i = 0; i < tile; ++i) tokens[i] = p + i;
         float* y = step.out + p * matrix.rows + first_row;
-        rows_of(matrix)({weights, matrix.rows, matrix.cols, first_row, last_row, &step.down_inputs, tokens,
-                         tile, y, matrix.rows});
-        if (!bias) continue;
-        for (int t = 0; t < tile; ++t)
-            for (int64_t r = first_row; r < last_row; ++r)
-                y[t * matrix.rows + r - first_row] = y[t * matrix.rows + r - first_row] + bias[r];
+        rows_of(matrix)({step.weights(expert, last, num_matrices()), matrix.rows, matrix.cols, first_row,
+                         last_row, &step.down_inputs, tokens, tile, y, matrix.rows, next});
+        if (bias) add_bias(y, matrix.rows, tile, bias + first_row, last_row - first_row);
     }
 }
 

@@ -86,6 +86,9 @@ class ExpertKernel {
     struct Step;
     void check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const;
     void compute_rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const;
+    void stream_gate_up(Step& step) const;
+    void gate_up_rows(const Step& step, int64_t expert, int64_t m, int64_t first_row) const;
+    void activate_expert(const Step& step, int64_t expert) const;
     void gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const;
     void down_rows(const Step& step, int64_t expert, int64_t first_row) const;
 
