@@ -83,9 +83,10 @@ class EarlyRouters:
         ]
 
     def spoken(self, layer_idx: int) -> list[Forecast]:
-        """Return, once, the choices of later layers whose routers have run already."""
-        early = [later for later in self._spoken if later > layer_idx]
-        return [certain(later, self._spoken.pop(later), self._num_experts) for later in sorted(early)]
+        """Return, once, the choices of layers after ``layer_idx`` whose routers have run already."""
+        spoken, self._spoken = sorted(self._spoken.items()), {}
+        early = [item for item in spoken if item[0] > layer_idx]
+        return [certain(later, expert_ids, self._num_experts) for later, expert_ids in early]
 
     def close(self) -> None:
         """Take the hooks away."""

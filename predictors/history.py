@@ -140,6 +140,7 @@ class PreviousToken(HistoryPredictor):
         stay, (num_experts,) = self._stay.get(layer_idx, STAY), previous.shape
         used = previous > 0.0
         others = self._top_k * (1.0 - stay) / max(1, num_experts - self._top_k) if used.any() else 0.0
+        others = min(others, 0.75 * stay)  # never above those that were used
         tilt = 0.75 + 0.5 * np.minimum(previous * self._top_k, 2.0) / 2.0
         chances: Float32Array = np.where(used, np.minimum(stay * tilt, 1.0), others).astype(np.float32)
         return chances

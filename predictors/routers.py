@@ -7,6 +7,7 @@ one matmul. A router that ranks otherwise is found by trying it, and then asked 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PROBES = 16  # random inputs on which the quick way must choose as the router does
+FAR = np.float32(1e3)  # below all scores, where a router chooses every expert
+TINY = np.float32(1e-9)
 
 
 class RouterScores:
@@ -28,16 +31,19 @@ class RouterScores:
 
     def __init__(self, router: nn.Module) -> None:
         self._router: Any = router
-        self._weight: Tensor = router.get_parameter("weight")
-        self._bias: Tensor | None = getattr(router, "bias", None)
+        self._weight: Tensor = router.get_parameter("weight").detach()
+        bias: Tensor | None = getattr(router, "bias", None)
+        self._bias = None if bias is None else bias.detach()
         self._ranking_bias: Tensor | None = getattr(router, "e_score_correction_bias", None)
         self.num_experts, self.hidden_size = self._weight.shape
         self.top_k = self._probe()
 
     def __call__(self, router_input: Tensor) -> NDArray[np.float32]:
         """Return (T, E) float32 scores for (T, H)."""
+        if self.is_quick:
+            return self._quick(router_input.detach())
         with torch.no_grad():
-            return self._quick(router_input) if self.is_quick else self._whole(router_input)
+            return self._whole(router_input.detach())
 
     @property
     def linear_weight(self) -> Tensor | None:
@@ -57,7 +63,13 @@ class RouterScores:
         return top_k
 
     def _quick(self, router_input: Tensor) -> NDArray[np.float32]:
-        logits = functional.linear(router_input.to(self._weight.dtype), self._weight, self._bias).float()
+        weight, bias = self._weight, self._bias
+        if len(router_input) == 1:  # widened first: torch's own product of few bfloat16 numbers is slower
+            logits = functional.linear(
+                router_input.float(), weight.float(), None if bias is None else bias.float()
+            )
+        else:
+            logits = functional.linear(router_input.to(weight.dtype), weight, bias).float()
         if self._ranking_bias is not None:
             logits = logits.sigmoid() + self._ranking_bias.float()
         scores: NDArray[np.float32] = logits.numpy()
@@ -81,7 +93,7 @@ def threshold(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
     """Return (T, 1): halfway between the last score that is chosen and the first that is not."""
     first_chosen = scores.shape[1] - top_k
     if first_chosen == 0:
-        lowest: NDArray[np.float32] = scores.min(axis=1, keepdims=True) - 1e3
+        lowest: NDArray[np.float32] = scores.min(axis=1, keepdims=True) - FAR
         return lowest
     parted = np.partition(scores, (first_chosen - 1, first_chosen), axis=1)
     middle: NDArray[np.float32] = parted[:, first_chosen - 1 : first_chosen + 1].mean(axis=1, keepdims=True)
@@ -100,8 +112,25 @@ DEFAULT_CURVE = Curve(4.0, 0.0)  # where nothing was fitted
 
 def distances(scores: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
     """Return (T, E): how far above its token's threshold a score is, in the token's standard deviations."""
-    spread = scores.std(axis=1, keepdims=True) + np.float32(1e-9)
+    if len(scores) == 1:
+        return _distances_of_one(scores[0], top_k)
+    spread = scores.std(axis=1, keepdims=True) + TINY
     far: NDArray[np.float32] = (scores - threshold(scores, top_k)) / spread
+    return far
+
+
+def _distances_of_one(row: NDArray[np.float32], top_k: int) -> NDArray[np.float32]:
+    """Return (1, E); the same in a quarter of the time, since decoding asks for one token at a time."""
+    num_experts = len(row)
+    first_chosen = num_experts - top_k
+    if first_chosen == 0:
+        middle = row.min() - FAR
+    else:
+        parted = np.partition(row, (first_chosen - 1, first_chosen))
+        middle = (parted[first_chosen - 1] + parted[first_chosen]) * np.float32(0.5)
+    centred = row - np.add.reduce(row) / np.float32(num_experts)
+    spread = math.sqrt(float(centred.dot(centred)) / num_experts) + TINY
+    far: NDArray[np.float32] = ((row - middle) * np.float32(1.0 / spread))[None]
     return far
 
 
@@ -109,11 +138,11 @@ def probabilities(
     scores: NDArray[np.float32], top_k: int, curve: Curve = DEFAULT_CURVE
 ) -> NDArray[np.float32]:
     """Turn (T, E) ranking scores into (T, E) probabilities of being chosen; the ranking is kept."""
-    return logistic(curve.slope * distances(scores, top_k) + curve.offset)
+    return logistic(np.float32(curve.slope) * distances(scores, top_k) + np.float32(curve.offset))
 
 
 def logistic(log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return probabilities, float32."""
-    chances = 1.0 / (1.0 + np.exp(-np.clip(log_odds, -30.0, 30.0)))
-    narrow: NDArray[np.float32] = chances.astype(np.float32, copy=False)
-    return narrow
+    """Return probabilities; tanh neither overflows nor needs to be clipped."""
+    half = np.float32(0.5)
+    chances: NDArray[np.float32] = half * np.tanh(half * log_odds) + half
+    return chances
