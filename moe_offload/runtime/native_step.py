@@ -119,7 +119,7 @@ class NativeStep:
         needs = executor.cache.needs_not_resident
         self._tokens_without_need = self._tokens_without_need + 1 if needs == self._needs_seen else 0
         self._needs_seen = needs
-        return not executor.prefetcher.enabled or self._tokens_without_need > REST_AFTER_TOKENS
+        return not executor.prefetcher.is_on or self._tokens_without_need > REST_AFTER_TOKENS
 
     def _run_residents(
         self, cached: list[tuple[int, int]], capacity: int, num_tokens: int, tables: list[int]
@@ -158,7 +158,7 @@ class NativeStep:
         """Serve the chosen experts from the cache, those at hand while the others are read."""
         layer_idx, cache, prefetcher = executor.layer_idx, executor.cache, executor.prefetcher
         expert_ids, weights = self._step.choice()
-        watched = executor.on_route is not None or prefetcher.enabled
+        watched = executor.on_route is not None or prefetcher.is_on
         if watched:
             router_input, chosen = self._router_input(), np.array([expert_ids])
             chosen_weights = np.array([weights], np.float32)
