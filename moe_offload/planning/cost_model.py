@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_offload.config import MIB, PREFILL_CHUNK_TOKENS, ModelSpec
+from moe_offload.storage.expert_format import ExpertLayout
 
 FLOAT32_BYTES = 4
 TOKENIZER_BYTES_PER_TOKEN = 1300  # measured: a GGUF's 151k tokens add 145 MiB, 187 MiB while loading
@@ -19,6 +20,8 @@ ALLOCATOR_SLACK_BYTES = (
 ATTENTION_WIDTH_IN_HIDDEN_SIZES = 12  # query, key, value before and after rotary, context, its projection
 RESIDUAL_WIDTH_IN_HIDDEN_SIZES = 6  # residual, normed, router input, float32 copy, sum of experts, result
 MLP_INTERMEDIATES = 3  # gate, up, their product
+DELTA_NET_CHUNK_TOKENS = 64  # of transformers' gated delta rule
+READER_THREADS = 4  # storage.io.DEFAULT_NUM_IO_THREADS
 LOGITS_COPIES = 3  # as computed, float32 for sampling, sorted or softmaxed
 
 
@@ -88,6 +91,33 @@ def attention_bytes(*, num_heads: int, head_dim: int, context_tokens: int, store
     return FLOAT32_BYTES * (expanded + scores)
 
 
+def running_state_workspace_bytes(config: Mapping[str, Any]) -> int:
+    """Return what one chunk of a prompt makes in a layer with a running state, in float32.
+
+    Widths of one token, times how many copies PyTorch's reference makes of them (measured at
+    Qwen3-Next's and Granite-4.0-H-Tiny's sizes: 188 of these 248 MiB, 167 of these 288 MiB).
+    """
+    elements = 0
+    if config.get("linear_num_value_heads"):
+        heads, key_dim = config["linear_num_value_heads"], config["linear_key_head_dim"]
+        head_dim = max(key_dim, config["linear_value_head_dim"])
+        conv_dim = 2 * config["linear_num_key_heads"] * key_dim + heads * config["linear_value_head_dim"]
+        elements = 16 * heads * head_dim + 6 * conv_dim + 6 * heads * DELTA_NET_CHUNK_TOKENS
+    elif config.get("mamba_n_heads"):
+        heads, inner = config["mamba_n_heads"], config.get("mamba_expand", 2) * config["hidden_size"]
+        chunk_tokens = config.get("mamba_chunk_size", 256)
+        elements = 8 * heads * config["mamba_d_state"] + 8 * inner + 6 * heads * chunk_tokens
+    elif config.get("conv_L_cache"):
+        elements = 6 * config["hidden_size"]
+    return int(FLOAT32_BYTES * PREFILL_CHUNK_TOKENS * elements)
+
+
+def scale_copies_bytes(layouts: Mapping[int, ExpertLayout]) -> int:
+    """Return what the reader's threads keep while they put codes and scales together: the scales."""
+    scales = (matrix.scale_bytes for layout in layouts.values() for matrix in layout.matrices)
+    return READER_THREADS * max(scales, default=0)
+
+
 def workspace_bytes(
     spec: ModelSpec, config: Mapping[str, Any], *, context_tokens: int, stores_scores: bool
 ) -> int:
@@ -111,7 +141,7 @@ def workspace_bytes(
         context_tokens=context_tokens,
         stores_scores=stores_scores,
     )
-    return activations + attention + ALLOCATOR_SLACK_BYTES
+    return activations + attention + running_state_workspace_bytes(config) + ALLOCATOR_SLACK_BYTES
 
 
 @dataclass(frozen=True)

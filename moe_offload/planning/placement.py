@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moe_offload.config import GIB, ModelSpec, PlacementPlan, PoolPlan
 from moe_offload.errors import BudgetError
-from moe_offload.planning.cost_model import kv_bytes, state_bytes
+from moe_offload.planning.cost_model import kv_bytes, scale_copies_bytes, state_bytes
 from moe_offload.storage.expert_format import ExpertLayout
 
 
@@ -86,7 +86,7 @@ def plan_placement(
             bytes_per_element=kv_bytes_per_element,
         )
         + state_bytes(spec) * batch_size,
-        workspace_bytes=reader_bytes + activation_bytes,
+        workspace_bytes=reader_bytes + activation_bytes + scale_copies_bytes(layouts),
         context_tokens=context_tokens,
     )
     pools = _group_layers(layouts, spec.top_k)

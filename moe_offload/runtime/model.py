@@ -129,6 +129,8 @@ def from_pretrained(
     )
     quant = None if quant is None else check_quant(quant)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
+    for note in checkpoint.notes:
+        _say(note)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
     make_policy(config.policy)  # a wrong name is an error before anything is read
     choice = choose_predictor(predictor if prefetch else "none", checkpoint)
