@@ -108,9 +108,10 @@ class Prefetcher:
         self._last_layer = -1
         if not self.is_on:
             self._needs_seen = -1
-        forecasts = self._predictor.begin_step(token_ids)
-        if forecasts and self.is_on and not self._cache.has_every_expert:
-            self._read(forecasts)
+        elif not self._cache.has_every_expert:
+            forecasts = self._predictor.begin_step(token_ids)
+            if forecasts:
+                self._read(forecasts)
 
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time; a step's prefetching is switched as a whole."""
@@ -131,11 +132,10 @@ class Prefetcher:
             expert_ids: (T, K), of each token.
             expert_weights: (T, K).
         """
-        if self.enabled:
+        if self.is_on:
             assert self._predictor is not None
             self._predictor.observe(layer_idx, expert_ids, expert_weights)
-            if self.is_on:
-                self._cache.contradict(layer_idx, used)
+            self._cache.contradict(layer_idx, used)
 
     def look_ahead(
         self,
