@@ -8,11 +8,14 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from moe_offload import _native
 from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB, gib
 from moe_offload.errors import ConfigError
 from moe_offload.planning.cost_model import kv_bytes, tokenizer_bytes, workspace_bytes
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
+from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.storage.expert_format import FAST_TYPES, WeightType
 from moe_offload.storage.io import BOUNCE_BYTES
 
 # Interpreter, torch and transformers before a model is loaded, x86-64 Linux, torch 2.13: 354 MiB with the
@@ -64,6 +67,10 @@ def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,
         "bytes_by_format": {kind.name: size for kind, size in checkpoint.bytes_by_type().items()},
+        "isa": _native.isa(),
+        "generic_kernel_formats": [kind.name for kind in checkpoint.bytes_by_type() if _is_generic(kind)],
+        "native_decode_step": (reason := native_step_reason(checkpoint.config)) is None,
+        "native_decode_step_reason": reason,
         "expert_bytes": checkpoint.experts.total_bytes,
         "one_expert_bytes": _expert_sizes(checkpoint),
         "dense_bytes": checkpoint.dense_bytes,
@@ -80,6 +87,10 @@ def _libraries_bytes() -> int:
         return CPU_LIBRARIES_BYTES if version("torch").endswith("+cpu") else CUDA_LIBRARIES_BYTES
     except PackageNotFoundError:
         return CPU_LIBRARIES_BYTES
+
+
+def _is_generic(kind: WeightType) -> bool:
+    return kind not in FAST_TYPES or _native.isa() == "baseline"
 
 
 def _fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
@@ -139,15 +150,19 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "experts in all": gib(report["expert_bytes"]),
         "dense weights": gib(report["dense_bytes"]),
         "key/value cache": f"{gib(report['kv_bytes_per_1000_tokens'])} per 1000 tokens",
+        "decode step": "native"
+        if report["native_decode_step"]
+        else f"transformers' layers: {report['native_decode_step_reason']}",
     }
     return [f"{name:16} {text}" for name, text in facts.items()]
 
 
 def _formats(report: dict[str, Any]) -> list[str]:
     total = sum(report["bytes_by_format"].values())
-    lines = [f"{'format':8} {'size':>12} {'share':>6}"]
+    lines = [f"{'format':8} {'size':>12} {'share':>6}  kernel ({report['isa']})"]
     for name, size in report["bytes_by_format"].items():
-        lines.append(f"{name:8} {gib(size):>12} {size / total:>6.1%}")
+        kernel = "generic: right, but slower" if name in report["generic_kernel_formats"] else "fast"
+        lines.append(f"{name:8} {gib(size):>12} {size / total:>6.1%}  {kernel}")
     return lines
 
 
