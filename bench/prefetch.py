@@ -7,7 +7,7 @@ modes take turns in an order that changes from round to round, so that a busy ma
 
     none      experts are read when they are needed
     fate      the next layer's router on this layer's input, its top_k, always
-    history   what the layers before and the token before chose
+    history   what the token before chose in that layer, with ours' admission
     ours      the runtime's default: best predictor, admission, threshold on waste, off where it does not pay
     perfect   the routes that an earlier identical run recorded
 
@@ -42,7 +42,13 @@ def main() -> None:
     results = []
     for share in args.shares.split(","):
         model = moe_offload.from_pretrained(
-            args.model, experts=share, ram=args.ram, context=256 + args.tokens, policy=args.policy
+            args.model,
+            experts=share,
+            ram=args.ram,
+            context=256 + args.tokens,
+            policy=args.policy,
+            predictor=args.predictor,
+            warm_start=False,
         )
         inputs = prompt_of(args, model)
         if args.delay_s:
@@ -63,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--policy", default="horizon")
+    parser.add_argument("--predictor", default="auto", help="of ours")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--ram", default="auto")
     parser.add_argument("--delay-s", type=float, default=0.0, help="added to every read: a simulated disk")
@@ -152,10 +159,13 @@ def settings_of(
     from moe_offload.planning.prefetch_plan import Threshold
     from moe_offload.predictors.cross_layer_gate import CrossLayerGate
     from moe_offload.runtime import skeleton
+    from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
 
     prefetcher = model.offload.prefetcher
     link, default = prefetcher._link, prefetcher._predictor
-    routers = {i: skeleton.router_of(model, i) for i in sorted(skeleton.experts_modules(model))}
+    layers = sorted(skeleton.experts_modules(model))
+    routers = {i: skeleton.router_of(model, i) for i in layers}
+    history = make_predictor(PredictorChoice("previous_token"), model, layers)
 
     def setting(predictor: Any, **kwargs: Any) -> Callable[[], None]:
         def apply() -> None:
@@ -173,6 +183,7 @@ def settings_of(
     settings = {
         "none": setting(None, switch=None),
         "fate": setting(CrossLayerGate(routers), switch=None, threshold=Fixed()),
+        "history": setting(history, switch=None, threshold=Threshold(), link=link),
         "ours": setting(default, switch=GainSwitch(), threshold=Threshold(), link=link),
         "perfect": setting(perfect, switch=None, threshold=Fixed(), link=link),
     }

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 BLOCK_STEPS = 4
 ORDER = (True, False, False, True)
-LEAST_ROUNDS, MOST_ROUNDS = 1, 4
-CLEAR = 2.0  # standard errors
+LEAST_ROUNDS, MOST_ROUNDS = 1, 6
+CLEAR = 2.5  # standard errors
 MARGIN = 0.01  # of a step's time: what is off must gain this much to be switched on; what is on may lose none
 SHORTEST_STAY_STEPS, LONGEST_STAY_STEPS = 64, 1024
 

@@ -24,6 +24,7 @@ from moe_offload.storage.expert_format import ExpertKey
 REST_AFTER_STEPS = 64  # a few tokens
 MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
 SMOOTHING = 0.2  # of measured windows
+BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 SUBMIT_S = 2e-5  # compute time that asking for a read takes
 EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
 PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
@@ -63,6 +64,7 @@ class Prefetcher:
         self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
         self._window_s = math.inf  # a layer's compute time
         self._bytes_per_s = math.inf
+        self._read_s = math.inf  # an expert's read, as they come
         self._link_seen = (0, 0.0)
         self._steps = 0
         self._needs: dict[int, float] = {}  # by layer: experts of a step that are not resident, smoothed
@@ -188,13 +190,10 @@ class Prefetcher:
 
     def _is_worth_predicting(self, layer_idx: int) -> bool:
         """Whether the stall that a prediction may save is above the time that it takes."""
-        if self._bytes_per_s == math.inf or self._steps % PROBE_EVERY == 0:
-            return True
         needs = self._needs.get(self._next_layer.get(layer_idx, -1))
-        if needs is None:
+        if needs is None or self._steps % PROBE_EVERY == 0:
             return True
-        read_s = self._cache.largest_expert_bytes / self._bytes_per_s
-        return EXPECTED_RECALL * needs * read_s > self._predict_s
+        return EXPECTED_RECALL * needs * self._read_s > self._predict_s
 
     def _measure(self) -> float:
         """Bring the window's compute time up to date; now and then the link's speed and what follows.
@@ -218,9 +217,11 @@ class Prefetcher:
         self._link_seen = (bytes_read, busy_s)
         if new_bytes <= 0 or new_s <= 0:
             return
-        self._bytes_per_s = new_bytes / new_s
+        speed = new_bytes / new_s
+        best = self._bytes_per_s * BEST_SPEED_KEPT
+        self._bytes_per_s = speed if best == math.inf else max(speed, best)
         stats = self._cache.stats
-        read_s = self._cache.largest_expert_bytes / self._bytes_per_s
+        self._read_s = read_s = self._cache.largest_expert_bytes / speed
         self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, SUBMIT_S))
         self._set_depth()
 

@@ -288,7 +288,9 @@ class SlotPool:
     def queued_bytes(self) -> int:
         """Return the bytes of reads that have not finished."""
         entries = [entry for entry in self.staged.values() if entry.state is SlotState.IN_FLIGHT]
-        return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
+        return (
+            sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket)) if entries else 0
+        )
 
     def preload(self, keys: Iterable[ExpertKey]) -> None:
         """Queue the reads of experts that shall become residents: as many as there is room for."""
