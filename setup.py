@@ -84,7 +84,11 @@ setup(
         "numpy>=2.4,<3",
         "psutil>=7.2,<8",
     ],
-    extras_require={"llama": ["llama-cpp-python==0.3.36"], "bench": ["matplotlib"]},
+    extras_require={
+        "llama": ["llama-cpp-python==0.3.36"],
+        "bench": ["matplotlib"],
+        "learned": ["onnxruntime>=1.31,<2", "onnx>=1.23,<2"],  # the learned predictor: run it, write it
+    },
     entry_points={"console_scripts": ["moe-offload = moe_offload.cli:entry"]},
     zip_safe=False,
 )

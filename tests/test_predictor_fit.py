@@ -10,6 +10,7 @@ import torch
 from toy_models import save_toy_model
 
 import moe_offload
+from moe_offload.cli import main
 from moe_offload.cli_fit_predictor import make_fitter, report
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.predictors.evaluate import Evaluation, evaluate
@@ -245,3 +246,30 @@ def test_documents_are_split_and_never_shared(tmp_path: Path):
     path.write_text("too short")
     with pytest.raises(ConfigError, match="at least 8"):
         fit_recording.read_documents([path])
+
+
+def test_the_command_fits_reports_and_keeps(tiny_moe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(make_documents(12)))
+    arguments = ["fit-predictor", "--model", str(tiny_moe), "--text", str(text)]
+    assert main([*arguments, "--tokens", "1200", "--depth", "1", "--no-network"]) == 0
+    output = capsys.readouterr().out
+    kept = fit_path(open_checkpoint(tiny_moe))
+    assert kept.is_file() and str(kept) in output and "the best is hybrid" in output
+    assert choose_predictor("auto", open_checkpoint(tiny_moe)).name == "hybrid"
+    held_out = read_fit(kept, ()).report["held_out"]
+    assert held_out["hybrid"]["ahead"]["1"]["recall"] > held_out["cross_layer_gate"]["ahead"]["1"]["recall"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth", "5"], "from 1 to 4 layers"),
+        (["--tokens", "10"], "at least 1000"),
+        (["-o", "fit.bin"], "a fit is an .npz"),
+    ],
+)
+def test_the_command_refuses_what_cannot_work_before_it_loads_anything(flags, message, tmp_path, capsys):
+    assert main(["fit-predictor", "--text", str(tmp_path / "none.txt"), *flags]) == 2
+    assert message in capsys.readouterr().err
