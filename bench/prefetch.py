@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
 MODES = ("none", "fate", "history", "ours", "perfect")
+PROMPT_TOKENS = 32  # of --ascending
 PERFECT_DEPTH = 4  # layers ahead
 RESAMPLES = 10_000
 
@@ -70,6 +71,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--policy", default="horizon")
     parser.add_argument("--predictor", default="auto", help="of ours")
+    parser.add_argument(
+        "--ascending",
+        action="store_true",
+        help="feed ids 0, 1, 2...: what make_synthetic.py --routing expects",
+    )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--ram", default="auto")
     parser.add_argument("--delay-s", type=float, default=0.0, help="added to every read: a simulated disk")
@@ -78,8 +84,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def prompt_of(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Return the prompt's ids; with --ascending all the ids, for none is chosen by the model."""
+    import torch
+
     import moe_offload
 
+    if args.ascending:
+        return {"input_ids": torch.arange(PROMPT_TOKENS + args.tokens)[None], "forced": True}
     tokenizer = moe_offload.load_tokenizer(args.model)
     return {"input_ids": tokenizer(args.prompt, return_tensors="pt")["input_ids"]}
 
@@ -190,7 +201,24 @@ def settings_of(
     return settings
 
 
+def feed(model: Any, input_ids: Any, num_tokens: int) -> tuple[int, ...]:
+    """Decode the last ``num_tokens`` of ``input_ids`` one by one; return what the model would have said."""
+    import torch
+
+    cache = model.offload.new_cache(input_ids.shape[1])
+    said: list[int] = []
+    with torch.no_grad():
+        model(input_ids=input_ids[:, :-num_tokens], past_key_values=cache, use_cache=True)
+        for position in range(input_ids.shape[1] - num_tokens, input_ids.shape[1]):
+            token = input_ids[:, position : position + 1]
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            said.append(int(out.logits[0, -1].argmax()))
+    return tuple(said)
+
+
 def generate(model: Any, inputs: dict[str, Any], num_tokens: int) -> tuple[int, ...]:
+    if "forced" in inputs:
+        return feed(model, inputs["input_ids"], num_tokens)
     out = model.generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
     return tuple(out[0].tolist())
 
