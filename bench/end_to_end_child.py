@@ -240,10 +240,8 @@ def run_llama(spec: dict[str, Any]) -> None:
     evaluate = open_model(spec["model"], settings, context, spec["threads"])
     say(load_s=time.perf_counter() - start)
     if spec["warm_up"]:
-        for first in (2000, 3000):
-            evaluate([])
-            evaluate(token_ids(spec, first, spec["prompt_tokens"]))
-            evaluate([1])
+        evaluate(token_ids(spec, 2000, min(128, spec["prompt_tokens"])))
+        evaluate([1])
         evaluate([])
     prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
     following = token_ids(spec, spec["first_id"] + len(prompt), spec["warm_tokens"] + spec["decode_tokens"])
