@@ -62,6 +62,17 @@ LINEAR_CASES = [LinearCase(ggml_type, 3, 7, cols_of(ggml_type)) for ggml_type in
 ]
 
 
+# Every type in every shape for every number of tokens: rows and tokens that fill no tile, one block a row
+# and incomplete groups of blocks.
+GRID_TOKENS = (1, 2, 7, 33)
+
+
+def grid_shapes(ggml_type: GgmlType) -> tuple[tuple[int, int], ...]:
+    """Return (rows, cols) of the grid: a single block, an odd number of blocks, and more rows than a tile."""
+    block = BLOCK_SIZES[ggml_type].elements
+    return ((3, max(block, 1)), (5, cols_of(ggml_type)), (37, 5 * block if block > 1 else 129))
+
+
 @dataclass(frozen=True)
 class ExpertCase:
     """An expert layout and how it is used; ``types`` are in slot order."""
@@ -110,6 +121,20 @@ EXPERT_CASES = [
         bias=True,
         transposed=True,
     ),
+]
+
+
+# One expert of every type, gate, up and down alike.
+FORMAT_EXPERT_CASES = [
+    ExpertCase(
+        f"all_{ggml_type.name}",
+        RowOrder.SPLIT,
+        (ggml_type,) * 3,
+        ActivationKind.SILU,
+        hidden_size=max(BLOCK_SIZES[ggml_type].elements, 64),
+        intermediate_size=3 * max(BLOCK_SIZES[ggml_type].elements, 11),
+    )
+    for ggml_type in GgmlType
 ]
 
 
