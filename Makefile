@@ -23,7 +23,7 @@ CPU_FLAGS := $(shell grep -m1 ^flags /proc/cpuinfo)
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=OFF $(foreach pair,$(GGML_FLAGS),\
 	-DGGML_$(word 2,$(subst :, ,$(pair)))=$(if $(filter $(word 1,$(subst :, ,$(pair))),$(CPU_FLAGS)),ON,OFF))
 
-.PHONY: help demo test test-quick llama check format fuzz wheel clean
+.PHONY: help demo test test-quick llama check format fuzz sanitize bench wheel clean
 
 help:
 	@echo "make demo        install into $(VENV) and generate with a quarter of the bundled model's experts in memory"
@@ -33,6 +33,8 @@ help:
 	@echo "make check       formatting, lint and types"
 	@echo "make format      reformat Python and C++"
 	@echo "make fuzz        a long run of the header parsers' property tests"
+	@echo "make sanitize    native code under AddressSanitizer, UBSan and ThreadSanitizer (builds it twice more)"
+	@echo "make bench       speed beside llama.cpp, in RAM and in memory cgroups (half an hour, 20 GB of disk)"
 	@echo "make wheel       build dist/*.whl"
 	@echo "make clean       delete what the above made"
 
@@ -62,6 +64,12 @@ format: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m hypothesis tests/test_gguf.py tests/test_safetensors.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
 	$(BIN)/python tests/fuzz_headers.py --seconds 600
+
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python tests/run_sanitizers.py $(SANITIZE_ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/end_to_end.py $(BENCH_ARGS)
 
 wheel: $(VENV)/.python
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

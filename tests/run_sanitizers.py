@@ -1,0 +1,123 @@
+"""Run the native code under sanitizers: `make sanitize`. Exits 1 when one of them finds something.
+
+    python tests/run_sanitizers.py [--only address|thread] [--build-dir build/sanitize]
+
+- AddressSanitizer and UBSan: the extension is built with both, and the tests of ops, of the header
+  parsers and of the reader run on that build, in this interpreter with the libraries preloaded.
+- ThreadSanitizer: programs that hammer the thread pool and the reader, and the tests of the cache, of the
+  reader and of eviction on a build of the extension: all that needs no torch, whose threads it does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {
+    "address": (
+        "test_ops.py", "test_expert_ops.py", "test_thread_pool.py", "test_gguf.py", "test_safetensors.py",
+        "test_arena.py", "test_direct_read.py", "test_expert_store.py", "test_horizon.py",
+    ),
+    "thread": ("test_expert_cache.py", "test_direct_read.py", "test_expert_store.py", "test_eviction.py"),
+}  # fmt: skip
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # the interpreter frees little at its end
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "exitcode=66",
+}
+STRESS = {
+    "stress_thread_pool": (["cpu/thread_pool.cpp", "cpu/usable_cores.cpp"], ["40"]),
+    "stress_direct_read": (["io/*.cpp"], ["{folder}/data.bin", "100"]),
+}
+CLOCKLOCK = ROOT / "tests" / "native" / "tsan_clocklock.h"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=SANITIZERS)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "sanitize")
+    args = parser.parse_args()
+    failed = []
+    for name in [args.only] if args.only else SANITIZERS:
+        folder = args.build_dir.resolve() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        programs = {f"{program} under {name}": program for program in STRESS}
+        for title, program in programs.items():
+            failed += [title] * report(title, lambda: stress(program, name, folder))  # noqa: B023
+        title = f"tests under {name}"
+        failed += [title] * report(title, lambda: run_tests(name, folder))  # noqa: B023
+    print(f"failed: {', '.join(failed)}" if failed else "no sanitizer found anything")
+    return bool(failed)
+
+
+def report(title: str, run: object) -> bool:
+    """Run a part, say how it went and how long it took; True when it failed."""
+    started = time.perf_counter()
+    assert callable(run)
+    returncode = run()
+    print(f"{title}: {'ok' if returncode == 0 else f'exit status {returncode}'}, ", end="")
+    print(f"{time.perf_counter() - started:.0f} s", flush=True)
+    return returncode != 0
+
+
+def flags(name: str) -> list[str]:
+    shared = [f"-fsanitize={SANITIZERS[name]}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    return [*shared, "-include", str(CLOCKLOCK)] if name == "thread" else shared
+
+
+def stress(program: str, name: str, folder: Path) -> int:
+    """Build and run one of the native programs."""
+    patterns, arguments = STRESS[program]
+    sources = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
+    sources = [path for path in sources if not path.name.startswith("bindings")]
+    binary = folder / program
+    compiler = os.environ.get("CXX", "g++")
+    common = ["-std=c++20", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}"]
+    main_file = ROOT / "tests" / "native" / f"{program}.cpp"
+    subprocess.run([compiler, *common, *flags(name), *sources, main_file, "-o", binary], check=True)
+    command = [binary, *(argument.format(folder=folder) for argument in arguments)]
+    return subprocess.run(command, env={**os.environ, **OPTIONS}, timeout=900).returncode
+
+
+def run_tests(name: str, folder: Path) -> int:
+    """Build the extension with the sanitizer and run the tests that fit it."""
+    command = "build", "--build-base", str(folder)
+    compiler = " ".join([os.environ.get("CXX", "g++"), *flags(name), "-g1"])
+    environment = {**os.environ, "CC": compiler, "CXX": compiler}
+    subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment, check=True)
+    (library,) = folder.glob("lib*/moe_offload/_native*.so")
+    environment = {
+        **os.environ, **OPTIONS, "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
+    }  # fmt: skip
+    # -P: the package in the working directory, which was not built for this, stays out of the way.
+    python = [sys.executable, "-P"]
+    asked = [*python, "-c", "import moe_offload._native as native; print(native.__file__)"]
+    loaded = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if loaded.stdout.strip() != str(library):
+        print(f"{library} was built, but {loaded.stdout.strip() or loaded.stderr} is what is loaded")
+        return 1
+    tests = [str(ROOT / "tests" / test) for test in TESTS[name]]
+    pytest = [*python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    return subprocess.run([*pytest, *tests], cwd=ROOT, env=environment).returncode
+
+
+def preloads(name: str) -> str:
+    """Return the libraries that must be there before the interpreter's; libstdc++ for its exceptions."""
+    names = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[name]
+    paths = []
+    for library in [*names, "libstdc++.so"]:
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return ":".join(paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
