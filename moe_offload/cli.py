@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     args = build_parser().parse_args(argv)
     try:
+        if getattr(args, "download", False):
+            import_module("moe_offload.storage.download").fetch(args.model)
         code = int(import_module(f"moe_offload.cli_{args.command.replace('-', '_')}").run(args))
         sys.stdout.flush()
         return code
@@ -121,7 +123,11 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=None,
         metavar="PATH",
-        help="Hugging Face folder (safetensors) or GGUF file; default: the bundled demo model",
+        help="Hugging Face folder (safetensors), GGUF file, or the name org/name[:PART] of a model in the "
+        "local caches; default: the bundled demo model",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch what is missing of a model that is given by name"
     )
     parser.add_argument("--allow-dense", action="store_true", help="accept a model without experts")
 

@@ -16,13 +16,15 @@ from moe_offload.config import ModelSpec
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.dense_tensor import TensorInfo
 from moe_offload.storage.expert_format import ExpertIndex, WeightType
-from moe_offload.storage.gguf import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
+from moe_offload.storage.families import find_family
+from moe_offload.storage.gguf import GgufHeader, read_gguf
 from moe_offload.storage.gguf_config import find_architecture, gguf_config, gguf_generation_config
 from moe_offload.storage.gguf_tensors import map_tensors
-from moe_offload.storage.header_reader import HeaderReader, read_json_object
+from moe_offload.storage.header_reader import read_json_object
 from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config
+from moe_offload.storage.model_files import locate as locate
 from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder, weight_type
-from moe_offload.storage.safetensors_experts import index_experts
+from moe_offload.storage.safetensors_experts import find_experts, index_experts
 from moe_offload.storage.scaled_tensors import pair_scales, quantization_method
 from moe_offload.storage.text_only import text_tensors
 
@@ -59,7 +61,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoint:
-    """Read the headers at ``path``: a Hugging Face folder with safetensors, or a GGUF file.
+    """Read the headers at ``path``: a Hugging Face folder with safetensors, a GGUF file, or a model's name.
 
     Raises:
         CheckpointError: nothing readable is there, it is corrupt or unsupported, or it has no
@@ -75,47 +77,6 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
     return checkpoint
 
 
-def locate(path: str | Path) -> tuple[str, Path]:
-    """Return ("safetensors", folder) or ("gguf", file) for what the user gave."""
-    path = _existing(path)
-    if path.is_dir():
-        return ("safetensors", path) if (path / "config.json").exists() else ("gguf", _only_gguf(path))
-    with HeaderReader(path) as file:
-        magic = file.read_up_to(0, len(MAGIC))
-        if not magic:
-            file.fail("is empty; fetch it again")
-        if path.suffix in (".safetensors", ".json") and magic != MAGIC:
-            file.fail(f"is one file of a Hugging Face folder; give the folder {path.parent}")
-    return "gguf", path
-
-
-def _existing(path: str | Path) -> Path:
-    try:
-        path = Path(path).expanduser()
-        path.stat()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{path}: {reason}; a Hugging Face folder (config.json and safetensors) or a .gguf file is wanted"
-        ) from error
-    return path
-
-
-def _only_gguf(folder: Path) -> Path:
-    """A folder without config.json may hold one GGUF, whole or in parts."""
-    names = sorted(entry.name for entry in folder.glob("*.gguf"))
-    models = {SPLIT_NAME.sub(r"\g<prefix>", name): name for name in reversed(names)}
-    if len(models) == 1:
-        return folder / next(iter(models.values()))
-    found = (
-        f"found {len(models)} models: {', '.join(sorted(models.values())[:8])}" if models else "found neither"
-    )
-    raise CheckpointError(
-        f"{folder}: a folder with config.json and safetensors, or with one .gguf model is wanted; {found}. "
-        "Give the path of the model itself"
-    )
-
-
 def _open_folder(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     config = text_config(read_json_object(config_path))
@@ -125,6 +86,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         read_folder(folder), spec.num_hidden_layers, next_token_layers(config, str(config_path))
     )
     shards = pair_scales(shards, method)
+    if find_family(spec.model_type, str(config_path)).found_in_file:
+        spec = find_experts(shards, spec)
     found = index_experts(shards, spec)
     generation_path = folder / "generation_config.json"
     return Checkpoint(
