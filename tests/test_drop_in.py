@@ -25,7 +25,9 @@ import moe_offload
 from moe_offload import BudgetError, ConfigError
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.residency.memory import process_bytes
-from moe_offload.runtime.offload import live_handles
+from moe_offload.runtime.arguments import read_arguments
+from moe_offload.runtime.footprint import trim_heap
+from moe_offload.runtime.offload import base_bytes, live_handles
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what now?"}]
@@ -77,7 +79,7 @@ def test_what_scripts_pass_is_accepted(tiny_moe, capsys):
         use_safetensors=True,
         trust_remote_code=False,
         token=None,
-        revision="main",
+        revision="v2",
         attn_implementation="eager",
         generation_config=GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None),
         output_loading_info=True,
@@ -86,6 +88,7 @@ def test_what_scripts_pass_is_accepted(tiny_moe, capsys):
     notes = capsys.readouterr().err
     assert 'device_map="auto": the memory budget places the model' in notes
     assert "max_memory of 0 changes nothing" in notes and "offload_folder" in notes
+    assert "revision='v2' changes nothing" in notes
     assert model.offload.plan.ram_bytes == 6 << 30
     assert model.config._attn_implementation == "eager"
     assert model.generate(torch.tensor([[1, 2]])).shape == (1, 5)  # its own generation_config counts
@@ -128,8 +131,28 @@ def test_what_cannot_be_is_refused_with_the_reason(tiny_moe, options, message):
 
 
 def test_a_file_without_a_folder_is_refused():
-    with pytest.raises(ConfigError, match="is a file of which model"):
+    with pytest.raises(ConfigError, match=r"'x\.gguf' is in which model"):
         moe_offload.from_pretrained(gguf_file="x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"token": "secret", "local_files_only": True}, "some-org/a-model"),
+        ({"revision": "v2"}, "some-org/a-model@v2"),
+        ({"revision": "v2", "gguf_file": "q4/m.gguf"}, "some-org/a-model@v2/q4/m.gguf"),
+    ],
+)
+def test_a_name_on_the_hub_keeps_its_revision_and_file(options, wanted):
+    notes = []
+    assert read_arguments("some-org/a-model", "auto", "auto", options, notes.append).path == wanted
+    assert notes == []
+
+
+@pytest.mark.parametrize("option", ["subfolder", "cache_dir"])
+def test_what_is_not_looked_up_for_a_name_is_refused(option):
+    with pytest.raises(ConfigError, match=f"{option}='x' of some-org/a-model, which is no path here"):
+        moe_offload.from_pretrained("some-org/a-model", **{option: "x"})
 
 
 # --- pipelines
@@ -264,8 +287,10 @@ def use_every_expert(model):
 
 
 def test_the_footprint_is_what_the_process_grows_by(heavy):
-    load(heavy).offload.close()  # what libraries take on first use is not the model's
+    use_every_expert(warm := load(heavy))  # what libraries take on first use is not the model's
+    warm.offload.close()
     gc.collect()
+    trim_heap()  # or the model would grow into what others have freed
     before = process_bytes()
     model = load(heavy, experts="all")
     use_every_expert(model)
@@ -294,6 +319,7 @@ def test_a_closed_model_gives_everything_back(heavy):
     use_every_expert(warm := load(heavy))
     warm.offload.close()
     gc.collect()
+    trim_heap()
     files, threads, resident = resources()
     model = load(heavy, experts="all")
     use_every_expert(model)
@@ -327,10 +353,21 @@ def test_two_models_share_one_budget(heavy, tiny_moe):
     assert both[:2] == both[2:]
     first.offload.close()
     assert second.generate(prompt, **GREEDY).tolist() == both[1]
-    again = load(heavy, ram=alone.total_bytes + 20 * MIB + second.offload.planned_bytes, experts=6)
+    again = load(heavy, ram=alone.total_bytes + 40 * MIB + second.offload.planned_bytes, experts=6)
     assert again.generate(prompt, **GREEDY).tolist() == both[0]
     again.offload.close(), second.offload.close()
     assert not {again.offload, second.offload, first.offload} & set(live_handles)
+
+
+def test_what_the_caller_holds_besides_counts_beside_a_model(heavy):
+    """Loaded between two models, it was taken for a part of what the first had still to fill."""
+    first = load(heavy, experts="all")
+    without = base_bytes()
+    ballast = bytearray(160 * MIB)
+    ballast[::4096] = bytes(b"x" * len(range(0, len(ballast), 4096)))
+    with_ballast = base_bytes()
+    first.offload.close()
+    assert with_ballast - without >= 160 * MIB - first.offload.plan.workspace_bytes
 
 
 def test_two_models_generate_at_the_same_time(tiny_moe, heavy):

@@ -370,6 +370,11 @@ class ExpertCache:
         """Bytes of all slots, filled or not; less after ``give_back``."""
         return sum(pool.num_slots * pool.slot_bytes for pool in self._pools)
 
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes of the slots that hold a resident: what is certainly in memory."""
+        return sum(len(pool.residents) * pool.slot_bytes for pool in self._pools)
+
     def give_back(self, num_bytes: int) -> int:
         """Evict by policy and return slots to the system; the cache stays smaller from then on.
 

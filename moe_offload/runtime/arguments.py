@@ -18,9 +18,6 @@ from transformers import GenerationConfig
 
 from moe_offload.errors import ConfigError
 
-# Where a model comes from; of no effect for a path, as in transformers.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-
 # Without effect, since what they ask for is always so: (argument, why).
 _ALWAYS_SO = {
     "low_cpu_mem_usage": "weights are read piece by piece",
@@ -64,7 +61,8 @@ _OWN = (
 _HONOURED = (
     "torch_dtype", "attn_implementation", "device_map", "device", "max_memory", "gguf_file", "subfolder",
     "generation_config", "output_loading_info", "use_safetensors", "experts_implementation",
-    "pretrained_model_name_or_path", "use_auth_token", *HUB_ARGUMENTS,
+    "pretrained_model_name_or_path", "revision", "cache_dir",
+    "token", "use_auth_token", "local_files_only",  # nothing is fetched here, so nothing asks for them
 )  # fmt: skip
 
 
@@ -78,7 +76,6 @@ class LoadArguments:
     attn_implementation: str | None
     generation_config: Any
     output_loading_info: bool
-    hub: Mapping[str, Any]
 
 
 def read_arguments(
@@ -103,17 +100,13 @@ def read_arguments(
     _check_devices(kwargs, note)
     _check_implementations(kwargs)
     _check_generation_config(kwargs.get("generation_config"))
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    if kwargs.get("use_auth_token") is not None:
-        hub.setdefault("token", kwargs["use_auth_token"])
     return LoadArguments(
-        path=_path(path, kwargs),
+        path=_path(path, kwargs, note),
         dtype=_dtype(dtype, kwargs),
         ram=_ram(ram, kwargs, note),
         attn_implementation=kwargs.get("attn_implementation"),
         generation_config=kwargs.get("generation_config"),
         output_loading_info=bool(kwargs.get("output_loading_info")),
-        hub=hub,
     )
 
 
@@ -134,15 +127,32 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def _path(path: str | Path | None, kwargs: Mapping[str, Any]) -> str | Path | None:
+def _path(
+    path: str | Path | None, kwargs: Mapping[str, Any], note: Callable[[str], None]
+) -> str | Path | None:
+    """Return which model: on disk a path, on the hub a name as open_checkpoint reads it."""
     name = kwargs.get("pretrained_model_name_or_path")
     if path is not None and name is not None:
         raise ConfigError(f"two models are named: {str(path)!r} and {str(name)!r}; give one")
     path = name if path is None else path
-    parts = [kwargs[part] for part in ("subfolder", "gguf_file") if kwargs.get(part)]
-    if parts and path is None:
-        raise ConfigError(f"{parts[-1]!r} is a file of which model? Give its folder as the first argument")
-    return path if path is None or not parts else Path(path, *parts)
+    revision, gguf_file, subfolder = (kwargs.get(key) for key in ("revision", "gguf_file", "subfolder"))
+    if path is None:
+        if gguf_file or subfolder:
+            raise ConfigError(f"{gguf_file or subfolder!r} is in which model? Give it as the first argument")
+        return None
+    if Path(path).expanduser().exists():
+        if revision not in (None, "main"):
+            note(f"revision={revision!r:.80} changes nothing: {path} is on this disk")
+        return Path(path, *filter(None, (subfolder, gguf_file)))
+    for key, value, remedy in (
+        ("subfolder", subfolder, "give that folder's own path"),
+        ("cache_dir", kwargs.get("cache_dir"), "set HF_HUB_CACHE, or give the folder's own path"),
+    ):
+        if value:
+            raise ConfigError(
+                f"{key}={value!r:.80} of {path}, which is no path here, is not looked up: {remedy}"
+            )
+    return f"{path}{f'@{revision}' if revision else ''}{f'/{gguf_file}' if gguf_file else ''}"
 
 
 def _dtype(dtype: str | torch.dtype, kwargs: Mapping[str, Any]) -> str | torch.dtype:

@@ -22,7 +22,7 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import belady_window
-from moe_offload.runtime.footprint import cache_bytes
+from moe_offload.runtime.footprint import cache_bytes, trim_heap
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
@@ -129,6 +129,10 @@ class OffloadHandle:
         """What experts and key/value caches may hold now: slots, touched or not, and caches alive."""
         slot_bytes = 0 if self._closed or self.cache is None else self.cache.slot_bytes
         return slot_bytes + cache_bytes(self._kv_caches)
+
+    def touched_bytes(self) -> int:
+        """What of the plan is in memory for certain: dense weights and slots that hold an expert."""
+        return self.plan.dense_bytes + (0 if self.cache is None else self.cache.filled_bytes)
 
     def close(self) -> None:
         """Give memory, threads and files back, dense weights included. Idempotent.
@@ -293,8 +297,17 @@ class OffloadHandle:
 
 
 def base_bytes() -> int:
-    """Return what the process holds, or will hold once the models loaded before fill their plans."""
+    """Return what the process holds, or will hold once the models loaded before fill their plans.
+
+    What is not a model's (libraries, the caller's own data) is what the process holds less what the
+    models certainly do. Activations that a model left in the heap look like the caller's data and are
+    planned for already: an increase counts from beyond them.
+    """
     global _library_bytes
-    now = process_bytes()
-    _library_bytes = min(now, _library_bytes or now)  # the first load measures it without any model
-    return max(now, _library_bytes + sum(handle.planned_bytes for handle in live_handles))
+    trim_heap()  # what was freed is nobody's
+    now, models = process_bytes(), list(live_handles)
+    others = now - sum(model.touched_bytes() for model in models)
+    activations = sum(model.plan.workspace_bytes for model in models)
+    known = _library_bytes if models else others
+    _library_bytes = max(min(known, others), others - activations)
+    return max(now, _library_bytes + sum(model.planned_bytes for model in models))
