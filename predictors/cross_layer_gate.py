@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
 from moe_offload.predictors.history import LayerOrder
+from moe_offload.predictors.native_gate import NativeGate
 from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
 
 
@@ -37,6 +38,14 @@ class CrossLayerGate(StatelessPredictor):
         self.order = LayerOrder(list(routers), depth)
         self._scores = {layer_idx: RouterScores(router) for layer_idx, router in routers.items()}
         self._curves = dict(curves or {})
+        self._native = {
+            (layer_idx, later): NativeGate(
+                self._scores[later], self._curves.get((layer_idx, later), DEFAULT_CURVE)
+            )
+            for layer_idx in self.order.layers
+            for later in self.order.after(layer_idx)
+            if NativeGate.serves(self._scores[later])
+        }
 
     def predict(
         self,
@@ -48,6 +57,10 @@ class CrossLayerGate(StatelessPredictor):
         """Return the next routers' answers on this layer's ``router_input``."""
         forecasts = []
         for later in self.order.after(layer_idx):
+            native = self._native.get((layer_idx, later)) if len(router_input) == 1 else None
+            if native is not None:
+                forecasts.append(Forecast(later, native(router_input)))
+                continue
             router = self._scores[later]
             curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
             chances = probabilities(router(router_input), router.top_k, curve)
