@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from three_way import read_dense, read_experts
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_offload
 from moe_offload import ops
@@ -107,8 +108,10 @@ def exported(tmp_path_factory):
     dequantize_gguf(DEMO_MODEL, folder / "model-f32.gguf")
     checkpoint = open_checkpoint(DEMO_MODEL)
     weights = {name: read_dense(checkpoint, info) for name, info in checkpoint.dense.items()}
-    save_file(weights | read_experts(checkpoint), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(checkpoint.config)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    save_file(weights | read_experts(checkpoint, model), folder / "model.safetensors")
     return folder
 
 

@@ -1,0 +1,486 @@
+"""The native decode step: its operations against PyTorch in float64, whole models against transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy_models import plain_model, save_toy_model
+
+import moe_offload
+from moe_offload import ConfigError, _native, ops
+from moe_offload.config import DEMO_MODEL
+from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.storage.checkpoint import open_checkpoint
+
+VOCAB = 11
+
+
+def address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def linear(weight, bias=None):
+    """A float32 matrix as the native step takes it."""
+    return (0, *weight.shape, weight.data_ptr(), weight.nbytes, address(bias))
+
+
+class OneLayer:
+    """A dense layer of chosen shape around random weights, in float64 by PyTorch and natively."""
+
+    def __init__(self, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, cache_dtype=torch.float32, **traits):
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.cache_dtype, self.traits = cache_dtype, traits
+        torch.manual_seed(4)
+        hidden = self.hidden = 24
+        size, kv_size = heads * head_dim, kv_heads * head_dim
+        shapes = {
+            "embedding": (VOCAB, hidden), "head": (VOCAB, hidden), "query": (size, hidden),
+            "key": (kv_size, hidden), "value": (kv_size, hidden), "out": (hidden, size),
+            "gate": (20, hidden), "up": (20, hidden), "down": (hidden, 20),
+            "norm": (hidden,), "feed_forward_norm": (hidden,), "final_norm": (hidden,),
+            "q_norm": (head_dim if traits.get("norms_heads", True) else size,),
+            "k_norm": (head_dim if traits.get("norms_heads", True) else kv_size,),
+            "sinks": (heads,), "query_bias": (size,), "out_bias": (hidden,),
+        }  # fmt: skip
+        self.w = {name: torch.randn(shape) * (0.4 if len(shape) > 1 else 1) for name, shape in shapes.items()}
+        self.cos, self.sin = torch.randn(2, rotary_dim // 2)
+        self.half = rotary_dim // 2
+
+    def has(self, name):
+        return self.traits.get(name, False)
+
+    def native(self, token, keys, values, num_tokens):
+        """Append to (kv_heads, capacity, head_dim) keys and values; return the logits."""
+        w = self.w
+        shape = {
+            "hidden_size": self.hidden, "num_heads": self.heads, "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_dim, "rotary_dim": 2 * self.half, "eps": 1e-6,
+            "scaling": self.head_dim**-0.5, "max_top_k": 0,
+            "cache_type": {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}[self.cache_dtype],
+        }  # fmt: skip
+        step = _native.DecodeStep(shape, linear(w["embedding"]), address(w["final_norm"]), linear(w["head"]))
+        attention = {
+            "norm": address(w["norm"]),
+            "query": linear(w["query"], w["query_bias"] if self.has("bias") else None),
+            "key": linear(w["key"]),
+            "value": linear(w["value"], w.get("value_bias")),
+            "out": linear(w["out"], w["out_bias"] if self.has("bias") else None),
+            "q_norm": address(w["q_norm"]) if self.has("qk_norm") else 0,
+            "k_norm": address(w["k_norm"]) if self.has("qk_norm") else 0,
+            "norms_heads": self.traits.get("norms_heads", True),
+            "clip": self.traits.get("clip", 0.0),
+            "window": self.traits.get("window", 0),
+            "sinks": address(w["sinks"]) if self.has("sinks") else 0,
+            "feed_forward_norm": address(w["feed_forward_norm"]),
+        }
+        matrices = [w["gate"], w["up"], w["down"]]
+        kernel = _native.ExpertKernel([(0, *m.shape, False) for m in matrices], 2, 1, 0, 0.0, 0.0, 0, 0)
+        step.add_dense_layer(attention, kernel, [address(m) for m in matrices])
+        step.begin(token, address(self.cos), address(self.sin))
+        step.attend(0, address(keys), address(values), keys.shape[1], num_tokens)
+        logits = torch.empty(VOCAB)
+        step.logits(address(logits))
+        return logits
+
+    def norm(self, x, name):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * self.w[name].double()
+
+    def heads_of(self, x, norm, count):
+        x = self.norm(x, norm) if self.has("qk_norm") and not self.traits.get("norms_heads", True) else x
+        x = x.view(count, self.head_dim)
+        x = self.norm(x, norm) if self.has("qk_norm") and self.traits.get("norms_heads", True) else x
+        x = self.clip(x)
+        a, b, rest = x[:, : self.half], x[:, self.half : 2 * self.half], x[:, 2 * self.half :]
+        cos, sin = self.cos.double(), self.sin.double()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def clip(self, x):
+        return x.clamp(-self.traits["clip"], self.traits["clip"]) if self.has("clip") else x
+
+    def reference(self, token, keys, values, num_tokens):
+        """The same in float64; the new key and value are rounded to the cache's dtype."""
+        w = {name: tensor.double() for name, tensor in self.w.items()}
+        x = w["embedding"][token]
+        normed = self.norm(x, "norm")
+        query = w["query"] @ normed + (w["query_bias"] if self.has("bias") else 0)
+        query = self.heads_of(query, "q_norm", self.heads)
+        key = self.heads_of(w["key"] @ normed, "k_norm", self.kv_heads).to(self.cache_dtype)
+        value = self.clip((w["value"] @ normed).view(self.kv_heads, -1)).to(self.cache_dtype)
+        keys = torch.cat([keys[:, :num_tokens], key[:, None]], 1).double()
+        values = torch.cat([values[:, :num_tokens], value[:, None]], 1).double()
+        if self.has("window"):
+            keys, values = keys[:, -self.traits["window"] :], values[:, -self.traits["window"] :]
+        group = self.heads // self.kv_heads
+        scores = torch.einsum("hd,htd->ht", query, keys.repeat_interleave(group, 0)) * self.head_dim**-0.5
+        sinks = w["sinks"][:, None] if self.has("sinks") else torch.full((self.heads, 1), -torch.inf)
+        weights = torch.cat([scores, sinks], 1).softmax(-1)[:, :-1]
+        context = torch.einsum("ht,htd->hd", weights, values.repeat_interleave(group, 0)).reshape(-1)
+        x = x + w["out"] @ context + (w["out_bias"] if self.has("bias") else 0)
+        normed = self.norm(x, "feed_forward_norm")
+        x = x + w["down"] @ (torch.nn.functional.silu(w["gate"] @ normed) * (w["up"] @ normed))
+        return w["head"] @ self.norm(x, "final_norm")
+
+
+LAYERS = {
+    "plain": {},
+    "one head per key": {"heads": 3, "kv_heads": 3},
+    "seven heads per key": {"heads": 7, "kv_heads": 1, "head_dim": 8, "rotary_dim": 8},
+    "part of a head rotated": {"rotary_dim": 6},
+    "norms of heads": {"qk_norm": True},
+    "norms of all heads": {"qk_norm": True, "norms_heads": False},
+    "bias and sinks": {"bias": True, "sinks": True},
+    "clipped": {"clip": 0.5},
+    "window": {"window": 5},
+    "window beyond a range": {"window": 300, "sinks": True},
+    "wide heads": {"heads": 4, "kv_heads": 1, "head_dim": 72},
+    "float16 cache": {"cache_dtype": torch.float16},
+    "bfloat16 cache": {"cache_dtype": torch.bfloat16, "heads": 2, "kv_heads": 1, "head_dim": 40},
+}
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 6, 255, 256, 700])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_equals_float64(name, num_tokens):
+    layer = OneLayer(**LAYERS[name])
+    keys, values = torch.randn(2, layer.kv_heads, num_tokens + 1, layer.head_dim).to(layer.cache_dtype)
+    expected = layer.reference(3, keys, values, num_tokens)
+    actual = layer.native(3, keys, values, num_tokens)
+    tolerance = 2e-6 if layer.cache_dtype == torch.float32 else 1e-2  # a rounding of the new key may differ
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max()
+    )
+
+
+def layer_bits(num_threads, isa):
+    before = ops.num_threads()
+    layer = OneLayer(heads=28, kv_heads=4, head_dim=64, rotary_dim=64, sinks=True, qk_norm=True)
+    torch.manual_seed(7)
+    keys, values = torch.randn(2, 4, 1000, 64)
+    try:
+        ops.set_num_threads(num_threads)
+        _native.force_isa(isa)
+        logits = layer.native(2, keys, values, 999)
+    finally:
+        ops.set_num_threads(before)
+        _native.force_isa("")
+    return logits, keys, values
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_and_instruction_sets_give_the_same_bits(num_threads, isa):
+    expected = layer_bits(1, "baseline")
+    for one, other in zip(layer_bits(num_threads, isa), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keys_and_values_are_rounded_to_nearest_even(dtype):
+    """The bias is all that the projections yield: what arrives in the cache is its rounding."""
+    special = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e-8, 3e-8, 6.1e-5, 2049.0, 2051.0, 1e30, torch.inf]
+    powers = torch.randint(-9, 6, (500,), generator=torch.Generator().manual_seed(5))
+    numbers = torch.cat([torch.tensor(special), torch.linspace(-1.0, 1.0, 500) * 10.0**powers])
+    numbers = torch.cat([numbers, -numbers, torch.zeros(-2 * len(numbers) % 8)])
+    layer = OneLayer(heads=1, kv_heads=1, head_dim=len(numbers), rotary_dim=0, cache_dtype=dtype, bias=True)
+    layer.w["value"].zero_()
+    layer.w["value_bias"] = numbers
+    keys, values = torch.zeros(2, 1, 1, len(numbers), dtype=dtype)
+    layer.native(0, keys, values, 0)
+    assert torch.equal(values[0, 0], numbers.to(dtype))
+
+
+@pytest.mark.parametrize("change", ["top_k", "ties", "chosen", "normalized"])
+def test_routing_equals_float64(change, tmp_path):
+    """The choice as transformers' routers make it, ids ascending; of equals the smaller id."""
+    torch.manual_seed(1)
+    gate, hidden = torch.randn(19, 24), torch.randn(1, 24)
+    if change == "ties":
+        gate[5:] = gate[4]
+    top_k = 1 if change == "top_k" else 6
+    layer = OneLayer()
+    shape = {
+        "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rotary_dim": 16, "eps": 0.0,
+        "scaling": 0.25, "max_top_k": top_k, "cache_type": 0,
+    }  # fmt: skip
+    w = layer.w
+    zero = torch.zeros_like(w["out"])  # attention adds nothing, so the router sees the norm of the embedding
+    step = _native.DecodeStep(shape, linear(hidden), address(w["final_norm"]), linear(w["head"]))
+    kernel = _native.ExpertKernel([(0, 40, 24, False), (0, 24, 20, False)], 0, 19, 0, 0.0, 0.0, 0, 0)
+    attention = {
+        "norm": address(w["norm"]), "query": linear(w["query"]), "key": linear(w["key"]),
+        "value": linear(w["value"]), "out": linear(zero), "q_norm": 0, "k_norm": 0, "norms_heads": True,
+        "clip": 0.0, "window": 0, "sinks": 0, "feed_forward_norm": address(w["feed_forward_norm"]),
+    }  # fmt: skip
+    step.add_moe_layer(attention, linear(gate), top_k, change == "chosen", change == "normalized", kernel)
+    keys, values = torch.zeros(2, 2, 1, 16)
+    step.begin(0, address(layer.cos), address(layer.sin))
+    step.attend(0, address(keys), address(values), 1, 0)
+    ids, weights = step.choice()
+    x = hidden[0].double()
+    logits = gate.double() @ (x * torch.rsqrt((x * x).mean()) * w["feed_forward_norm"].double())
+    order = sorted(range(19), key=lambda i: (-round(float(logits[i]), 9), i))[:top_k]
+    chosen = logits[order].softmax(-1) if change == "chosen" else logits.softmax(-1)[order]
+    chosen = chosen / chosen.sum() if change == "normalized" else chosen
+    expected = dict(zip(order, chosen.tolist(), strict=True))
+    assert ids == sorted(order)
+    np.testing.assert_allclose(weights, [expected[i] for i in ids], rtol=2e-6)
+
+
+FAMILIES = ("qwen3_moe", "qwen3_moe_with_dense_layers", "mixtral", "olmoe", "gpt_oss")
+TRAITS = {
+    "olmoe clipped": ("olmoe", {"clip_qkv": 0.3, "norm_topk_prob": True}),
+    "mixtral in a window": ("mixtral", {"sliding_window": 7}),
+    "qwen3_moe in a window": ("qwen3_moe", {"sliding_window": 9, "attention_bias": True}),
+}
+
+
+def decode(model, ids, num_prompt_tokens):
+    """Logits of ``ids`` after the prompt, one forward each."""
+    cache, logits = None, []
+    with torch.no_grad():
+        for start, end in [
+            (0, num_prompt_tokens),
+            *((i, i + 1) for i in range(num_prompt_tokens, len(ids[0]))),
+        ]:
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[0, -1])
+    return torch.stack(logits[1:])
+
+
+def load(path, **options):
+    return moe_offload.from_pretrained(path, **{"experts": "50%", "ram": "8GiB", "context": 256, **options})
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *TRAITS])
+def test_logits_equal_transformers_in_every_family(name, tmp_path):
+    family, overrides = TRAITS.get(name, (name, {}))
+    folder = save_toy_model(family, tmp_path, **overrides)
+    model = load(folder)
+    assert native_step_reason(open_checkpoint(folder).config) is None
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(1))
+    served = count_native(model)
+    actual, expected = decode(model, ids, 20), decode(plain_model(folder), ids, 20)
+    assert len(served) == 20
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    one_by_one = decode(model, ids, 1)  # a prompt of one token is native from the start
+    assert len(served) == 20 + 40
+    torch.testing.assert_close(one_by_one[19:], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    model.offload.close()
+
+
+def count_native(model):
+    """Return a list that grows with every native step."""
+    served, run = [], model.offload.native_step.run
+    model.offload.native_step.run = lambda inputs: served.append(1) or run(inputs)
+    return served
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_half_precision_is_as_close_to_float64_as_transformers(family, dtype, tmp_path):
+    """CONTRACTS' accuracy rule: not worse than twice transformers' own error, plus a rounding."""
+    experts = {"num_experts_per_tok": 6} if family == "gpt_oss" else {"num_experts_per_tok": 8}
+    folder = save_toy_model(family, tmp_path, dtype, **experts)  # all experts: no choice can flip
+    ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(2))
+    exact = decode(plain_model(folder, dtype=torch.float64), ids, 1)
+    theirs = decode(plain_model(folder, dtype=dtype), ids, 1)
+    model = load(folder, experts="all")
+    served = count_native(model)
+    ours = decode(model, ids, 1)
+    assert ours.dtype == dtype and len(served) == 30
+    error, their_error = (ours - exact).abs().mean(), (theirs - exact).abs().mean()
+    assert error <= their_error + 1e-5
+    model.offload.close()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model = moe_offload.from_pretrained(ram="8GiB", experts="25%", context=256)
+    yield model
+    model.offload.close()
+
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def test_quantized_layers_give_what_they_give_in_transformers(demo, monkeypatch):
+    """The same packed weights through QuantLinear: only roundings of activations may differ."""
+    ids = torch.randint(3, 8000, (1, 60), generator=torch.Generator().manual_seed(2))
+    native = decode(demo, ids, 10)
+    monkeypatch.setattr(demo.offload, "native_step", None)
+    layered = decode(demo, ids, 10)
+    assert (native - layered).abs().mean() < 1e-2 * layered.std()
+
+
+def test_greedy_text_of_the_demo_model_is_that_of_transformers_layers(demo):
+    kwargs = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    native = demo.generate(PROMPT, **kwargs)
+    step, demo.offload.native_step = demo.offload.native_step, None
+    layered = demo.generate(PROMPT, **kwargs)
+    demo.offload.native_step = step
+    assert torch.equal(native, layered)
+
+
+def test_counters_and_recorded_routing_are_those_of_transformers_layers():
+    seen = []
+    for native in (True, False):
+        model = moe_offload.from_pretrained(ram="8GiB", experts="25%", context=64, prefetch=False)
+        if not native:
+            model.offload.native_step = None
+        with model.offload.trace(router_inputs=True) as recorder:
+            model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        trace, stats = recorder.trace(), model.offload.stats()
+        seen.append(
+            (trace, [stats.hits, stats.misses, stats.evictions, stats.demand_bytes, stats.decode_steps])
+        )
+        model.offload.close()
+    assert np.array_equal(seen[0][0].experts, seen[1][0].experts)
+    np.testing.assert_allclose(seen[0][0].weights, seen[1][0].weights, rtol=1e-3)
+    assert seen[0][1] == seen[1][1]
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_residents_are_counted_when_all_layers_run_in_one_call(prefetch, monkeypatch):
+    model = moe_offload.from_pretrained(ram="8GiB", experts="all", context=64, prefetch=prefetch)
+    step, kwargs = model.offload.native_step, {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(PROMPT, **kwargs)
+    counted = []
+    for way in ("in one call", "layer by layer"):
+        before, done, layered = model.offload.stats().as_dict(), [], []
+        with monkeypatch.context() as patch:
+            for executor in step._moe_executors:
+                patch.setattr(executor, "on_layer_done", done.append)
+            if way == "in one call":
+                patch.setattr(step, "_run_layers", lambda *args, layered=layered: layered.append(args))
+            else:
+                patch.setattr(step, "_tables", lambda: None)
+            assert torch.equal(model.generate(PROMPT, **kwargs), expected)
+        assert not layered, "a whole generation had nothing to read, and yet ran layer by layer"
+        after = model.offload.stats().as_dict()
+        counted.append(
+            ({name: after[name] - before[name] for name in ("hits", "misses", "decode_steps")}, done)
+        )
+    assert counted[0] == counted[1]
+    assert counted[0][0]["hits"] >= 12 * 4 * 19 and counted[0][0]["misses"] == 0
+    model.offload.cache.check()
+    assert model.offload.cache.give_back(1) > 0  # the tables are gone with the slot
+    assert torch.equal(model.generate(PROMPT, **kwargs), expected)
+    model.offload.close()
+
+
+def test_experts_read_on_the_way_join_the_run():
+    """Every expert has a slot and none was read yet: the run stops and goes on."""
+    model = moe_offload.from_pretrained(ram="8GiB", experts="all", context=64, prefetch=False)
+    other = moe_offload.from_pretrained(ram="8GiB", experts=8, context=64, prefetch=False)
+    kwargs = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(PROMPT, **kwargs), other.generate(PROMPT, **kwargs))
+    model.offload.cache.check()
+    model.offload.close()
+    other.offload.close()
+
+
+def step_inputs(model, **changes):
+    cache = model.offload.new_cache(32)
+    model(PROMPT, past_key_values=cache)
+    return {"input_ids": torch.tensor([[4]]), "past_key_values": cache, "use_cache": True, **changes}
+
+
+def test_what_asks_for_more_than_logits_takes_transformers_layers(demo):
+    step, inputs = demo.offload.native_step, step_inputs(demo)
+    assert step.serves(inputs)
+    assert step.serves({**inputs, "attention_mask": torch.ones(1, 6, dtype=torch.long), "labels": None})
+    refused = {
+        "two tokens": {"input_ids": torch.tensor([[4, 5]])},
+        "two sequences": {"input_ids": torch.tensor([[4], [5]])},
+        "a padded mask": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        "a mask of another length": {"attention_mask": torch.ones(1, 5, dtype=torch.long)},
+        "hidden states": {"output_hidden_states": True},
+        "router logits": {"output_router_logits": True},
+        "a loss": {"labels": torch.tensor([[4]])},
+        "embeddings": {"input_ids": None, "inputs_embeds": torch.zeros(1, 1, 256)},
+        "no cache": {"use_cache": False},
+        "a tuple": {"return_dict": False},
+        "something unknown": {"rainbow": 1},
+    }
+    for name, change in refused.items():
+        assert not step.serves({**inputs, **change}), name
+
+
+def test_hooks_and_replaced_modules_are_seen(demo):
+    step, inputs = demo.offload.native_step, step_inputs(demo)
+    seen = []
+    attention = demo.model.layers[3].self_attn
+    handle = attention.register_forward_hook(lambda *args: seen.append(1))
+    demo(**inputs)
+    handle.remove()
+    assert seen == [1]
+    projection = attention.q_proj
+    attention.q_proj = torch.nn.Sequential(projection)
+    assert not step.serves(inputs)
+    attention.q_proj = projection
+    assert step.serves(inputs)
+
+
+def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(demo, monkeypatch):
+    inputs = step_inputs(demo)
+    expected = demo(**step_inputs(demo)).logits
+    step = demo.offload.native_step
+    run, calls = step._run_experts, []
+
+    def interrupted(executor):
+        calls.append(executor.layer_idx)
+        if executor.layer_idx == 5:
+            raise KeyboardInterrupt
+        run(executor)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, "_run_experts", interrupted)
+        demo(**inputs)
+    assert calls[-1] == 5
+    demo.offload.cache.check()
+    assert inputs["past_key_values"].get_seq_length() == 5
+    assert torch.equal(demo(**inputs).logits, expected)
+
+
+def test_a_full_cache_is_a_budget_error_as_before(demo):
+    cache = KVCache(demo.offload.layer_types, 5)
+    with pytest.raises(moe_offload.BudgetError, match="5 tokens"):
+        demo(**step_inputs(demo, past_key_values=fill(demo, cache)))
+
+
+def fill(model, cache):
+    model(PROMPT, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "deepseek_v2"}, "does not know model_type 'deepseek_v2'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "change with the sequence's length"),
+        ({"head_dim": 20}, "not a multiple of 8"),
+    ],
+)
+def test_a_reason_is_given_for_every_other_model(config, reason):
+    base = {"model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4}
+    assert native_step_reason(base) is None
+    assert reason in native_step_reason({**base, **config})
+
+
+def test_the_demo_model_is_native():
+    assert native_step_reason(open_checkpoint(DEMO_MODEL).config) is None
+
+
+def test_wrong_arguments_are_named():
+    layer = OneLayer()
+    keys, values = torch.zeros(2, 2, 4, 16)
+    with pytest.raises(ConfigError, match=r"token_id must be in \[0, 11\), got 11"):
+        layer.native(11, keys, values, 0)
+    with pytest.raises(ConfigError, match="cache is full: 4 tokens"):
+        layer.native(0, keys, values, 4)
+    layer.w["query"] = torch.zeros(8, 24)
+    with pytest.raises(ConfigError, match="rows of query must be 64, got 8"):
+        layer.native(0, keys, values, 0)
