@@ -66,7 +66,7 @@ def main() -> None:
             )
         print(f"{label:18} {recordings[-1].num_tokens} tokens, {time.perf_counter() - started:.0f} s")
     fitter = make_fitter(model, recordings[0], args.depth, "bench")
-    seconds = fit(fitter)
+    seconds = fit(fitter, args.predictors)
     print(f"{'fitted in':18} {', '.join(f'{name} {s:.1f} s' for name, s in seconds.items())}")
     results = measure(model, fitter.fit, recordings[1], expert_bytes, args)
     table(results, args.depth)
@@ -105,10 +105,14 @@ def documents(args: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def fit(fitter) -> dict[str, float]:
-    """Fit everything; return the seconds of each stage."""
+def fit(fitter, wanted: str) -> dict[str, float]:
+    """Fit what is wanted; return the seconds of each stage."""
+    stages = ["counts", "gates", "low_rank", "hybrid", "network"]
+    if wanted != "all":
+        needless = {"low_rank": "low_rank_gate", "network": "learned"}
+        stages = [name for name in stages if needless.get(name, "") in f"{wanted},"]
     seconds = {}
-    for name in ("counts", "gates", "low_rank", "hybrid", "network"):
+    for name in stages:
         started = time.perf_counter()
         with Progress(f"fitting {name}", sys.stderr):
             getattr(fitter, name)()
