@@ -83,6 +83,11 @@ def isa() -> str:
     return _native.isa()
 
 
+def has_fast_kernel(ggml_type: WeightType) -> bool:
+    """Whether the instruction set in use has a kernel for this type; otherwise it is correct and slow."""
+    return _native.has_fast_kernel(ggml_type)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -81,6 +81,44 @@ def test_bits_do_not_depend_on_isa_threads_or_tokens(ggml_type: GgmlType) -> Non
                 assert_same_bits(ops.linear(x[:tokens], weight, ggml_type, rows, cols), expected[:tokens])
 
 
+@pytest.mark.parametrize("ggml_type", [t for t in GgmlType if t not in FLOAT_TYPES], ids=lambda t: t.name)
+def test_the_largest_codes_and_activations_do_not_wrap(ggml_type: GgmlType) -> None:
+    """Every byte of the codes 255 or 0, every activation +127 or -127: the largest sums on the way."""
+    rows, cols = 5, cols_of(ggml_type)
+    x = torch.full((2, cols), 127.0)
+    x[1] = -127.0
+    for byte in (0, 255):
+        packed = packed_weight(ggml_type, rows, cols, seed=12)
+        blocks = packed.reshape(-1, BLOCK_SIZES[ggml_type].num_bytes)
+        filled = np.full_like(blocks, byte)
+        scales = slice(0, 0) if ggml_type.name not in reference.SCALE_PLACES else None
+        if scales is None:
+            place = reference.SCALE_PLACES[ggml_type.name]
+            for start in (place.d, place.minimum):
+                if start is not None:
+                    filled[:, start : start + 2] = np.float16([0.5]).view(np.uint8)
+        elif byte == 255:
+            filled = np.where(blocks == 255, blocks, 126).astype(np.uint8)  # scales stay finite
+        packed = filled.reshape(packed.shape)
+        expected = reference.linear(x.numpy(), packed, ggml_type.name)
+        for isa in ISAS:
+            _native.force_isa(isa)
+            for t in (slice(0, 2), slice(0, 1), slice(1, 2)):  # the tiles of tokens, and of one token
+                actual = ops.linear(x[t], torch.from_numpy(packed), ggml_type, rows, cols)
+                assert_same_bits(actual, expected[t])
+
+
+def test_fast_kernels_are_told_from_the_generic_path() -> None:
+    _native.force_isa(ISAS[0])
+    assert ops.has_fast_kernel(GgmlType.F16)
+    assert not ops.has_fast_kernel(GgmlType.TQ1_0)
+    if len(ISAS) > 1:
+        assert not ops.has_fast_kernel(GgmlType.Q4_1)
+        _native.force_isa(ISAS[-1])
+        assert ops.has_fast_kernel(GgmlType.Q4_1)
+        assert not ops.has_fast_kernel(GgmlType.IQ2_XS)
+
+
 @pytest.mark.parametrize("ggml_type", FLOATS, ids=lambda t: t.name)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (31, 45), (70, 33), (40, 64)])
 def test_a_transposed_matrix_gives_the_bits_of_the_other_order(

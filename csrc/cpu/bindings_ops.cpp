@@ -148,6 +148,9 @@ void register_ops(py::module_& m) {
         "Threads of the pool, the calling one included");
     m.def("num_threads", [] { return ThreadPool::instance().num_threads(); });
     m.def("usable_cores", usable_cores, "Affinity, cgroup quota and physical cores, whichever is least");
+    m.def(
+        "has_fast_kernel", [](int type) { return type >= 0 && type < kNumTypes && kernels().fast[type]; },
+        "Whether the instruction set in use has a kernel of its own for a ggml type");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use");
     m.def("available_isas", available_isas, "What this CPU offers, worst first");
     m.def("force_isa", force_isa, "Use one instruction set from now on; empty: choose again");

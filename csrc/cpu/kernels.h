@@ -97,6 +97,7 @@ struct Kernels {
     RowsFn rows[kNumTypes];             // nullptr where there is no such type
     RowsFn rows_transposed[kNumTypes];  // float types only
     DequantizeFn dequantize[kNumTypes];
+    bool fast[kNumTypes];  // rows[] is made for the type; otherwise it is correct and slow
     // x (cols) -> q, d, sums and tiles of one token, zero beyond cols
     void (*quantize)(const float* x, int64_t cols, int64_t padded_cols, int16_t* q, float* d, int16_t* sums,
                      ActivationTile* tiles);

@@ -81,7 +81,7 @@ class ThreadPool {
     std::recursive_timed_mutex operation_;
     int depth_ = 0;  // operations inside each other, under operation_
     std::vector<std::thread> workers_;
-    int num_threads_ = 0;  // 0: not decided yet
+    int num_threads_ = 0;            // 0: not decided yet
     std::atomic<int> owner_pid_{0};  // read before the lock is held
     InterruptCheck interrupted_ = nullptr;
     int64_t last_poll_ns_ = 0;
