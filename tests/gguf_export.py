@@ -48,6 +48,8 @@ def export(
     add_tokenizer(writer, folder, config, "gpt-2")
     tensors = dict(renamed(folder, name, config, kv_b_split))
     change(tensors)
+    if config["model_type"] == "gemma4_text":
+        tensors["rope_freqs.weight"] = unturned_divisors(config)
     for tensor_name, weight in tensors.items():
         is_small = weight.dim() == 1 or "ffn_gate_inp" in tensor_name or tensor_name.endswith(".bias")
         is_small |= any(part in tensor_name for part in ("ssm_", "shortconv.conv"))
@@ -71,7 +73,9 @@ def add_common(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type") == "longrope":  # the factors become tensors
+    if "full_attention" in rope:
+        pass  # gemma4: by kind of layer
+    elif rope.get("rope_type") == "longrope":  # the factors become tensors
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_rope_scaling_attn_factors(1.19)
     else:
@@ -174,6 +178,62 @@ def glm4moe(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_expert_weights_norm(config["norm_topk_prob"])
 
 
+def delta_net(writer: gguf.GGUFWriter, config: Config) -> None:
+    add_heads(writer, config)
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+    writer.add_full_attention_interval(4)
+    writer.add_rope_dimension_count(
+        int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"])
+    )
+
+
+def qwen35moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    delta_net(writer, config)
+    writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
+
+
+def lfm2moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([heads * (kind == "full_attention") for kind in config["layer_types"]])
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_leading_dense_block_count(config["num_dense_layers"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+
+
+def gemma4(writer: gguf.GGUFWriter, config: Config) -> None:
+    windowed = [kind == "sliding_attention" for kind in config["layer_types"]]
+    full = next(iter(config["per_layer_config"].values()))
+    writer.add_expert_used_count(config["top_k_experts"])
+    writer.add_shared_kv_layers(0)
+    writer.add_embedding_length_per_layer_input(0)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(windowed)
+    for size, add in (
+        (full["head_dim"], (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count)),
+        (config["head_dim"],
+         (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa)),
+    ):  # fmt: skip
+        for function in add:
+            function(size)
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_head_count_kv(
+        [config["num_key_value_heads"] if window else full["num_key_value_heads"] for window in windowed]
+    )
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
 ARCHITECTURES: dict[str, tuple[str, Callable[[gguf.GGUFWriter, Config], None]]] = {
     "qwen2_moe": ("qwen2moe", qwen2moe),
     "olmoe": ("olmoe", olmoe),
@@ -185,6 +245,10 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[gguf.GGUFWriter, Config], None]]] 
     "deepseek_v3": ("deepseek2", deepseek2),
     "glm4_moe_lite": ("deepseek2", deepseek2),
     "glm4_moe": ("glm4moe", glm4moe),
+    "qwen3_next": ("qwen3next", delta_net),
+    "qwen3_5_moe_text": ("qwen35moe", qwen35moe),
+    "lfm2_moe": ("lfm2moe", lfm2moe),
+    "gemma4_text": ("gemma4", gemma4),
 }
 
 
@@ -229,6 +293,17 @@ def split(name: str, weight: Tensor, config: Config, kv_b_split: bool) -> Iterat
         yield from granite_tensor(name, weight, config)
     elif family == "gpt_oss":
         yield from gpt_oss_tensor(name, weight)
+    elif family in ("qwen3_next", "qwen3_5_moe_text"):
+        yield from delta_net_tensor(name, weight, config)
+    elif family == "lfm2_moe":
+        name = name.replace("expert_bias", "expert_bias.bias")
+        is_expert = ".experts." in name
+        yield (
+            name.removeprefix("model." if is_expert else ""),
+            weight.squeeze(1) if "conv.conv" in name else weight,
+        )
+    elif family == "gemma4_text":
+        yield from gemma4_tensor(name, weight)
     elif name.endswith("kv_b_proj.weight") and kv_b_split:
         heads, value = config["num_attention_heads"], config["v_head_dim"]
         key_b, value_b = weight.view(heads, -1, weight.shape[-1]).split(
@@ -279,6 +354,71 @@ def gpt_oss_tensor(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name.replace("gate_up_proj", "gate_proj.weight"), weight.transpose(-1, -2)[:, ::2]
         yield name.replace("gate_up_proj", "up_proj.weight"), weight.transpose(-1, -2)[:, 1::2]
     elif name.endswith("sinks"):
+        yield f"{name}.weight", weight
+    else:
+        yield name, weight
+
+
+def unturned_divisors(config: Config) -> Tensor:
+    """Gemma 4's full attention turns a part of each head: the other frequencies are divided away."""
+    half = next(iter(config["per_layer_config"].values()))["head_dim"] // 2
+    turned = int(half * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+    return torch.tensor([1.0] * turned + [1e30] * (half - turned))
+
+
+def delta_net_tensor(name: str, weight: Tensor, config: Config) -> Iterator[tuple[str, Tensor]]:
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    if name.endswith(".A_log"):
+        weight = -torch.exp(weight)
+    elif name.endswith(".dt_bias"):
+        name = name.replace("dt_bias", "dt_proj.bias")
+    elif "conv1d" in name:
+        weight = weight.squeeze(1)
+    elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        weight = weight + 1
+    elif name.endswith("shared_expert_gate.weight"):
+        weight = weight.squeeze()
+    if (
+        config["model_type"] == "qwen3_5_moe_text"
+        and "linear_attn." in name
+        and "linear_attn.norm" not in name
+    ):
+        weight = tiled_value_heads(name, weight, keys, values // keys, key_dim, value_dim)
+    if "in_proj_qkvz" in name:
+        per_key = values // keys * value_dim
+        by_key = weight.view(keys, -1, weight.shape[1]).split([key_dim, key_dim, per_key, per_key], dim=1)
+        *qkv, z = [rows.reshape(-1, weight.shape[1]) for rows in by_key]
+        layer = f"blk.{name.split('.')[2]}."
+        yield f"{layer}attn_qkv.weight", torch.cat(qkv)
+        yield f"{layer}attn_gate.weight", z
+    else:
+        yield name, weight
+
+
+def tiled_value_heads(
+    name: str, weight: Tensor, keys: int, per_key: int, key_dim: int, value_dim: int
+) -> Tensor:
+    """Value heads grouped by key head -> tiled over the key heads."""
+
+    def tiled(rows: Tensor, size: int) -> Tensor:
+        return rows.reshape(keys, per_key, size, -1).transpose(0, 1).reshape(rows.shape)
+
+    if "in_proj_qkv" in name or "conv1d" in name:
+        first = 2 * keys * key_dim
+        return torch.cat([weight[:first], tiled(weight[first:], value_dim)])
+    if "out_proj" in name:
+        return tiled(weight.T, value_dim).T
+    return tiled(weight, value_dim if "in_proj_z" in name else 1)
+
+
+def gemma4_tensor(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    layer = f"blk.{name.split('.')[2]}." if ".layers." in name else ""
+    if name.endswith("router.scale"):
+        yield f"{layer}ffn_gate_inp.scale", weight
+    elif name.endswith("per_expert_scale"):
+        yield f"{layer}ffn_down_exps.scale", weight
+    elif ".experts." in name or name.endswith("layer_scalar"):
         yield f"{name}.weight", weight
     else:
         yield name, weight

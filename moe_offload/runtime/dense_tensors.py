@@ -148,6 +148,32 @@ def _log_negated(parts: Sequence[Tensor]) -> Tensor:
     return torch.log(-parts[0])
 
 
+def _log_negated_heads(parts: Sequence[Tensor], per_key: int, num_keys: int) -> Tensor:
+    return _group_value_heads([_log_negated(parts)], 0, per_key, num_keys)
+
+
+def _group_value_heads(parts: Sequence[Tensor], offset: int, per_key: int, num_keys: int) -> Tensor:
+    """Rows of value heads, tiled over the key heads, put beside their key head; those before stay."""
+    head, tail = parts[0][:offset], parts[0][offset:]
+    tiled = tail.reshape(per_key, num_keys, -1, *tail.shape[1:])
+    return torch.cat([head, tiled.transpose(0, 1).reshape(tail.shape)])
+
+
+def _group_value_columns(parts: Sequence[Tensor], per_key: int, num_keys: int) -> Tensor:
+    """The same for the columns that take what value heads give."""
+    (weight,) = parts
+    tiled = weight.reshape(weight.shape[0], per_key, num_keys, -1)
+    return tiled.transpose(1, 2).reshape(weight.shape)
+
+
+def _join_qkvz(parts: Sequence[Tensor], num_keys: int, key_dim: int) -> Tensor:
+    """(q, k, v) and z -> for each key head: its rows of q, k, v and z."""
+    qkv, z = parts
+    keys = num_keys * key_dim
+    stacks = [qkv[:keys], qkv[keys : 2 * keys], qkv[2 * keys :], z]
+    return torch.cat([rows.reshape(num_keys, -1, rows.shape[1]) for rows in stacks], dim=1).flatten(0, 1)
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "unpermute": _unpermute,
     "as_is": _as_is,
@@ -156,4 +182,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "join_kv_b": _join_kv_b,
     "minus_one": _minus_one,
     "log_negated": _log_negated,
+    "log_negated_heads": _log_negated_heads,
+    "group_value_heads": _group_value_heads,
+    "group_value_columns": _group_value_columns,
+    "join_qkvz": _join_qkvz,
 }

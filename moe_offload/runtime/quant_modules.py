@@ -58,3 +58,23 @@ class QuantEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.ggml_type.name}"
+
+
+class ScaledQuantEmbedding(QuantEmbedding):
+    """A packed embedding whose rows are multiplied by a constant (Gemma)."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        ggml_type: WeightType,
+        dtype: torch.dtype,
+        scale: float,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, ggml_type, dtype)
+        self.scale = scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(...) token ids -> (..., embedding_dim)."""
+        rows = super().forward(input_ids)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype)

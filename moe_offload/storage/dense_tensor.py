@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from moe_offload.storage.expert_format import GgmlType, Span, WeightType
+from moe_offload.storage.expert_format import BLOCK_SIZES, GgmlType, Span, WeightType
 from moe_offload.storage.safetensors import Scales
 
 # Operations that move whole rows, and so work on packed rows as they do on numbers.
-ROW_OPERATIONS = frozenset({"unpermute", "concat_rows"})
+ROW_OPERATIONS = frozenset({"unpermute", "concat_rows", "join_qkvz", "group_value_heads"})
+# Those that move equal pieces of columns, and so work on packed rows whose pieces are whole blocks.
+COLUMN_OPERATIONS = frozenset({"group_value_columns"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,10 @@ def made_tensor(
     """Return the tensor that ``operation`` makes of ``parts``: packed as they are where only rows move."""
     types = {part.ggml_type for part in parts}
     stays_packed = operation in ROW_OPERATIONS and len(types) == 1
+    if operation in COLUMN_OPERATIONS:
+        ggml_type = parts[0].ggml_type
+        assert isinstance(ggml_type, GgmlType), "only a GGUF's tensors are put in another order"
+        stays_packed = shape[-1] // prod(sizes) % BLOCK_SIZES[ggml_type].elements == 0
     first = parts[0].span
     return TensorInfo(
         name,

@@ -100,6 +100,7 @@ class Architecture:
         made: parameters that are no tensor as it stands; where one is also among the leaves, the file
             decides which of the two it has.
         model_leaves: tensors outside the layers, beside the output projection.
+        model_made: parameters outside the layers that are made of other tensors.
         not_loaded: tensors outside the layers that the config holds, or nobody needs.
     """
 
@@ -113,6 +114,7 @@ class Architecture:
         "token_embd.weight",
         "output_norm.weight",
     )
+    model_made: tuple[Made, ...] = ()
     not_loaded: frozenset[str] = frozenset()
 
     def name_of(self, leaf: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from moe_offload.storage.config_view import ConfigView
 from moe_offload.storage.gguf import GgufHeader
 from moe_offload.storage.gguf_architecture import Architecture
 from moe_offload.storage.gguf_deepseek import DEEPSEEK2, GLM4MOE
+from moe_offload.storage.gguf_hybrid import GEMMA4, LFM2MOE, QWEN3NEXT, QWEN35MOE
 from moe_offload.storage.gguf_llama import GPT_OSS, GRANITEMOE, LLAMA, OLMOE, PHIMOE
 from moe_offload.storage.gguf_metadata import MetadataView
 from moe_offload.storage.gguf_qwen import QWEN2, QWEN2MOE, QWEN3, QWEN3MOE
@@ -28,6 +29,10 @@ MOE_ARCHITECTURES = {
     "granitemoe": GRANITEMOE,
     "phimoe": PHIMOE,
     "glm4moe": GLM4MOE,
+    "qwen3next": QWEN3NEXT,
+    "qwen35moe": QWEN35MOE,
+    "lfm2moe": LFM2MOE,
+    "gemma4": GEMMA4,
 }
 DENSE_ARCHITECTURES = {"qwen2": QWEN2, "qwen3": QWEN3}
 

@@ -40,6 +40,8 @@ def map_tensors(
     finder = _Finder(header, architecture, spec, config)
     for leaf in architecture.model_leaves(config):
         finder.take_dense("", leaf, "")
+    for made in architecture.model_made:
+        finder.make(made, "", "")
     if not config["tie_word_embeddings"]:
         finder.take_dense("", "output.weight", "")
     layouts: dict[int, ExpertLayout] = {}
@@ -91,7 +93,7 @@ class _Finder:
         for leaf in leaves:
             self.take_dense(blk, leaf, prefix, layer_idx)
 
-    def make(self, made: Made, blk: str, prefix: str, layer_idx: int) -> None:
+    def make(self, made: Made, blk: str, prefix: str, layer_idx: int | None = None) -> None:
         parts = [
             self.as_info(self.take(blk + leaf, self.shape(symbols, layer_idx)))
             for leaf, symbols in made.parts

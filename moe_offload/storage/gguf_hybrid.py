@@ -1,0 +1,374 @@
+"""GGUF architectures whose layers differ: qwen3next, qwen35moe (gated delta net), lfm2moe, gemma4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_offload.storage.gguf import GgufArray
+from moe_offload.storage.gguf_architecture import (
+    ATTENTION,
+    DENSE_FFN,
+    QK_NORMS,
+    SHARED_EXPERT,
+    Architecture,
+    Config,
+    Made,
+)
+from moe_offload.storage.gguf_metadata import (
+    MetadataView,
+    attention_config,
+    decoder_config,
+    experts_config,
+    float_tensor,
+    rope_parameters,
+)
+from moe_offload.storage.gguf_qwen import SHARED_EXPERT_NAMES, shared_gate
+
+_LINEAR, _FULL = "linear_attention", "full_attention"
+
+
+def _delta_net(view: MetadataView) -> dict[str, Any]:
+    """What Qwen3-Next and Qwen3.5 share: a gated delta net, full attention in every so many layers."""
+    config = attention_config(view, partial_rotary=True) | experts_config(view)
+    value_heads = view.count("ssm.time_step_rank")
+    inner = view.count("ssm.inner_size")
+    if inner % value_heads:
+        raise view.fail("ssm.inner_size", f"is {inner}, not a multiple of the {value_heads} value heads")
+    interval = view.maybe("full_attention_interval") or 4
+    width = view.maybe("feed_forward_length", low=0)
+    return (
+        config
+        | {
+            "moe_intermediate_size": view.count("expert_feed_forward_length"),
+            "shared_expert_intermediate_size": view.count("expert_shared_feed_forward_length"),
+            "linear_conv_kernel_dim": view.count("ssm.conv_kernel"),
+            "linear_key_head_dim": view.count("ssm.state_size"),
+            "linear_num_key_heads": view.count("ssm.group_count"),
+            "linear_num_value_heads": value_heads,
+            "linear_value_head_dim": inner // value_heads,
+            "layer_types": [
+                _LINEAR if (layer + 1) % interval else _FULL for layer in range(config["num_hidden_layers"])
+            ],
+            "attention_bias": False,
+        }
+        | ({"intermediate_size": width} if width else {})
+    )
+
+
+def _qwen3next(view: MetadataView) -> dict[str, Any]:
+    return _delta_net(view) | {
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "norm_topk_prob": True,  # the architecture's meaning in llama.cpp; no key says so
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _qwen35moe(view: MetadataView) -> dict[str, Any]:
+    config = _delta_net(view) | {
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+    }
+    sections = view.counts("rope.dimension_sections", 4)  # of text, all have the same positions
+    config["rope_parameters"] |= {
+        "mrope_section": [size for size in sections if size],
+        "mrope_interleaved": True,
+    }
+    return config
+
+
+def _delta_leaves(config: Config, layer_idx: int, is_moe: bool) -> list[str]:
+    ffn = ["ffn_gate_inp.weight", *SHARED_EXPERT]
+    if config["layer_types"][layer_idx] == _FULL:
+        return [*ATTENTION[1:], *ffn]
+    return ["ssm_norm.weight", *ffn]
+
+
+def _norms(config: Config, layer_idx: int) -> list[Made]:
+    """Norms that multiply by 1 + weight are stored with the 1 added."""
+    leaves = {"attn_norm": ("input_layernorm", "H"), "post_attention_norm": ("post_attention_layernorm", "H")}
+    if config["layer_types"][layer_idx] == _FULL:
+        leaves |= {"attn_q_norm": ("self_attn.q_norm", "D"), "attn_k_norm": ("self_attn.k_norm", "D")}
+    return [
+        Made(f"{name}.weight", symbols, "minus_one", ((f"{leaf}.weight", symbols),))
+        for leaf, (name, symbols) in leaves.items()
+    ]
+
+
+def _qwen3next_leaves(config: Config, layer_idx: int, is_moe: bool) -> list[str]:
+    leaves = _delta_leaves(config, layer_idx, is_moe)
+    if config["layer_types"][layer_idx] == _FULL:
+        return leaves
+    return [*leaves, "ssm_in.weight", "ssm_ba.weight", "ssm_dt.bias", "ssm_out.weight"]
+
+
+def _qwen3next_made(config: Config, layer_idx: int, is_moe: bool) -> Sequence[Made]:
+    """Rows of q, k, v and z are together for each key head in transformers, one after the other here."""
+    made = [*_norms(config, layer_idx), *shared_gate(config, layer_idx, is_moe)]
+    if config["layer_types"][layer_idx] == _FULL:
+        return made
+    joined = (("attn_qkv.weight", "UH"), ("attn_gate.weight", "ZH"))
+    heads = (config["linear_num_key_heads"], config["linear_key_head_dim"])
+    return [
+        *made,
+        Made("linear_attn.in_proj_qkvz.weight", "PH", "join_qkvz", joined, heads),
+        Made("linear_attn.conv1d.weight", "U1C", "as_is", (("ssm_conv1d.weight", "UC"),)),
+        Made("linear_attn.A_log", "N", "log_negated", (("ssm_a", "N"),)),
+    ]
+
+
+def _qwen35moe_made(config: Config, layer_idx: int, is_moe: bool) -> Sequence[Made]:
+    """Value heads are tiled over the key heads in the file, grouped by them in transformers."""
+    made = [*_norms(config, layer_idx), *shared_gate(config, layer_idx, is_moe)]
+    if config["layer_types"][layer_idx] == _FULL:
+        return made
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    heads = (values // keys, keys)
+    first = 2 * keys * config["linear_key_head_dim"]
+
+    def grouped(name: str, symbols: str, leaf: str, stored: str = "", offset: int = 0) -> Made:
+        part = ((leaf, stored or symbols),)
+        return Made(f"linear_attn.{name}", symbols, "group_value_heads", part, (offset, *heads))
+
+    return [
+        *made,
+        grouped("in_proj_qkv.weight", "UH", "attn_qkv.weight", offset=first),
+        grouped("in_proj_z.weight", "ZH", "attn_gate.weight"),
+        grouped("in_proj_a.weight", "NH", "ssm_alpha.weight"),
+        grouped("in_proj_b.weight", "NH", "ssm_beta.weight"),
+        grouped("dt_bias", "N", "ssm_dt.bias"),
+        grouped("conv1d.weight", "U1C", "ssm_conv1d.weight", "UC", first),
+        Made("linear_attn.A_log", "N", "log_negated_heads", (("ssm_a", "N"),), heads),
+        Made("linear_attn.out_proj.weight", "HZ", "group_value_columns", (("ssm_out.weight", "HZ"),), heads),
+    ]
+
+
+def _delta_sizes(config: Config) -> dict[str, int]:
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    heads = config["linear_num_value_heads"]
+    values = heads * config["linear_value_head_dim"]
+    return {
+        "G": 2 * config["num_attention_heads"] * config["head_dim"],  # queries and their gates
+        "U": 2 * keys + values, "Z": values, "P": 2 * keys + 2 * values, "N": heads, "B": 2 * heads,
+        "Y": config["linear_value_head_dim"], "C": config["linear_conv_kernel_dim"],
+        "S": config["shared_expert_intermediate_size"],
+    }  # fmt: skip
+
+
+_DELTA_NAMES = {
+    **SHARED_EXPERT_NAMES,
+    "attn_q.weight": ("self_attn.q_proj.weight", "GH"),
+    "ssm_norm.weight": ("linear_attn.norm.weight", "Y"),
+    "ssm_in.weight": ("linear_attn.in_proj_qkvz.weight", "PH"),
+    "ssm_ba.weight": ("linear_attn.in_proj_ba.weight", "BH"),
+    "ssm_dt.bias": ("linear_attn.dt_bias", "N"),
+    "ssm_out.weight": ("linear_attn.out_proj.weight", "HZ"),
+}
+_FINAL_NORM = (Made("model.norm.weight", "H", "minus_one", (("output_norm.weight", "H"),)),)
+
+
+def _only_embedding(config: Config) -> list[str]:
+    return ["token_embd.weight"]
+
+
+def _lfm2moe(view: MetadataView) -> dict[str, Any]:
+    """Short convolutions where a layer has no key-value heads; scores are sigmoids with a correction."""
+    config = decoder_config(view)
+    counts = view.counts("attention.head_count_kv", config["num_hidden_layers"])
+    head_dim = view.maybe("attention.key_length") or config["hidden_size"] // config["num_attention_heads"]
+    if (gating := view.maybe("expert_gating_func", low=0)) not in (None, 2):
+        raise view.fail("expert_gating_func", f"is {gating}; lfm2moe scores with sigmoids (2)")
+    view.maybe("attention.value_length"), view.maybe("rope.dimension_count")
+    return (
+        config
+        | experts_config(view)
+        | {
+            "model_type": "lfm2_moe",
+            "architectures": ["Lfm2MoeForCausalLM"],
+            "num_key_value_heads": max(counts),
+            "head_dim": head_dim,
+            "layer_types": [_FULL if count else "conv" for count in counts],
+            "intermediate_size": view.count("feed_forward_length"),
+            "moe_intermediate_size": view.count("expert_feed_forward_length"),
+            "num_dense_layers": view.maybe("leading_dense_block_count", low=0) or 0,
+            "conv_L_cache": view.count("shortconv.l_cache"),
+            "conv_bias": False,
+            "norm_eps": view.number("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": rope_parameters(view, head_dim),
+            "use_expert_bias": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": view.number("expert_weights_scale", 1.0),
+        }
+    )
+
+
+def _lfm2_leaves(config: Config, layer_idx: int, is_moe: bool) -> list[str]:
+    mixer = ["shortconv.in_proj.weight", "shortconv.out_proj.weight"]
+    if config["layer_types"][layer_idx] == _FULL:
+        mixer = [*ATTENTION[1:], *QK_NORMS]
+    ffn = ["ffn_gate_inp.weight", "exp_probs_b.bias"] if is_moe else [*DENSE_FFN]
+    return ["attn_norm.weight", *mixer, "ffn_norm.weight", *ffn]
+
+
+def _lfm2_made(config: Config, layer_idx: int, is_moe: bool) -> Sequence[Made]:
+    if config["layer_types"][layer_idx] == _FULL:
+        return ()
+    return [Made("conv.conv.weight", "H1C", "as_is", (("shortconv.conv.weight", "HC"),))]
+
+
+def _gemma4(view: MetadataView) -> dict[str, Any]:
+    """Windows in most layers; full attention has larger heads, and turns only a part of them."""
+    config = decoder_config(view)
+    layers = config["num_hidden_layers"]
+    windowed = _window_pattern(view, layers)
+    counts = view.counts("attention.head_count_kv", layers)
+    wide, narrow = view.count("attention.key_length"), view.count("attention.key_length_swa")
+    for name in ("attention.value_length", "attention.value_length_swa", "rope.dimension_count",
+                 "rope.dimension_count_swa"):  # fmt: skip
+        view.maybe(name)
+    if view.maybe("embedding_length_per_layer_input", low=0):
+        raise view.fail("embedding_length_per_layer_input", "is set: embeddings for each layer are not read")
+    full_heads = {count for count, window in zip(counts, windowed, strict=True) if not window}
+    window_heads = {count for count, window in zip(counts, windowed, strict=True) if window}
+    if len(full_heads) > 1 or len(window_heads) != 1:
+        raise view.fail("attention.head_count_kv", f"differs among layers of a kind: {counts}")
+    softcap = view.key("final_logit_softcapping")
+    shares_keys = not all(
+        view.has(f"blk.{i}.attn_v.weight") for i, window in enumerate(windowed) if not window
+    )
+    return (
+        config
+        | experts_config(view)
+        | {
+            "model_type": "gemma4_text",
+            "architectures": ["Gemma4ForCausalLM"],
+            "enable_moe_block": True,
+            "top_k_experts": view.count("expert_used_count"),
+            "moe_intermediate_size": view.count("expert_feed_forward_length"),
+            "intermediate_size": view.count("feed_forward_length"),
+            "num_key_value_heads": window_heads.pop(),
+            "num_global_key_value_heads": full_heads.pop() if full_heads else None,
+            "head_dim": narrow,
+            "global_head_dim": wide,
+            "attention_k_eq_v": shares_keys,
+            "layer_types": ["sliding_attention" if window else _FULL for window in windowed],
+            "sliding_window": view.count("attention.sliding_window"),
+            "num_kv_shared_layers": view.maybe("attention.shared_kv_layers", low=0) or 0,
+            "hidden_size_per_layer_input": 0,
+            "use_double_wide_mlp": False,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": view.number("attention.layer_norm_rms_epsilon"),
+            "final_logit_softcapping": view.number("final_logit_softcapping")
+            if softcap in view.config
+            else None,
+            "rope_parameters": {
+                _FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": view.number("rope.freq_base"),
+                    "partial_rotary_factor": _turned_share(view, wide),
+                },
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": view.number("rope.freq_base_swa", 10000.0),
+                },
+            },
+        }
+    )
+
+
+def _window_pattern(view: MetadataView, layers: int) -> list[bool]:
+    name = "attention.sliding_window_pattern"
+    value = view.config.get(view.key(name))
+    pattern = view.header.array(view.key(name), bool) if isinstance(value, GgufArray) else None
+    if pattern is None or len(pattern) != layers:
+        raise view.fail(name, f"must say for each of {layers} layers whether it has a window")
+    return pattern
+
+
+def _turned_share(view: MetadataView, head_dim: int) -> float:
+    """Of the wide heads only the first frequencies turn: the others' divisors are beyond all measure."""
+    if not view.has("rope_freqs.weight"):
+        return 1.0
+    divisors = float_tensor(view, "rope_freqs.weight", head_dim // 2)
+    return sum(divisor == 1.0 for divisor in divisors) / len(divisors)
+
+
+def _gemma4_leaves(config: Config, layer_idx: int, is_moe: bool) -> list[str]:
+    has_values = config["layer_types"][layer_idx] != _FULL or not config["attention_k_eq_v"]
+    attention = [leaf for leaf in ATTENTION if has_values or leaf != "attn_v.weight"]
+    if layer_idx >= config["num_hidden_layers"] - config["num_kv_shared_layers"]:
+        attention = [leaf for leaf in attention if leaf not in ("attn_k.weight", "attn_v.weight")]
+    return [
+        *attention, *QK_NORMS, "post_attention_norm.weight", "ffn_norm.weight", *DENSE_FFN,
+        "post_ffw_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp.scale", "ffn_down_exps.scale",
+        "pre_ffw_norm_2.weight", "post_ffw_norm_1.weight", "post_ffw_norm_2.weight",
+        "layer_output_scale.weight",
+    ]  # fmt: skip
+
+
+def _gemma4_layer_sizes(config: Config, layer_idx: int) -> dict[str, int]:
+    if config["layer_types"][layer_idx] != _FULL:
+        return {}
+    head_dim = config["global_head_dim"]
+    kv_heads = config["num_global_key_value_heads"] or config["num_key_value_heads"]
+    return {"D": head_dim, "Q": config["num_attention_heads"] * head_dim, "K": kv_heads * head_dim}
+
+
+QWEN3NEXT = Architecture(
+    _qwen3next,
+    _qwen3next_leaves,
+    _DELTA_NAMES,
+    sizes=_delta_sizes,
+    made=_qwen3next_made,
+    model_leaves=_only_embedding,
+    model_made=_FINAL_NORM,
+)
+QWEN35MOE = Architecture(
+    _qwen35moe,
+    _delta_leaves,
+    _DELTA_NAMES,
+    sizes=_delta_sizes,
+    made=_qwen35moe_made,
+    model_leaves=_only_embedding,
+    model_made=_FINAL_NORM,
+)
+LFM2MOE = Architecture(
+    _lfm2moe,
+    _lfm2_leaves,
+    {
+        "token_embd_norm.weight": ("model.embedding_norm.weight", "H"),
+        "attn_norm.weight": ("operator_norm.weight", "H"),
+        "attn_output.weight": ("self_attn.out_proj.weight", "HQ"),
+        "attn_q_norm.weight": ("self_attn.q_layernorm.weight", "D"),
+        "attn_k_norm.weight": ("self_attn.k_layernorm.weight", "D"),
+        "shortconv.in_proj.weight": ("conv.in_proj.weight", "TH"),
+        "shortconv.out_proj.weight": ("conv.out_proj.weight", "HH"),
+        "ffn_norm.weight": ("ffn_norm.weight", "H"),
+        "ffn_gate.weight": ("feed_forward.w1.weight", "FH"),
+        "ffn_up.weight": ("feed_forward.w3.weight", "FH"),
+        "ffn_down.weight": ("feed_forward.w2.weight", "HF"),
+        "ffn_gate_inp.weight": ("feed_forward.gate.weight", "EH"),
+        "exp_probs_b.bias": ("feed_forward.expert_bias", "E"),
+    },
+    sizes=lambda config: {"T": 3 * config["hidden_size"], "C": config["conv_L_cache"]},
+    made=_lfm2_made,
+    model_leaves=lambda config: ["token_embd.weight", "token_embd_norm.weight"],
+)
+GEMMA4 = Architecture(
+    _gemma4,
+    _gemma4_leaves,
+    {
+        "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "H"),
+        "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "H"),
+        "ffn_gate_inp.weight": ("router.proj.weight", "EH"),
+        "ffn_gate_inp.scale": ("router.scale", "H"),
+        "ffn_down_exps.scale": ("router.per_expert_scale", "E"),
+        "pre_ffw_norm_2.weight": ("pre_feedforward_layernorm_2.weight", "H"),
+        "post_ffw_norm_1.weight": ("post_feedforward_layernorm_1.weight", "H"),
+        "post_ffw_norm_2.weight": ("post_feedforward_layernorm_2.weight", "H"),
+        "layer_output_scale.weight": ("layer_scalar", "1"),
+    },
+    layer_sizes=_gemma4_layer_sizes,
+)
