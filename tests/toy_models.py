@@ -115,11 +115,18 @@ def save_toy_model(
     family: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **overrides: Any
 ) -> Path:
     """Make a random model of the family (same weights every time) and save it in ``folder``."""
-    torch.manual_seed(20)
     config = _config(family)
     for name, value in overrides.items():
         assert hasattr(config, name), f"{family} has no {name}"
         setattr(config, name, value)
+    return save_model(config, folder, dtype, shard_size)
+
+
+def save_model(
+    config: Any, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB"
+) -> Path:
+    """Make a random model of a configuration (same weights every time) and save it in ``folder``."""
+    torch.manual_seed(20)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the default init: biases and routing must matter

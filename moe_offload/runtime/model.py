@@ -138,6 +138,7 @@ def from_pretrained(
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
     model = skeleton.build_skeleton(checkpoint, compute_dtype, arguments.attn_implementation)
+    checkpoint = skeleton.measure_cache(model, checkpoint)
     if quant is not None:
         checkpoint = _quantize(model, checkpoint, config, quant, progress)
     plan = _plan(model, checkpoint, config)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
@@ -28,6 +29,7 @@ from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 from moe_offload.storage.expert_store import ExpertStore
+from moe_offload.storage.families import find_family
 
 EXPERTS_IMPLEMENTATION = "moe_offload"
 GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
@@ -36,6 +38,8 @@ GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
 KNOWN_EXPERT_SOURCES = {("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",)}
 
 EXPERT_MATRICES = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
+
+MEASURED_TOKENS = 5
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -94,6 +98,31 @@ def experts_modules(model: Any) -> dict[int, Any]:
             if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
                 found[layer_idx] = module
     return found
+
+
+def measure_cache(model: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the cache's sizes as transformers makes it, for a family found by trial.
+
+    Five tokens pass the skeleton while it has no memory: its experts compute nothing, no byte is read.
+    """
+    if not find_family(checkpoint.spec.model_type, str(checkpoint.path)).found_in_file:
+        return checkpoint
+    for experts in experts_modules(model).values():
+        experts.moe_offload_executor = lambda hidden, ids, weights: torch.empty_like(hidden)
+    with torch.device("meta"), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(torch.ones(1, MEASURED_TOKENS, dtype=torch.long), use_cache=True, past_key_values=cache)
+    tokens, states = [], []
+    for layer in cache.layers:
+        held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+        tokens.append(-(-sum(value.numel() for value in held) // MEASURED_TOKENS))
+        dicts = [value for value in vars(layer).values() if isinstance(value, dict)]
+        found = [state for values in dicts for state in values.values() if isinstance(state, Tensor)]
+        states.append(sum(state.numel() for state in found))
+    spec = replace(
+        checkpoint.spec, kv_elements_per_token=tuple(tokens), state_elements_per_sequence=tuple(states)
+    )
+    return replace(checkpoint, spec=spec)
 
 
 def cache_layer_types(model: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -197,6 +226,14 @@ def _packed_module(module: nn.Module, ggml_type: WeightType, dtype: torch.dtype)
             return QuantLinear(module.in_features, module.out_features, ggml_type, module.bias is not None)
         if type(module) is nn.Embedding:
             return QuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype)
+        if type(module) is nn.Embedding:
+            return QuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype)
+        if isinstance(module, nn.Embedding) and isinstance(
+            scale := getattr(module, "scalar_embed_scale", None), float
+        ):
+            return ScaledQuantEmbedding(
+                module.num_embeddings, module.embedding_dim, ggml_type, dtype, scale
+            )
     return None
 
 

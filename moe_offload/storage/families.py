@@ -7,7 +7,7 @@ version. Key/value and state sizes are what transformers caches, layer by layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.config_view import MAX_EXPERTS, ConfigView
@@ -159,6 +159,7 @@ class Family:
     state_elements: PerLayer = _no_state  # by layer, of one sequence, however long
     transposed: bool = False  # fused matrices are stored (cols, rows)
     interleaved: bool = False  # fused gate and up rows alternate
+    found_in_file: bool = False  # layers and sizes of experts are those of the tensors
     next_token_layers: int = 0  # layers after the decoder's that official files hold and nobody runs here
 
 
@@ -310,12 +311,40 @@ DENSE_FAMILIES = {
 }
 
 
+def _any_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
+    """What most families cache; loading measures it (runtime/skeleton.py)."""
+    known = _latent_kv if view.config.get("kv_lora_rank") else _attention_kv
+    return known(view, num_layers)
+
+
+_ANY_NAMES = Family(
+    {},
+    experts_names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    top_k_names=("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
+    kv_elements=_any_kv,
+    found_in_file=True,
+)
+# Families without a description of their own: their numbers go by one of the usual names, the rest is
+# found in the files and measured. Each gives plain transformers' tokens (tests/walk_families.py).
+MOE_FAMILIES_BY_TRIAL: dict[str, Family] = dict.fromkeys(
+    (
+        "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v32", "deepseek_v4",
+        "dots1", "dots3_note_text", "exaone_moe", "flex_olmo", "flint", "glm_moe_dsa", "granitemoe_swa",
+        "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+        "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax", "minimax_m3_vl_text", "mistral4",
+        "nemotron_h", "qwen4_exp_text", "solar_open", "zaya",
+    ),
+    _ANY_NAMES,
+) | {"aria_text": replace(_ANY_NAMES, transposed=True)}  # fmt: skip
+
+
 def find_family(model_type: object, where: str) -> Family:
     """Return the family of a ``model_type``; an unknown one is refused with the known names."""
-    known = {**MOE_FAMILIES, **DENSE_FAMILIES}
+    known = {**MOE_FAMILIES, **MOE_FAMILIES_BY_TRIAL, **DENSE_FAMILIES}
     if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
             f"{where}: model_type {model_type!r:.80} is not supported; supported are "
-            f"{', '.join(MOE_FAMILIES)} and, with allow_dense=True, {', '.join(DENSE_FAMILIES)}"
+            f"{', '.join([*MOE_FAMILIES, *MOE_FAMILIES_BY_TRIAL])} and, with allow_dense=True, "
+            f"{', '.join(DENSE_FAMILIES)}"
         )
     return known[model_type]

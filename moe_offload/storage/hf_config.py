@@ -62,7 +62,7 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         num_experts = view.integer(*family.experts_names, low=0, high=MAX_EXPERTS)
     if num_experts:
         top_k = view.integer(*family.top_k_names, high=num_experts)
-        intermediate_size = view.integer(family.intermediate_name)
+        intermediate_size = 0 if family.found_in_file else view.integer(family.intermediate_name)
     return ModelSpec(
         model_type=str(model_type),
         hidden_size=view.integer("hidden_size"),

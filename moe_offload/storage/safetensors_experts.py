@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
 from moe_offload.config import ModelSpec
@@ -30,7 +30,7 @@ from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, Saf
 _K = TypeVar("_K")
 _EXPERTS = re.compile(
     r"(?:model\.)?layers\.([0-9]{1,6})\."
-    r"(?:(?:(?:mlp|block_sparse_moe|feed_forward)\.)?experts\.|block_sparse_moe\.(?=(?:in|out)put_linear))(.+)",
+    r"(?:(?:(?:mlp|block_sparse_moe|feed_forward|moe|ffn|mixer)\.)?experts\.|block_sparse_moe\.(?=(?:in|out)put_linear))(.+)",
     re.DOTALL,
 )
 _ONE_EXPERT = re.compile(r"([0-9]{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
@@ -38,8 +38,10 @@ _MATRIX = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gat
 _FUSED = {
     "gate_up_proj": "gate_up", "down_proj": "down",
     "input_linear.weight": "gate_up", "output_linear.weight": "down",
+    "fc1.weight": "gate_up", "fc2.weight": "down",
 }  # fmt: skip
 _GPT_OSS_BIASES = frozenset({"gate_up_proj_bias", "down_proj_bias"})
+_ROUTING = frozenset({"e_score_correction_bias"})  # of the router, though it is named as the experts'
 _SPLIT_ORDER, _FUSED_ORDER = ("gate", "up", "down"), ("gate_up", "down")
 
 
@@ -69,6 +71,22 @@ def index_experts(folder: SafetensorsFolder, spec: ModelSpec) -> FolderExperts:
     return FolderExperts(ExpertIndex(layouts, spans, finder.scale_spans), dense_names)
 
 
+def find_experts(folder: SafetensorsFolder, spec: ModelSpec) -> ModelSpec:
+    """Return ``spec`` with the layers and the size of the experts that ``folder`` holds."""
+    layers, intermediate_size = set[int](), 0
+    transposed = find_family(spec.model_type, str(folder.files[0].parent)).transposed
+    for tensor in folder.tensors.values():
+        match = _EXPERTS.fullmatch(tensor.name)
+        if match is None or match[2] in _ROUTING:
+            continue
+        layers.add(int(match[1]))
+        one = _ONE_EXPERT.fullmatch(match[2])
+        if (one is not None and _MATRIX[one[2]] == "down") or _FUSED.get(match[2]) == "down":
+            intermediate_size = tensor.shape[-2 if transposed else -1]
+    found = tuple(sorted(layer for layer in layers if layer < spec.num_hidden_layers))
+    return replace(spec, moe_layers=found, moe_intermediate_size=intermediate_size)
+
+
 class _Finder:
     def __init__(self, folder: SafetensorsFolder, spec: ModelSpec) -> None:
         self.folder, self.spec = folder, spec
@@ -85,6 +103,8 @@ class _Finder:
             return False
         layer_idx, rest = int(match[1]), match[2]
         if self.spec.model_type == "gpt_oss" and rest in _GPT_OSS_BIASES:
+            return False
+        if rest in _ROUTING:
             return False
         if layer_idx not in self.moe_layers:
             self.fail(tensor, f"holds experts, but by config.json layer {layer_idx} has none")
