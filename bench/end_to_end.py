@@ -162,9 +162,9 @@ class Records:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if keep and path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
-        else:
-            path.write_text("")
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            self.rows = [row for row in rows if "error" not in row]  # what failed is tried again
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def __contains__(self, key: str) -> bool:
         return any(row["key"] == key for row in self.rows)

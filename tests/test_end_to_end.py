@@ -107,13 +107,15 @@ def test_a_failed_run_is_named_and_does_not_stop_the_report(capsys):
     assert "failed: k: exit status -9" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+def test_resuming_keeps_what_was_measured_and_tries_again_what_failed(tmp_path):
     path = tmp_path / "records.jsonl"
     first = end_to_end.Records(path, keep=False)
     first.add(end_to_end.Run("q4_0", "ram", "llama", 1, peer.IN_MEMORY[0]), {"prefill_s": 1.0})
+    first.add(end_to_end.Run("q4_0", "ram", "ours", 1), {"error": "killed"})
     second = end_to_end.Records(path, keep=True)
     assert f"q4_0/ram/llama/{peer.IN_MEMORY[0].name}/1" in second
-    assert second.rows == first.rows and second.rows[0]["prefill_s"] == 1.0
+    assert second.rows == first.rows[:1] and second.rows[0]["prefill_s"] == 1.0
+    assert "q4_0/ram/ours/1" not in second  # it failed: it is tried again
     assert not end_to_end.Records(path, keep=False).rows
 
 
