@@ -92,6 +92,49 @@ def test_ctrl_c_stops_a_long_op_within_a_second() -> None:
     assert_same_bits(linear(LINEAR_CASES[0]), linear(LINEAR_CASES[0]))  # the pool works on
 
 
+def test_ctrl_c_stops_waiting_for_another_threads_op() -> None:
+    weight = torch.zeros(2048 * row_bytes(GgmlType.IQ2_XS, 4096), dtype=torch.uint8)
+    x = torch.zeros(2048, 4096)
+    ended: list[float] = []
+
+    def hold_the_pool() -> None:
+        for _ in range(2):
+            ops.linear(x, weight, GgmlType.IQ2_XS, 2048, 4096)
+        ended.append(time.monotonic())
+
+    ops.set_num_threads(1)
+    holder = threading.Thread(target=hold_the_pool)
+    holder.start()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while not ended:
+            ops.linear(x[:1], weight, GgmlType.IQ2_XS, 2048, 4096)
+    interrupted = time.monotonic()
+    timer.join()
+    holder.join()
+    assert interrupted < ended[0]
+
+
+def test_the_caller_is_one_of_the_threads_and_the_others_sleep_when_idle() -> None:
+    done = run_python("""
+        import os, time, torch
+        from moe_offload import ops
+        from moe_offload.storage.expert_format import GgmlType
+        x, weight = torch.ones(1, 256), torch.zeros(4096 * 1024, dtype=torch.uint8)
+        before = len(os.listdir("/proc/self/task"))
+        ops.set_num_threads(4)
+        ops.linear(x, weight, GgmlType.F32, 4096, 256)
+        print(len(os.listdir("/proc/self/task")) - before)
+        start = time.process_time()
+        time.sleep(0.5)
+        print(time.process_time() - start)
+    """)
+    workers, idle_cpu_s = done.stdout.split()
+    assert int(workers) == 3
+    assert float(idle_cpu_s) < 0.1, "a worker that spins all the time would take 0.5"
+
+
 def test_ops_of_several_threads_take_turns() -> None:
     case = LINEAR_CASES[3]
     expected, results = linear(case), [None] * 8
