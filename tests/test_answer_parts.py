@@ -161,3 +161,56 @@ def test_a_template_without_the_switch_says_so(template: str, message: str) -> N
 def test_a_choice_about_thinking_needs_a_template() -> None:
     with pytest.raises(ConfigError, match="thinking goes into the chat template, but raw was asked for"):
         encode_prompt(tokenizer_of(template=SWITCHED), "hi", raw=True, thinking=False)
+
+
+class Scripted:
+    """A model that answers with given tokens, through transformers' stopping criteria."""
+
+    def __init__(self, answer_ids: Sequence[int], eos_token_id: int | None) -> None:
+        from types import SimpleNamespace
+
+        from transformers import GenerationConfig
+
+        self.generation_config = GenerationConfig(eos_token_id=eos_token_id)
+        self.answer_ids = answer_ids
+        spec = SimpleNamespace(max_position_embeddings=4096)
+        stats = SimpleNamespace(as_dict=dict)
+        self.offload = SimpleNamespace(context_tokens=4096, spec=spec, stats=lambda: stats)
+
+    def generate(self, prompt: Any, *, generation_config: Any, stopping_criteria: Any, **others: Any) -> None:
+        import torch
+
+        ids, ends = prompt, generation_config.eos_token_id
+        for token_id in self.answer_ids:
+            ids = torch.cat([ids, torch.tensor([[token_id]])], dim=1)
+            if stopping_criteria(ids, None).any() or token_id in (ends if isinstance(ends, list) else [ends]):
+                return
+
+
+def test_a_run_hands_thinking_and_answer_to_different_takers() -> None:
+    from moe_offload.runtime.generate import Sampling, run
+
+    tokenizer = tokenizer_of(special=HARMONY)
+    text = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>no"
+    )
+    model = Scripted(tokenizer.encode(text), tokenizer.convert_tokens_to_ids("<|return|>"))
+    answer: list[str] = []
+    thought: list[str] = []
+    prompt = tokenizer.encode("<|start|>assistant")
+    result = run(model, tokenizer, prompt, Sampling(temperature=0), answer.append, on_thinking=thought.append)
+    assert (result.text, result.thinking, result.finish_reason) == ("Yes", "Hm.", "stop")
+    assert ("".join(answer), "".join(thought)) == ("Yes", "Hm.")
+    whole = run(model, tokenizer, prompt, Sampling(temperature=0), answer.append, split=False)
+    assert whole.thinking == "" and whole.text == "analysisHm.assistantfinalYes"
+
+
+def test_the_tokenizers_own_end_of_turn_ends_an_answer() -> None:
+    """Tunes often keep their base model's end in generation_config, and name the turn's in the tokenizer."""
+    from moe_offload.runtime.generate import Sampling, run
+
+    tokenizer = tokenizer_of(special=["<|im_end|>", "<|endoftext|>"])
+    tokenizer.eos_token = "<|im_end|>"
+    model = Scripted(tokenizer.encode("Hi<|im_end|>user"), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    result = run(model, tokenizer, tokenizer.encode("x"), Sampling(temperature=0), lambda piece: None)
+    assert (result.text, result.finish_reason) == ("Hi", "stop")
