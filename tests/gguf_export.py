@@ -52,7 +52,7 @@ def export(
         tensors["rope_freqs.weight"] = unturned_divisors(config)
     for tensor_name, weight in tensors.items():
         is_small = weight.dim() == 1 or "ffn_gate_inp" in tensor_name or tensor_name.endswith(".bias")
-        is_small |= any(part in tensor_name for part in ("ssm_", "shortconv.conv"))
+        is_small |= any(part in tensor_name for part in ("ssm_conv1d", "shortconv.conv"))
         kind = gguf.GGMLQuantizationType["F32" if is_small else types(tensor_name)]
         writer.add_tensor(
             tensor_name, gguf.quants.quantize(weight.contiguous().numpy(), kind), raw_dtype=kind

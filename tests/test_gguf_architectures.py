@@ -19,10 +19,13 @@ from test_gguf_models import (
     save_tokenizer,
 )
 from three_way import assert_three_way, llama_cpp_logits, logits_from_spans, transformers_logits
+from toy_models import plain_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import moe_offload
 from moe_offload import CheckpointError
 from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.expert_format import GgmlType
 
 sys.path.append(str(Path(__file__).parents[1] / "bench" / "demo_model"))
 from gguf_export import export
@@ -208,6 +211,20 @@ def test_three_programs_agree_on_an_architecture(name: str, folder_of: Any, tmp_
     assert_three_way(folder, path, IDS, runtime_logits, share)
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2 v3", "qwen35moe", "gemma4"])
+def test_an_answer_is_that_of_transformers(name: str, folder_of: Any, tmp_path: Path) -> None:
+    """Token after token, with biases, latents, running states and windows on the way."""
+    folder = folder_of(name)
+    model = moe_offload.from_pretrained(
+        export(folder, tmp_path / "model.gguf"), ram="8GiB", experts="50%", context=128
+    )
+    plain = plain_model(folder)
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    answers = [each.generate(torch.tensor([IDS[:12]]), **options) for each in (model, plain)]
+    model.offload.close()
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize("name", [f"{name}, by transformers" for name in LLAMA_CPP_DIFFERS])
 def test_where_llama_cpp_differs_transformers_is_followed(name: str, folder_of: Any, tmp_path: Path) -> None:
     folder = folder_of(name)
@@ -243,6 +260,10 @@ def test_the_latents_projection_may_be_whole(name: str, folder_of: Any, tmp_path
         ("deepseek2 v3", {"attn_k_b": "Q5_0"}),
         ("glm4moe", {}),
         ("granitemoe shared", {"shexp": "Q4_1", "ffn_up_shexp": "Q5_1"}),
+        ("qwen3next", {"attn_qkv": "Q5_0"}),
+        ("qwen35moe", {}),
+        ("lfm2moe", {}),
+        ("gemma4", {"exps": "Q4_0"}),
     ],
 )
 def test_quantized_files_of_an_architecture_are_as_close_as_llama_cpp(
@@ -256,6 +277,15 @@ def test_quantized_files_of_an_architecture_are_as_close_as_llama_cpp(
         return next((kind for part, kind in reversed(types.items()) if part in tensor), "Q8_0")
 
     assert_close_to_llama_cpp(export(folder, tmp_path / "model.gguf", type_of))
+
+
+def test_columns_that_no_block_holds_whole_become_float(folder_of: Any, tmp_path: Path) -> None:
+    """Value heads of 16 columns in blocks of 32: ssm_out is dequantized, and counted so."""
+    path = export(folder_of("qwen35moe"), tmp_path / "model.gguf", lambda name: "Q8_0")
+    checkpoint = open_checkpoint(path)
+    projection = checkpoint.dense["model.layers.0.linear_attn.out_proj.weight"]
+    assert projection.ggml_type is GgmlType.F32
+    assert projection.span.num_bytes == 64 * 64 // 32 * 34  # in the file
 
 
 def test_layers_that_predict_further_tokens_are_dropped(folder_of: Any, tmp_path: Path) -> None:
@@ -329,6 +359,13 @@ BAD_KEYS = {
         r"residual_scale must be a positive number, found None",
     ),
     "gpt-oss": ("gpt-oss.attention.sliding_window", None, r"sliding_window is missing"),
+    "lfm2moe": ("lfm2moe.shortconv.l_cache", None, r"shortconv.l_cache is missing"),
+    "gemma4": ("gemma4.embedding_length_per_layer_input", ("u32", 8), r"embeddings for each layer are not"),
+    "qwen35moe": (
+        "qwen35moe.ssm.inner_size",
+        ("u32", 63),
+        r"inner_size is 63, not a multiple of the 4 value",
+    ),
     "olmoe": ("olmoe.expert_used_count", ("u32", 99), r"expert_used_count must be an integer from 1 to 8"),
 }
 

@@ -118,8 +118,8 @@ def assert_three_way(
     """Hold ``our_logits(path)`` and llama.cpp's to those of transformers for the same unquantized weights.
 
     The measure is float64; another program may round elsewhere, but not by more than a thousandth
-    (``llama_cpp_share``) of the spread of the logits, and where the two best tokens are further apart than twice the
-    larger error, the best token is the same.
+    (``llama_cpp_share``) of the spread of the logits, and where the two best tokens are further apart
+    than twice the larger error, the best token is the same.
     """
     exact = transformers_logits(folder, ids, torch.float64)
     plain_error = (transformers_logits(folder, ids).double() - exact).abs().max()
