@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from card import commit, cpu_name
 from hit_rate_report import print_tables, write_files
+from starts import print_starts, start_rates
 from trace_statistics import segment_cache_hit_rates, segment_routing
 
 from moe_offload.config import PoolPlan, parse_bytes
@@ -65,7 +66,13 @@ def main() -> int:
         return 2
     add_bounds(rows)
     print_tables(rows)
+    starts = (
+        start_rates(TRACES, [n for n in names if n not in ORACLES], sizes, args.starts) if args.starts else []
+    )
+    if starts:
+        print_starts(starts)
     result = {**card(args), "took_s": round(time.perf_counter() - started, 1), "results": rows}
+    result |= {"starts": starts} if starts else {}
     write_files(result, args)
     print(json.dumps(result))
     return 0
@@ -97,6 +104,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--as-run", action="store_true", help="replay with the recorded run's plan and policy"
     )
+    parser.add_argument(
+        "--starts", type=int, metavar="TOKENS",
+        help="also: hit rate of the first TOKENS from cold, started warm, and warm by another trace",
+    )  # fmt: skip
     parser.add_argument("--no-statistics", action="store_true", help="leave out SRP and SCH")
     parser.add_argument("--seed", type=int, default=0, help="for policies that draw random numbers")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))

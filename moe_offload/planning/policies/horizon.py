@@ -36,6 +36,7 @@ from moe_offload.storage.expert_format import ExpertKey
 Float32Array = NDArray[np.float32]
 
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the decayed frequencies; 1.0 is the last choice itself
+RESTORED_SHARE = 0.4  # of what an earlier run learned: whole, it is in the way of another topic
 # Of an expert's own frequencies, for models without a fit: the same regression with one coefficient per
 # rate, on gpt-oss-20b's traces mmlu_dev and tulu3_persona_if.
 GENERIC_COEFFICIENTS = (0.06, 0.58, 0.80, 2.22, 2.41)
@@ -167,7 +168,7 @@ class HorizonPolicy(TablePolicy):
         return {"layers": np.array(self._table.layers(), np.int64), "parts": self._table.parts()}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from ``state()`` of a policy of the same name and fit; before any other call.
+        """Begin with a share of ``state()`` of a policy of the same name and fit; before any other call.
 
         Raises:
             ValueError: the arrays contradict one another.
@@ -175,4 +176,5 @@ class HorizonPolicy(TablePolicy):
         """
         if not np.isfinite(state["parts"]).all():
             raise ValueError("a forecast is not finite")
-        self._table.set_parts(state["layers"].tolist(), state["parts"].astype(np.float32))
+        parts = RESTORED_SHARE * state["parts"].astype(np.float32)
+        self._table.set_parts(state["layers"].tolist(), parts)
