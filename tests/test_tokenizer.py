@@ -11,7 +11,8 @@ import pytest
 from gguf_writer import write_vocabulary
 
 from moe_offload import CheckpointError
-from moe_offload.storage.tokenizer import SPLIT_RULES, load_tokenizer
+from moe_offload.storage.split_rules import SPLIT_RULES
+from moe_offload.storage.tokenizer import load_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over 13 lazy dogs, doesn't it? I'LL say: it's 1234567 and 3.14159!",

@@ -2,7 +2,7 @@
 
 Every number that shapes the model is taken from the file; transformers' defaults never stand in
 for one, and a key that no rule knows is refused by name. The architectures are described in
-``gguf_llama``, ``gguf_qwen``, ``gguf_deepseek`` and ``gguf_hybrid``.
+``gguf_llama``, ``gguf_qwen``, ``gguf_deepseek``, ``gguf_delta_net`` and ``gguf_hybrid``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from moe_offload.storage.config_view import ConfigView
 from moe_offload.storage.gguf import GgufHeader
 from moe_offload.storage.gguf_architecture import Architecture
 from moe_offload.storage.gguf_deepseek import DEEPSEEK2, GLM4MOE
-from moe_offload.storage.gguf_hybrid import GEMMA4, LFM2MOE, QWEN3NEXT, QWEN35MOE
+from moe_offload.storage.gguf_delta_net import QWEN3NEXT, QWEN35MOE
+from moe_offload.storage.gguf_hybrid import GEMMA4, LFM2MOE
 from moe_offload.storage.gguf_llama import GPT_OSS, GRANITEMOE, LLAMA, OLMOE, PHIMOE
 from moe_offload.storage.gguf_metadata import MetadataView
 from moe_offload.storage.gguf_qwen import QWEN2, QWEN2MOE, QWEN3, QWEN3MOE

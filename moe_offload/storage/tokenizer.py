@@ -1,7 +1,7 @@
 """Tokenizers: a Hugging Face folder's own, or one built from a GGUF's metadata.
 
 A GGUF names the rule that splits text before merging (``tokenizer.ggml.pre``) and trusts the reader
-to know it. ``SPLIT_RULES`` states each rule; tests hold their ids equal to llama.cpp's. An unknown
+to know it. ``split_rules`` states each rule; tests hold their ids equal to llama.cpp's. An unknown
 name is refused: a wrong rule gives almost right tokens, which nobody notices.
 """
 
@@ -15,125 +15,11 @@ from moe_offload.config import DEMO_MODEL
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.checkpoint import Checkpoint, locate
 from moe_offload.storage.gguf import GgufHeader, read_gguf
+from moe_offload.storage.split_rules import SPLIT_RULES, WHOLE_PIECES_FIRST
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _cl100k(digits: str, letter: str = r"\p{L}", letters: str = r"\p{L}") -> str:
-    """The family of rules that began with GPT-4's; they differ in how many digits stay together.
-
-    Args:
-        letter: what a word is made of.
-        letters: the same as what a class that excludes words has inside.
-    """
-    return (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-def _o200k(contractions: str, digits: str) -> str:
-    """The family of GPT-4o's rule: a word is capitals, then small letters, with marks."""
-    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-    return (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{contractions}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{contractions}"
-        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-_LLAMA3, _QWEN2 = (_cl100k(r"\p{N}{1,3}"),), (_cl100k(r"\p{N}"),)
-_DIGIT_THEN_GPT2 = (r"\p{N}", _GPT2)
-_CJK = r"[一-龥ࠀ-一가-퟿]+"
-
-# Regular expressions applied one after the other, each to the pieces that the one before left.
-SPLIT_RULES: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
-    "deepseek-llm": (
-        r"[\r\n]",
-        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-        r"\s+$",
-        _CJK,
-        r"\p{N}+",
-    ),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        r"[一-龥぀-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "tekken": (_o200k("", r"\p{N}"),),
-    "qwen35": (_cl100k(r"\p{N}", r"[\p{L}\p{M}]", r"\p{L}\p{M}"),),
-    "seed-coder": (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    **dict.fromkeys(
-        ("bailingmoe", "bailingmoe2", "llada-moe"),
-        (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]"
-            r"|\s+(?!\S)|\s+",
-        ),
-    ),
-    **dict.fromkeys(
-        (
-            "gpt-2",
-            "phi-2",
-            "mpt",
-            "olmo",
-            "jais",
-            "mellum",
-            "exaone4",
-            "trillion",
-            "granite-docling",
-            "jina-es",
-            "jina-de",
-            "gigachat",
-            "roberta-bpe",
-            "a.x-4.0",
-        ),
-        (_GPT2,),
-    ),
-    **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
-        _DIGIT_THEN_GPT2,
-    ),
-    **dict.fromkeys(
-        (
-            "llama3",
-            "llama-v3",
-            "llama-bpe",
-            "falcon3",
-            "falcon-h1",
-            "pixtral",
-            "midm-2.0",
-            "lfm2",
-            "dbrx",
-            "smaug-bpe",
-            "glm4",
-            "chatglm-bpe",
-        ),
-        _LLAMA3,
-    ),
-    **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
-        _QWEN2,
-    ),
-    **dict.fromkeys(
-        ("gpt-4o", "llama4", "kanana2", "minimax-m2"), (_o200k(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}"),)
-    ),
-}
-# Vocabularies that look a whole piece up before merging, and that begin texts with BOS by default.
-_WHOLE_PIECES_FIRST = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
-)
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SPACE_MARK = "▁"
@@ -255,7 +141,7 @@ class _TokenizerReader:
                 f"{', '.join(sorted(SPLIT_RULES))}: use the model's safetensors folder"
             )
         backend = Tokenizer(
-            models.BPE(self.vocab, list(self.merges()), ignore_merges=self.pre in _WHOLE_PIECES_FIRST)
+            models.BPE(self.vocab, list(self.merges()), ignore_merges=self.pre in WHOLE_PIECES_FIRST)
         )
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -328,7 +214,7 @@ class _TokenizerReader:
             texts = (text for text, found in zip(self.tokens, self.token_types, strict=True) if found == kind)
             added = [AddedToken(text, normalized=False, special=special) for text in texts if text]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
-        starts = self.kind in ("llama", "gemma4") or self.pre in _WHOLE_PIECES_FIRST
+        starts = self.kind in ("llama", "gemma4") or self.pre in WHOLE_PIECES_FIRST
         begins = self.flag("tokenizer.ggml.add_bos_token", starts) and self.token_id("bos") is not None
         ends = self.flag("tokenizer.ggml.add_eos_token", False) and self.token_id("eos") is not None
         names = ["BOS"] * begins + ["$A"] + ["EOS"] * ends
