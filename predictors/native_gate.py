@@ -1,4 +1,4 @@
-"""A router asked for one token's probabilities in one native call: at decode, numpy's calls are what it costs."""
+"""A router asked for one token's probabilities in one native call: numpy's calls are what decode pays for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class NativeGate:
     def __init__(self, router: RouterScores, curve: Curve) -> None:
         weight, bias = router.linear_weight, router.linear_bias
         assert weight is not None, "this router does not rank by its logits"
+        self._hidden_size = router.hidden_size
         self._chances = partial(
             gate_chances,
             weight=weight.numpy(),
@@ -46,5 +47,6 @@ class NativeGate:
     def __call__(self, router_input: Tensor) -> NDArray[np.float32]:
         """(1, H) -> (E,)"""
         hidden = router_input.detach().float().contiguous()
+        assert hidden.numel() == self._hidden_size, f"{tuple(hidden.shape)} for {self._hidden_size} channels"
         chances: NDArray[np.float32] = self._chances(hidden.data_ptr())
         return chances

@@ -11,9 +11,12 @@ import torch
 from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 from torch import Tensor, nn
 
+from moe_offload._native import gate_chances
 from moe_offload.planning.eviction import LruPolicy
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, expected_keys, used_by_any
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
+from moe_offload.predictors.native_gate import NativeGate
+from moe_offload.predictors.routers import Curve, RouterScores, probabilities
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.prefetch import REST_AFTER_STEPS, Prefetcher
 from moe_offload.stats import OffloadStats
@@ -221,3 +224,27 @@ def test_the_predictor_sees_what_routers_chose_also_while_it_rests() -> None:
     for _ in range(2 * REST_AFTER_STEPS):
         prefetcher.routed(1, [2, 7], np.array([[7, 2]]), np.array([[0.6, 0.4]], np.float32))
     assert predictor.observed == [[1, 7, 2]] * (2 * REST_AFTER_STEPS)
+
+
+@pytest.mark.parametrize("family", ROUTERS, ids=lambda family: family[0])
+def test_one_token_natively_is_what_the_formula_says(family: tuple[Any, ...]) -> None:
+    """Routers that rank by float32 logits are asked in native code; numpy's way is the oracle."""
+    torch.manual_seed(0)
+    router = RouterScores(make_router(*family))
+    curve = Curve(3.0, -0.25)
+    if not NativeGate.serves(router):
+        assert family[0] == "deepseek_v2", "only groups keep a router from being asked natively"
+        return
+    native = NativeGate(router, curve)
+    for router_input in torch.randn(20, 1, HIDDEN_SIZE):
+        expected = probabilities(router(router_input), router.top_k, curve)[0]
+        assert np.allclose(native(router_input), expected, atol=1e-5)
+        assert np.allclose(native(router_input.bfloat16()), native(router_input.bfloat16().float()))
+
+
+def test_a_native_question_of_wrong_shapes_is_refused() -> None:
+    weight = np.zeros((4, HIDDEN_SIZE), np.float32)
+    for bad in ({"top_k": 4}, {"top_k": 0}, {"bias": np.zeros(3, np.float32)}, {"weight": weight[0]}):
+        arguments = {"hidden": 0, "weight": weight, "bias": None, "top_k": 1, "slope": 1.0, "offset": 0.0}
+        with pytest.raises(ValueError, match="gate_chances"):
+            gate_chances(**{**arguments, **bad})

@@ -1,11 +1,14 @@
-// What Python sees of csrc/planning; moe_offload/planning/policies/horizon.py is the only caller.
+// What Python sees of csrc/planning; the callers are moe_offload/planning/policies/horizon.py and
+// predictors/native_gate.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 
+#include "planning/gate_chances.h"
 #include "planning/horizon.h"
 
 namespace py = pybind11;
@@ -109,9 +112,25 @@ void set_parts(HorizonTable& table, const std::vector<int64_t>& layers, const Fl
     }
 }
 
+// hidden: the address of (hidden_size) floats.
+Floats gate_chances(uintptr_t hidden, const Floats& weight, const std::optional<Floats>& bias, int64_t top_k,
+                    float slope, float offset) {
+    if (weight.ndim() != 2 || top_k < 1 || top_k >= weight.shape(0) ||
+        (bias && (bias->ndim() != 1 || bias->shape(0) != weight.shape(0)))) {
+        throw py::value_error("gate_chances: weight (E, H), bias (E) or None, 1 <= top_k < E wanted");
+    }
+    Floats out(weight.shape(0));
+    moe::gate_chances(reinterpret_cast<const float*>(hidden), weight.data(), bias ? bias->data() : nullptr,
+                      weight.shape(0), weight.shape(1), top_k, slope, offset, out.mutable_data());
+    return out;
+}
+
 }  // namespace
 
 void register_planning(py::module_& m) {
+    m.def("gate_chances", &gate_chances, py::arg("hidden"), py::arg("weight").noconvert(), py::arg("bias"),
+          py::arg("top_k"), py::arg("slope"), py::arg("offset"),
+          "Probabilities (E) that a router chooses each expert for one token.");
     py::class_<HorizonForecast, std::shared_ptr<HorizonForecast>>(m, "HorizonForecast")
         .def(py::init(&make_horizon_forecast), py::arg("own"), py::arg("rates"), py::arg("before"),
              py::arg("constant"))

@@ -151,14 +151,15 @@ class Prefetcher:
             return
         assert self._predictor is not None
         started = self._measure()
-        if not self._is_worth_predicting(layer_idx):
+        queued_bytes = self._cache.queued_bytes(layer_idx)
+        if self._is_link_full(queued_bytes) or not self._is_worth_predicting(layer_idx):
             return
         forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
         self._predict_s += SMOOTHING * (self._clock() - started - self._predict_s)
         if forecasts:
-            self._read(forecasts)
+            self._read(forecasts, queued_bytes)
 
-    def _read(self, forecasts: Sequence[Forecast]) -> None:
+    def _read(self, forecasts: Sequence[Forecast], queued_bytes: int = 0) -> None:
         threshold = self.threshold.value
         guesses = [
             guess
@@ -169,7 +170,7 @@ class Prefetcher:
             return
         keys = plan_reads(
             guesses,
-            queued_bytes=self._cache.queued_bytes(guesses[0].key.layer_idx),
+            queued_bytes=queued_bytes,
             window_bytes=self._window_s * self._bytes_per_s,
             threshold=threshold,
         )
@@ -187,6 +188,11 @@ class Prefetcher:
             Guess(ExpertKey(layer_idx, expert_id), float(probabilities[expert_id]), num_bytes, windows)
             for expert_id in absent
         ]
+
+    def _is_link_full(self, queued_bytes: int) -> bool:
+        """Whether demands alone keep the link busy for as long as a prediction reaches."""
+        reach_bytes = self._most_depth * self._window_s * self._bytes_per_s
+        return queued_bytes + 0.5 * self._cache.largest_expert_bytes > reach_bytes
 
     def _is_worth_predicting(self, layer_idx: int) -> bool:
         """Whether the stall that a prediction may save is above the time that it takes."""

@@ -1,0 +1,54 @@
+#include "planning/gate_chances.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+namespace moe {
+
+namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MOE_WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define MOE_WIDE
+#endif
+
+constexpr int64_t kLanes = 32;  // sums of their own, so that the compiler may keep them side by side
+
+MOE_WIDE float dot(const float* a, const float* b, int64_t count) {
+    float sums[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+    }
+    float sum = 0.0f;
+    for (const float lane : sums) sum += lane;
+    for (; i < count; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+}  // namespace
+
+void gate_chances(const float* hidden, const float* weight, const float* bias, int64_t num_experts,
+                  int64_t hidden_size, int64_t top_k, float slope, float offset, float* out) {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t i = 0; i < num_experts; ++i) {
+        out[i] = dot(hidden, weight + i * hidden_size, hidden_size) + (bias ? bias[i] : 0.0f);
+        sum += out[i];
+    }
+    const double mean = sum / static_cast<double>(num_experts);
+    for (int64_t i = 0; i < num_experts; ++i) squares += (out[i] - mean) * (out[i] - mean);
+    const double spread = std::sqrt(squares / static_cast<double>(num_experts)) + 1e-9;
+    std::vector<float> sorted(out, out + num_experts);
+    std::nth_element(sorted.begin(), sorted.begin() + top_k, sorted.end(), std::greater<>());
+    const float lowest_chosen = *std::min_element(sorted.begin(), sorted.begin() + top_k);
+    const float middle = 0.5f * (lowest_chosen + sorted[top_k]);
+    for (int64_t i = 0; i < num_experts; ++i) {
+        const auto far = static_cast<float>((out[i] - middle) / spread);
+        out[i] = 1.0f / (1.0f + std::exp(-(slope * far + offset)));
+    }
+}
+
+}  // namespace moe
