@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_packed
-from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
+from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear, ScaledQuantEmbedding
 from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
@@ -226,14 +226,10 @@ def _packed_module(module: nn.Module, ggml_type: WeightType, dtype: torch.dtype)
             return QuantLinear(module.in_features, module.out_features, ggml_type, module.bias is not None)
         if type(module) is nn.Embedding:
             return QuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype)
-        if type(module) is nn.Embedding:
-            return QuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype)
         if isinstance(module, nn.Embedding) and isinstance(
             scale := getattr(module, "scalar_embed_scale", None), float
         ):
-            return ScaledQuantEmbedding(
-                module.num_embeddings, module.embedding_dim, ggml_type, dtype, scale
-            )
+            return ScaledQuantEmbedding(module.num_embeddings, module.embedding_dim, ggml_type, dtype, scale)
     return None
 
 
