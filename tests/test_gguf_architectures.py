@@ -333,6 +333,22 @@ def test_a_long_context_of_phimoe_takes_its_factors_from_tensors(tmp_path: Path)
         assert torch.equal(logits_from_spans(path, ids), transformers_logits(folder, ids))
 
 
+def test_keys_that_change_nothing_are_accepted(folder_of: Any, tmp_path: Path) -> None:
+    """Converters write what config.json names: Qwen3-Coder's files say that a shared expert has 0 columns."""
+    good = export(folder_of("olmoe"), tmp_path / "good.gguf")
+    keys: dict[str, Any] = {
+        "expert_shared_feed_forward_length": ("u32", 0), "expert_group_count": ("u32", 1),
+        "expert_weights_scale": ("f32", 1.0), "rope.scaling.type": ("str", "none"),
+        "rope.scaling.factor": ("f32", 8.0), "vocab_size": ("u32", VOCAB_SIZE),
+    }  # fmt: skip
+    path = edit_gguf(good, tmp_path / "more.gguf", {f"olmoe.{name}": item for name, item in keys.items()})
+    assert open_checkpoint(path).config == open_checkpoint(good).config
+    keys["expert_weights_scale"] = ("f32", 2.5)
+    bad = edit_gguf(good, tmp_path / "bad.gguf", {f"olmoe.{name}": item for name, item in keys.items()})
+    with pytest.raises(CheckpointError, match=r"does not know: olmoe.expert_weights_scale;"):
+        open_checkpoint(bad)
+
+
 BAD_KEYS = {
     "qwen2moe": (
         "qwen2moe.attention.novelty",

@@ -27,6 +27,9 @@ from moe_offload.storage.gguf_metadata import (
 PHI_35_MOE_MSCALE = 1.243163121016122
 
 
+_SOFTMAX_OF_CHOSEN = 3  # a value of expert_gating_func
+
+
 def _permuted_qk(config: Config, layer_idx: int, is_moe: bool) -> Sequence[Made]:
     """llama.cpp turns neighbours, transformers halves: Q and K rows are in the other order."""
     return [
@@ -140,6 +143,8 @@ def _gpt_oss(view: MetadataView) -> dict[str, Any]:
     """Windows in every second layer, from the first on; YaRN whose limits are not rounded."""
     config = attention_config(view) | experts_config(view, "num_local_experts")
     view.maybe("feed_forward_length")  # the experts' own, or nothing that is used
+    if view.maybe("expert_gating_func", low=0) not in (None, 0, _SOFTMAX_OF_CHOSEN):
+        raise view.fail("expert_gating_func", "must be 3: gpt-oss takes the softmax of the chosen experts")
     rope = config["rope_parameters"]
     return config | {
         "model_type": "gpt_oss",

@@ -17,9 +17,20 @@ from moe_offload.storage.gguf import GgufArray, GgufHeader
 from moe_offload.storage.header_reader import HeaderReader
 
 # Keys of an architecture that say nothing about its numbers.
-_WITHOUT_EFFECT = frozenset(
-    {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal"}
-)
+_WITHOUT_EFFECT = frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"})
+# Values at which a key changes nothing: converters write what a model's config.json names, in use or not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "interleave_moe_layer_step": (1,),
+    "leading_dense_block_count": (0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+}
 
 
 class _ReadKeys(dict[str, Any]):
@@ -116,10 +127,11 @@ class MetadataView(ConfigView):
         prefix = f"{self.architecture}."
         unread = sorted(
             key
-            for key in self.header.metadata
+            for key, value in self.header.metadata.items()
             if key.startswith(prefix)
             and key not in self.keys.read
             and key.removeprefix(prefix) not in _WITHOUT_EFFECT
+            and value not in _NEUTRAL.get(key.removeprefix(prefix), ())
         )
         if unread:
             raise CheckpointError(
@@ -199,6 +211,8 @@ def rope_parameters(view: MetadataView, rotary_dim: int) -> dict[str, Any]:
     if view.key("rope.scale_linear") in view.config:  # files of 2023
         return parameters | {"rope_type": "linear", "factor": view.number("rope.scale_linear")}
     if kind == "none":
+        for name in ("factor", "original_context_length"):  # of no stretching
+            view.keys.read.add(view.key(f"rope.scaling.{name}"))
         return parameters
     if kind not in ("linear", "yarn"):
         raise view.fail("rope.scaling.type", f"{kind!r:.80} is unknown; linear and yarn are read")
