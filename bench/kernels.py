@@ -7,7 +7,8 @@ Decode: one token against matrices of 2048 columns, and against 8 experts of 204
 so that no cache holds them, and is divided by the best of five read tests of such slices, which run between
 the kernels of the same round on the same threads. A timing during which the process did not get its cores
 (CPU time below 90% of threads times elapsed time) is left out: other work on the machine, or a worker that
-woke late. Prefill: 32 tokens against 1024 rows, in 10^9 multiply-adds per second. Medians over the rounds.
+woke late. Before each timing the threads read 4 MiB, so that they are awake, as in the middle of a
+decode step. Prefill: 32 tokens against 1024 rows, in 10^9 multiply-adds per second. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixForm
 COLS = 2048
 NUM_EXPERTS, UNITS = 8, 768
 LEAST_CPU_SHARE = 0.9
+WARM_UP = np.ones(4 << 20, np.uint8)
 PREFILL_TOKENS, PREFILL_ROWS = 32, 1024
 MIB = 1 << 20
 READ_TESTS = 5  # per round
@@ -98,6 +100,7 @@ def run(
         for i, (isa, ggml_type) in enumerate(cases):
             while len(reads) * len(cases) <= i * READ_TESTS:
                 data = memory.next_slice()
+                wake_threads()
                 reads.append(_native.read_bandwidth(data.data_ptr(), data.numel()))
             _native.force_isa(isa)
             speeds["linear"][isa, ggml_type] = decode_bytes_per_s(ggml_type, memory.next_slice())
@@ -163,8 +166,14 @@ def prefill_macs_per_s(ggml_type: GgmlType, data: torch.Tensor) -> float | None:
     return per_second(amount, lambda: ops.linear(x, weight, ggml_type, PREFILL_ROWS, COLS))
 
 
+def wake_threads() -> None:
+    """Give the pool something to read."""
+    _native.read_bandwidth(WARM_UP.ctypes.data, WARM_UP.nbytes)
+
+
 def per_second(amount: int, function: Callable[[], object]) -> float | None:
     """Return ``amount`` over the time of one call; None if the threads did not have their cores."""
+    wake_threads()
     cpu, start = time.process_time(), time.perf_counter()
     function()
     elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
