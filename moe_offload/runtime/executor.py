@@ -110,8 +110,11 @@ class ExpertExecutor:
         """Serve a small step from the cache: experts at hand compute while the others are read."""
         try:
             look_ahead()
-            rows = self._rows_as_they_arrive(step, hidden, routing)
-            weighted_sum(out, rows, routing.pair_tokens, routing.pair_weights)
+            if step.pending:
+                rows = self._rows_as_they_arrive(step, hidden, routing)
+                weighted_sum(out, rows, routing.pair_tokens, routing.pair_weights)
+            else:
+                self._sum(hidden, routing, out)
         except BaseException:
             self.cache.abort(step)
             raise
@@ -119,8 +122,6 @@ class ExpertExecutor:
 
     def _rows_as_they_arrive(self, step: Step, hidden: Tensor, routing: Routing) -> Tensor:
         """Return the unweighted expert outputs (P, H) in the order of ``routing``."""
-        if not step.pending:
-            return self._rows(hidden, routing, range(len(routing.expert_ids)))
         position_of = {expert_id: i for i, expert_id in enumerate(routing.expert_ids.tolist())}
         rows = torch.empty(len(routing.pair_tokens), hidden.shape[-1])
         self._fill(rows, hidden, routing, [position_of[expert_id] for expert_id in step.ready])
@@ -139,18 +140,22 @@ class ExpertExecutor:
             rows[pairs] = part[start : start + count]
             start += count
 
-    def _rows(self, hidden: Tensor, routing: Routing, positions: Any) -> Tensor:
+    def _rows(self, hidden: Tensor, routing: Routing, positions: list[int]) -> Tensor:
         expert_ids = routing.expert_ids[positions]
-        addresses = np.array(
-            [self.cache.addresses(self.layer_idx, expert_id) for expert_id in expert_ids.tolist()], np.uint64
-        )
-        if len(expert_ids) == len(routing.expert_ids):
-            offsets, tokens = routing.pair_offsets, routing.pair_tokens
-        else:
-            pairs = [routing.pairs_of(position) for position in positions]
-            tokens = np.concatenate([routing.pair_tokens[pair] for pair in pairs])
-            offsets = np.cumsum([0, *(pair.stop - pair.start for pair in pairs)], dtype=np.int32)
-        return self.kernel.rows(hidden, expert_ids, addresses, offsets, tokens)
+        pairs = [routing.pairs_of(position) for position in positions]
+        tokens = np.concatenate([routing.pair_tokens[pair] for pair in pairs])
+        offsets = np.cumsum([0, *(pair.stop - pair.start for pair in pairs)], dtype=np.int32)
+        return self.kernel.rows(hidden, expert_ids, self._addresses(expert_ids), offsets, tokens)
+
+    def _sum(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
+        """Compute and add all experts of a step in one call."""
+        ids, weights = routing.expert_ids, routing.pair_weights
+        pairs = routing.pair_offsets, routing.pair_tokens
+        self.kernel.sum(hidden, ids, self._addresses(ids), *pairs, weights, out)
+
+    def _addresses(self, expert_ids: NDArray[np.int32]) -> NDArray[np.uint64]:
+        addresses = [self.cache.addresses(self.layer_idx, expert_id) for expert_id in expert_ids.tolist()]
+        return np.array(addresses, np.uint64)
 
     def _stream(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
         """Serve many tokens: each expert once, in ascending id, past the decode cache."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_offload import _native, ops
 from moe_offload.errors import CheckpointError
@@ -144,12 +144,14 @@ class NativeDecoder:
     def _linear(self, module: Any) -> LinearTuple:
         """Describe a Linear, Embedding or router, packed or float, read in place."""
         weight: Tensor = module.weight
-        if isinstance(module, QuantLinear):
+        if type(module) is QuantLinear:
             ggml_type, cols = module.ggml_type, module.in_features
-        elif isinstance(module, QuantEmbedding):
+        elif type(module) is QuantEmbedding:
             ggml_type, cols = module.ggml_type, module.embedding_dim
-        else:
+        elif type(module) in (nn.Linear, nn.Embedding) or hasattr(module, "top_k"):
             ggml_type, cols = GGML_TYPES[weight.dtype], weight.shape[1]
+        else:
+            raise CheckpointError(f"{type(module).__name__} is no layer that the native decode step can read")
         assert weight.is_contiguous(), "weights are read row by row"
         ops.set_codebook(ggml_type)
         self._kept.append(weight.detach())

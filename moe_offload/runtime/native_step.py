@@ -27,6 +27,7 @@ SERVED_KEYS = {
     "cache_position", "return_dict",
 }  # fmt: skip
 OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+PLAIN_ATTENTION = ("eager", "sdpa")  # another one was asked for by name, and computes something of its own
 REST_AFTER_TOKENS = 2
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -50,6 +51,7 @@ class NativeStep:
         self._hidden_size = model.config.hidden_size
         self._output_class = MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast
         self._parts = _Parts(model)
+        self._attention_is_plain = model.config._attn_implementation in PLAIN_ATTENTION
 
     def serves(self, inputs: dict[str, Any]) -> bool:
         """Whether this forward is one that the native step computes; depends on no placement."""
@@ -58,6 +60,7 @@ class NativeStep:
             isinstance(ids, Tensor)
             and ids.shape == (1, 1)
             and isinstance(cache, KVCache)
+            and self._attention_is_plain
             and self._wants_only_logits(inputs)
             and cache.has_room_for_one(self._dtype)
             and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + 1)
