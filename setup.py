@@ -80,6 +80,7 @@ setup(
         "tokenizers>=0.23,<0.24",
         "safetensors>=0.8,<0.9",
         "gguf>=0.19,<0.20",
+        "huggingface_hub>=2.4,<3",
         "jinja2>=3.1,<4",
         "numpy>=2.4,<3",
         "psutil>=7.2,<8",

@@ -214,3 +214,11 @@ def test_the_tokenizers_own_end_of_turn_ends_an_answer() -> None:
     model = Scripted(tokenizer.encode("Hi<|im_end|>user"), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     result = run(model, tokenizer, tokenizer.encode("x"), Sampling(temperature=0), lambda piece: None)
     assert (result.text, result.finish_reason) == ("Hi", "stop")
+
+
+def test_the_command_line_says_when_a_template_has_no_switch(tiny_moe: Any, capsys: Any) -> None:
+    from moe_offload.cli import main
+
+    for command in (["generate", "--prompt", "hi"], ["chat"]):
+        assert main([*command, "--model", str(tiny_moe), "--no-think"]) == 2
+        assert "no switch for thinking (enable_thinking or thinking)" in capsys.readouterr().err
