@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moe_offload._native import gate_chances
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
 from moe_offload.predictors.history import Float32Array, HistoryPredictor, LayerOrder
 from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
@@ -114,8 +115,8 @@ class Hybrid(Features):
         curves: Mapping[Pair, Curve] | None = None,
     ) -> None:
         super().__init__(layers, num_experts, hidden_size, top_k=top_k, depth=depth)
-        self._tables = {pair: torch.from_numpy(table) for pair, table in tables.items()}
-        self._first = {i: torch.from_numpy(table) for i, table in (first_tables or {}).items()}
+        self._tables = {pair: np.ascontiguousarray(table.T) for pair, table in tables.items()}  # (E, F)
+        self._first = {i: np.ascontiguousarray(table.T) for i, table in (first_tables or {}).items()}
         self._embed, self._curves = embed, dict(curves or {})
 
     def begin_step(self, token_ids: NDArray[np.int64] | None) -> Sequence[Forecast]:
@@ -142,10 +143,14 @@ class Hybrid(Features):
             for later in self.order.after(layer_idx)
         ]
 
-    def _forecast(self, seen: Float32Array, later: int, table: Tensor, layer_idx: int) -> Forecast:
-        features = np.empty((len(seen), len(table)), np.float32)
+    def _forecast(self, seen: Float32Array, later: int, table: Float32Array, layer_idx: int) -> Forecast:
+        """Apply ``table`` (E, F) to the features; one token in one native call, as decoding asks for it."""
+        features = np.empty((len(seen), table.shape[1]), np.float32)
         features[:, : seen.shape[1]] = seen
         features[:, seen.shape[1] :] = self.past_of(later)
-        scores = (torch.from_numpy(features) @ table).numpy()
         curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
+        if len(seen) == 1 and self._top_k < self.num_experts:
+            chances = gate_chances(features.ctypes.data, table, None, self._top_k, curve.slope, curve.offset)
+            return Forecast(later, chances)
+        scores = features @ table.T
         return Forecast(later, used_by_any(probabilities(scores, self._top_k, curve)))

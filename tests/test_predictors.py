@@ -179,6 +179,20 @@ def test_the_hybrid_reads_each_feature_where_the_fit_put_it():
         np.testing.assert_allclose(forecast.probabilities, probabilities(scores, TOP_K)[0], rtol=1e-5)
 
 
+def test_a_batch_of_one_token_twice_is_that_token():
+    """One token goes through a native call, several through numpy."""
+    generator = np.random.default_rng(7)
+    table = generator.normal(size=(HIDDEN_SIZE + 3 * NUM_EXPERTS + 1, NUM_EXPERTS)).astype(np.float32)
+    hybrid = Hybrid(LAYERS, NUM_EXPERTS, HIDDEN_SIZE, {(1, 3): table}, top_k=TOP_K)
+    hybrid.observe(3, *CHOICE)
+    for x in torch.randn(10, 1, HIDDEN_SIZE):
+        (alone,) = hybrid.predict(1, x, *CHOICE)
+        twice = x.repeat(2, 1), np.repeat(CHOICE[0], 2, axis=0), np.repeat(CHOICE[1], 2, axis=0)
+        (both,) = hybrid.predict(1, *twice)
+        wanted = 1.0 - (1.0 - alone.probabilities) ** 2
+        np.testing.assert_allclose(both.probabilities, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_one_token_and_many_have_the_same_probabilities():
     scores = np.random.default_rng(3).normal(size=(20, NUM_EXPERTS)).astype(np.float32)
     together = distances(scores, TOP_K)
