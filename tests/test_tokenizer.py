@@ -11,6 +11,8 @@ import pytest
 from gguf_writer import write_vocabulary
 
 from moe_offload import CheckpointError
+from moe_offload.storage.gguf import read_gguf
+from moe_offload.storage.gguf_config import gguf_generation_config
 from moe_offload.storage.split_rules import SPLIT_RULES
 from moe_offload.storage.tokenizer import load_tokenizer
 
@@ -207,6 +209,27 @@ def test_gemma_4s_vocabulary_gives_the_ids_of_llama_cpp(tmp_path: Path) -> None:
     texts = [*TEXTS, "turn<turn|>\n<|turn>model\n"]
     assert [tokenizer.encode(text) for text in texts] == llama_ids(path, texts, add_bos=True)
     assert [tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in TEXTS] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (["a", "<|im_start|>", "<|im_end|>", "<|endoftext|>"], {"a", "<|im_end|>", "<|endoftext|>"}),
+        (["a", "<|user|>", "<|assistant|>", "<|end|>"], {"a", "<|end|>"}),
+        (["a", "<|user|>", "<|observation|>", "[gMASK]", "<sop>"], {"a", "<|user|>", "<|observation|>"}),
+        (
+            ["a", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
+            {"a", "<|return|>", "<|call|>"},
+        ),
+        (["a", "<|turn>", "<turn|>"], {"a", "<turn|>"}),
+    ],
+)
+def test_a_turn_ends_where_the_family_ends_it(tokens: list[str], ends: set[str], tmp_path: Path) -> None:
+    """Beside the file's own eos (here "a"): GLM's next speaker ends a turn; gpt-oss's <|end|> ends a channel."""
+    header = read_gguf(write_vocabulary(tmp_path / "vocab.gguf", tokens, special={"eos": 0}))
+    config = {"vocab_size": len(tokens), "bos_token_id": None, "pad_token_id": None}
+    found = gguf_generation_config(header, config)["eos_token_id"]
+    assert {tokens[token_id] for token_id in found} == ends
 
 
 @pytest.mark.parametrize(
