@@ -9,6 +9,7 @@ modes take turns in an order that changes from round to round, so that a busy ma
     fate      the next layer's router on this layer's input, its top_k, always
     history   what the token before chose in that layer, with ours' admission
     ours      the runtime's default: best predictor, admission, threshold on waste, off where it does not pay
+    always    ours without its switch
     perfect   the routes that an earlier identical run recorded
 
 "recovered" is the share of the stall that perfect prediction removes. Intervals are of a paired bootstrap
@@ -29,7 +30,7 @@ from card import commit, cpu_name
 from numpy.typing import NDArray
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
-MODES = ("none", "fate", "history", "ours", "perfect")
+MODES = ("none", "fate", "history", "ours", "always", "perfect")
 PROMPT_TOKENS = 32  # of --ascending
 PERFECT_DEPTH = 4  # layers ahead
 RESAMPLES = 10_000
@@ -196,6 +197,7 @@ def settings_of(
         "fate": setting(CrossLayerGate(routers), switch=None, threshold=Fixed()),
         "history": setting(history, switch=None, threshold=Threshold(), link=link),
         "ours": setting(default, switch=GainSwitch(), threshold=Threshold(), link=link),
+        "always": setting(default, switch=None, threshold=Threshold(), link=link),
         "perfect": setting(perfect, switch=None, threshold=Fixed(), link=link),
     }
     return settings

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Forecast, Predictor
-from moe_offload.planning.prefetch_plan import Guess, Threshold, break_even, lookahead_depth, plan_reads
+from moe_offload.planning.prefetch_plan import (
+    READERS,
+    Guess,
+    Threshold,
+    break_even,
+    lookahead_depth,
+    plan_reads,
+)
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -25,6 +32,7 @@ REST_AFTER_STEPS = 64  # a few tokens
 MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
 SMOOTHING = 0.2  # of measured windows
 BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
+PARALLEL_BYTES = READERS * (64 << 10)  # small reads under way together take hardly longer than one
 SUBMIT_S = 2e-5  # compute time that asking for a read takes
 EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
 PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
@@ -151,7 +159,7 @@ class Prefetcher:
             return
         assert self._predictor is not None
         started = self._measure()
-        queued_bytes = self._cache.queued_bytes(layer_idx)
+        queued_bytes = self._cache.queued_bytes(layer_idx) - PARALLEL_BYTES
         if self._is_link_full(queued_bytes) or not self._is_worth_predicting(layer_idx):
             return
         forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
@@ -159,7 +167,7 @@ class Prefetcher:
         if forecasts:
             self._read(forecasts, queued_bytes)
 
-    def _read(self, forecasts: Sequence[Forecast], queued_bytes: int = 0) -> None:
+    def _read(self, forecasts: Sequence[Forecast], queued_bytes: int = -PARALLEL_BYTES) -> None:
         threshold = self.threshold.value
         guesses = [
             guess
