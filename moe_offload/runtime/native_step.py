@@ -110,7 +110,10 @@ class NativeStep:
         first = self._moe_executors[0]
         if first.on_route is not None or not self._prefetch_rests(first):
             return None
-        tables = first.cache.resident_tables()
+        return self._table_addresses(first)
+
+    def _table_addresses(self, executor: ExpertExecutor) -> list[int] | None:
+        tables = executor.cache.resident_tables()
         if tables is None:
             return None
         return [
@@ -138,6 +141,10 @@ class NativeStep:
                 assert executor is not None, "only a layer with experts stops the run"
                 self._run_experts(executor)
                 layer_idx += 1
+                still = self._table_addresses(executor)  # memory may have been given back meanwhile
+                if still is None:
+                    return self._run_layers(cached, capacity, num_tokens, layer_idx)
+                tables = still
 
     def _count_residents(self, first: int, end: int) -> None:
         """Tell cache and handle of layers that were computed in one go."""
@@ -150,9 +157,12 @@ class NativeStep:
                 executor.cache.used_residents(layer_idx, *choices[layer_idx])
                 executor.on_layer_done(layer_idx)
 
-    def _run_layers(self, cached: list[tuple[int, int]], capacity: int, num_tokens: int) -> None:
+    def _run_layers(
+        self, cached: list[tuple[int, int]], capacity: int, num_tokens: int, first: int = 0
+    ) -> None:
         """Compute layer by layer, deciding what is read as soon as a router has spoken."""
-        for layer_idx, executor in enumerate(self._executors):
+        for layer_idx in range(first, len(self._executors)):
+            executor = self._executors[layer_idx]
             self._step.attend(layer_idx, *cached[layer_idx], capacity, num_tokens)
             if executor is not None:
                 self._run_experts(executor)
