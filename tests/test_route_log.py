@@ -114,3 +114,12 @@ def test_the_command_line_prints_the_account() -> None:
     for name in ("hit_rate", "prefetch_accuracy", "bytes_read", "stall_s", "belady_hit_rate", "below_belady"):
         assert json.loads(names[name].strip()) is not None, name
     assert names["prefetch_state"].split()[0].rstrip(":") in ("on", "off")
+
+
+def test_where_every_expert_has_a_slot_no_policy_does_better() -> None:
+    model = moe_offload.from_pretrained(experts="all", ram="8GiB", context=64)
+    prompt = moe_offload.load_tokenizer(None)("A list of words", return_tensors="pt")
+    model.generate(**prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    stats = model.offload.stats(belady=True)
+    model.offload.close()
+    assert stats.window_hit_rate is not None and stats.below_belady == 0.0

@@ -177,7 +177,7 @@ def test_the_command_writes_a_trace_of_every_prompt(tiny_moe, tmp_path, capsys):
     assert main([*command, "--max-new-tokens", "3", "--raw", "--context", "32"]) == 0
     out = capsys.readouterr().out
     assert "3 sequences" in out
-    assert re.search(r"hit rate 0\.\d+ \(policy ewma\); .* at most 0\.\d+ \(Belady\)", out)
+    assert re.search(r"hit rate 0\.\d+ \(policy horizon\); .* at most 0\.\d+ \(Belady\)", out)
     trace = read_trace(tmp_path / "t.npz")
     assert len(trace.seq_len) == 3 and trace.router_logits is None
 

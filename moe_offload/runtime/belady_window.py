@@ -22,6 +22,9 @@ def belady_window(
     hits, needs = cache.hits_and_needs
     if needs == needs_before:
         return None, None
+    rate = (hits - hits_before) / (needs - needs_before)
+    if all(pool.num_staging == 0 for pool in pools):
+        return rate, rate  # nothing ever has to leave, and steps without a read are not logged
 
     def events() -> Iterator[Event]:
         for layer_idx, expert_ids, num_tokens in logged:
@@ -37,4 +40,4 @@ def belady_window(
         num_experts,
         residents=residents,
     )
-    return (hits - hits_before) / (needs - needs_before), best.hit_rate
+    return rate, best.hit_rate
