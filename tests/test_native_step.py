@@ -392,8 +392,8 @@ def test_memory_given_back_in_the_middle_of_a_token_changes_nothing(monkeypatch)
 
     def give_back(layer_idx):
         calls.append(layer_idx)
-        if len(calls) in (80, 81, 100):  # the first tokens still read experts, so a run stops and goes on
-            assert cache.give_back(4 << 20) > 0
+        if layer_idx == 2 and calls.count(2) == 3:  # an early token still reads, so its run stops and goes on
+            assert cache.give_back(1 << 40) > 0
 
     for executor in model.offload.native_step._moe_executors:
         monkeypatch.setattr(executor, "on_layer_done", give_back)
