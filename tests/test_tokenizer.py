@@ -225,7 +225,7 @@ def test_gemma_4s_vocabulary_gives_the_ids_of_llama_cpp(tmp_path: Path) -> None:
     ],
 )
 def test_a_turn_ends_where_the_family_ends_it(tokens: list[str], ends: set[str], tmp_path: Path) -> None:
-    """The file's own eos is "a". GLM's next speaker ends a turn; the end of a channel ends none in gpt-oss."""
+    """The file's own eos is "a". GLM's next speaker ends a turn; in gpt-oss a channel's end ends none."""
     header = read_gguf(write_vocabulary(tmp_path / "vocab.gguf", tokens, special={"eos": 0}))
     config = {"vocab_size": len(tokens), "bos_token_id": None, "pad_token_id": None}
     found = gguf_generation_config(header, config)["eos_token_id"]
