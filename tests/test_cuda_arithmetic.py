@@ -82,11 +82,13 @@ def test_gates(on_host: ctypes.CDLL, kind: ActivationKind) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvcc_compiles_for(architecture: int, tmp_path: Path) -> None:
+def test_nvcc_compiles_for_every_architecture(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    ptx = f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
     source = ROOT / "csrc" / "cuda" / "kernels.cu"
-    command = ["nvcc", *NVCC_FLAGS, "-Werror", "all-warnings", f"-I{ROOT / 'csrc'}", "-gencode", code]
-    subprocess.run([*command, "-c", str(source), "-o", str(tmp_path / "kernels.o")], check=True)
+    # The assembler's optimizer takes most of the time and finds no errors.
+    command = ["nvcc", *NVCC_FLAGS, "-Xptxas", "-O0", "--threads", "2", "-Werror", "all-warnings"]
+    command += [f"-I{ROOT / 'csrc'}", *codes, ptx, "-c", str(source), "-o", str(tmp_path / "kernels.o")]
+    subprocess.run(command, check=True)
