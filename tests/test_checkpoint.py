@@ -183,9 +183,13 @@ BAD_CONFIGS = {
     "no family": ({"model_type": "drop"}, r"model_type None is not supported"),
     "fp8": (
         {"quantization_config": {"quant_method": "fp8"}},
-        r"fp8 is read with one scale for 128 x 128 weights, .* is None: use the unquantized \(bf16\) checkpoint",
+        r"fp8 is read with one scale for 128 x 128 weights, .* is None: "
+        r"use the unquantized \(bf16\) checkpoint",
     ),
-    "mxfp4": ({"quantization_config": {"quant_method": "mxfp4"}}, r"mxfp4 is read for gpt_oss only, not for 'qwen3_moe'"),
+    "mxfp4": (
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        r"mxfp4 is read for gpt_oss only, not for 'qwen3_moe'",
+    ),
     "size as text": ({"hidden_size": "64"}, r"hidden_size must be an integer from 1 to \d+, found '64'"),
     "size 0": ({"hidden_size": 0}, r"hidden_size must be .*found 0"),
     "2^60 layers": ({"num_hidden_layers": 1 << 60}, rf"num_hidden_layers must be .*found {1 << 60}"),
