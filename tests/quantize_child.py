@@ -1,9 +1,13 @@
-"""Quantize the experts of a folder as another process would; argv: folder, seconds to sleep per matrix."""
+"""Quantize the experts of a folder as another process would.
+
+argv: folder, then seconds to sleep per matrix or a file to wait for.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from moe_offload.storage import quantize_file
 from moe_offload.storage.checkpoint import open_checkpoint
@@ -16,10 +20,14 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    quantize_rows, pause_s = quantize_file.quantize_rows, float(sys.argv[2])
+    quantize_rows, pause = quantize_file.quantize_rows, sys.argv[2]
 
     def slow(values, ggml_type):
-        time.sleep(pause_s)
+        if pause[0].isdigit():
+            time.sleep(float(pause))
+        else:
+            while not Path(pause).exists():
+                time.sleep(0.01)
         return quantize_rows(values, ggml_type)
 
     quantize_file.quantize_rows = slow

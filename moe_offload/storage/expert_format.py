@@ -111,7 +111,9 @@ FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 # others are unpacked first: right, and slower.
 FAST_TYPES = FLOAT_TYPES | {
     GgmlType.Q4_0,
+    GgmlType.Q4_1,
     GgmlType.Q5_0,
+    GgmlType.Q5_1,
     GgmlType.Q8_0,
     GgmlType.Q2_K,
     GgmlType.Q3_K,
