@@ -61,7 +61,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     batch_size, num_tokens = sequence_shape(inputs)
     cache = inputs.get("past_key_values")
     use_cache = inputs.get("use_cache")
-    keep_cache = model.config.use_cache if use_cache is None else use_cache
+    keep_cache = getattr(model.config, "use_cache", True) if use_cache is None else use_cache
     in_chunks = needs_chunks(inputs)
     if cache is None and (keep_cache or in_chunks):
         cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)

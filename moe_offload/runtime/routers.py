@@ -81,7 +81,12 @@ def _only_matrix(router: nn.Module) -> nn.Parameter:
 def _check(router: Any, layer_idx: int, top_k: int) -> None:
     """Try it on one token: the answer must name ``top_k`` experts."""
     probe = torch.zeros(1, router.weight.shape[-1], dtype=router.weight.dtype, device=router.weight.device)
-    with torch.no_grad():
-        answer = router.forward(probe)
+    try:
+        with torch.no_grad():
+            answer = router.forward(probe)
+    except ValueError as error:  # afmoe's wants (B, T, H)
+        raise CheckpointError(
+            f"{type(router).__name__} of layer {layer_idx} cannot be asked about (T, H): {error}"
+        ) from error
     if not (isinstance(answer, tuple) and len(answer) == 3 and answer[2].shape == (1, top_k)):
         raise CheckpointError(f"{type(router).__name__} of layer {layer_idx} does not name {top_k} experts")

@@ -29,7 +29,7 @@ from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.families import find_family
+from moe_offload.storage.families import ANY_NAMES, find_family
 
 EXPERTS_IMPLEMENTATION = "moe_offload"
 GGML_TYPES = {dtype: ggml_type for ggml_type, dtype in TORCH_DTYPES.items()}
@@ -137,8 +137,8 @@ def router_of(model: Any, layer_idx: int) -> Any:
     Raises:
         CheckpointError: the family's router needs more than its input.
     """
-    config = model.config
-    top_k = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+    named = (getattr(model.config, name, None) for name in ANY_NAMES.top_k_names)
+    top_k = next((value for value in named if value), 0)
     return router_in(decoder_layers(model)[layer_idx], layer_idx, top_k)
 
 
@@ -272,7 +272,7 @@ def load_dense(
 
 def tied_weight_names(model: PreTrainedModel) -> set[str]:
     """Names of parameters that share another one's memory and so may be absent from the file."""
-    if not model.config.tie_word_embeddings:
+    if not getattr(model.config, "tie_word_embeddings", False):
         return set()
     return set(model.all_tied_weights_keys)
 

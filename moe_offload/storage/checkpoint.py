@@ -71,8 +71,8 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
     checkpoint = _open_gguf(path) if source == "gguf" else _open_folder(path)
     if not checkpoint.spec.moe_layers and not allow_dense:
         raise CheckpointError(
-            f"{path}: this {checkpoint.spec.model_type} model is dense: it has no experts to offload; "
-            "pass allow_dense=True to run it wholly in memory"
+            f"{path}: this {checkpoint.spec.model_type} model is dense: no experts to offload are found in "
+            "it; pass allow_dense=True to run it wholly in memory"
         )
     return checkpoint
 

@@ -7,7 +7,7 @@ version. Key/value and state sizes are what transformers caches, layer by layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.config_view import MAX_EXPERTS, ConfigView
@@ -327,7 +327,15 @@ ANY_NAMES = Family(
 # Families without a description of their own: their numbers go by one of the usual names, the rest is
 # found in the files and measured. Only those that tests/walk_families.py has seen to give plain
 # transformers' tokens belong here.
-MOE_FAMILIES_BY_TRIAL: dict[str, Family] = {}
+_SEEN_TO_PASS = (
+    "afmoe", "axk1", "bailing_hybrid", "beam", "cohere2_moe", "dots1", "exaone_moe", "flex_olmo", "flint",
+    "granitemoe_swa", "hunyuan_v1_moe", "hy_v3", "inkling_text", "kimi_linear", "kolibri1", "laguna",
+    "mellum", "mimo_v2_flash", "minimax_m3_vl_text", "solar_open", "zaya",
+)  # fmt: skip
+MOE_FAMILIES_BY_TRIAL: dict[str, Family] = {
+    **dict.fromkeys(_SEEN_TO_PASS, ANY_NAMES),
+    "aria_text": replace(ANY_NAMES, transposed=True),
+}
 
 
 def find_family(model_type: object, where: str) -> Family:

@@ -68,7 +68,7 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         hidden_size=view.integer("hidden_size"),
         num_hidden_layers=num_layers,
         vocab_size=view.integer("vocab_size", high=MAX_VOCAB),
-        max_position_embeddings=view.integer("max_position_embeddings", high=MAX_CONTEXT),
+        max_position_embeddings=_max_position_embeddings(view),
         num_experts=num_experts,
         top_k=top_k,
         moe_intermediate_size=intermediate_size,
@@ -76,6 +76,13 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         kv_elements_per_token=family.kv_elements(view, num_layers),
         state_elements_per_sequence=family.state_elements(view, num_layers),
     )
+
+
+def _max_position_embeddings(view: ConfigView) -> int:
+    """Return the longest context; Kimi's and Bailing's hybrid configurations call it model_max_length."""
+    if view.config.get("max_position_embeddings") is None and "model_max_length" in view.config:
+        return view.integer("model_max_length", high=MAX_CONTEXT)
+    return view.integer("max_position_embeddings", high=MAX_CONTEXT)
 
 
 def next_token_layers(config: Mapping[str, Any], where: str) -> int:
