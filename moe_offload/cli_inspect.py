@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from moe_offload import _native
 from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB, gib
 from moe_offload.errors import ConfigError
-from moe_offload.planning.cost_model import kv_bytes, tokenizer_bytes, workspace_bytes
+from moe_offload.header_costs import context_bytes, fixed_costs
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_format import FAST_TYPES, WeightType
-from moe_offload.storage.io import BOUNCE_BYTES
+from moe_offload.storage.families import find_family
 
-# Interpreter, torch and transformers before a model is loaded, x86-64 Linux, torch 2.13: 354 MiB with the
-# build for CPUs, 710 and 774 with the one for CUDA. A run measures it; here that would mean importing them.
-CPU_LIBRARIES_BYTES = 360 * MIB
-CUDA_LIBRARIES_BYTES = 780 * MIB
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-EAGER_FAMILIES = {"gpt_oss"}  # attention sinks: scores are stored, whole
 BUDGETS_BYTES = (
     GIB // 2,
     *(n * GIB for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)),
@@ -32,10 +26,26 @@ BUDGETS_BYTES = (
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object."""
-    checkpoint = open_checkpoint(args.model or DEMO_MODEL, allow_dense=args.allow_dense)
+    checkpoint = open_measured(args.model or DEMO_MODEL, allow_dense=args.allow_dense)
     report = describe(checkpoint, _context_tokens(checkpoint, args.context))
     print(json.dumps(report) if args.json else as_text(report))
     return 0
+
+
+def open_measured(path: str | Path, *, allow_dense: bool) -> Checkpoint:
+    """Open a checkpoint with its cache's sizes as a load would find them; still reads headers only.
+
+    They come from the configuration, without torch, but for families that are known by trial only.
+    """
+    checkpoint = open_checkpoint(path, allow_dense=allow_dense)
+    if not find_family(checkpoint.spec.model_type, str(path)).found_in_file:
+        return checkpoint
+    from moe_offload.cli_session import import_libraries
+
+    import_libraries()
+    from moe_offload.runtime.skeleton import measured_checkpoint
+
+    return measured_checkpoint(checkpoint)
 
 
 def _context_tokens(checkpoint: Checkpoint, wanted: int | None) -> int:
@@ -52,7 +62,7 @@ def _context_tokens(checkpoint: Checkpoint, wanted: int | None) -> int:
 def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
     """Return everything that ``inspect`` shows; sizes in bytes."""
     spec = checkpoint.spec
-    fixed = _fixed_costs(checkpoint, context_tokens)
+    fixed = fixed_costs(checkpoint, context_tokens)
     return {
         "path": str(checkpoint.path),
         "source": checkpoint.source,
@@ -74,45 +84,15 @@ def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
         "expert_bytes": checkpoint.experts.total_bytes,
         "one_expert_bytes": _expert_sizes(checkpoint),
         "dense_bytes": checkpoint.dense_bytes,
-        "kv_bytes_per_1000_tokens": _kv_bytes(checkpoint, 1000),
+        "kv_bytes_per_1000_tokens": context_bytes(checkpoint, 1000),
         "context_tokens": context_tokens,
         "fixed": dataclasses.asdict(fixed),
         "budgets": [dataclasses.asdict(row) for row in _budgets(checkpoint, fixed)],
     }
 
 
-def _libraries_bytes() -> int:
-    """Return the estimate for the build of torch that is installed, without importing it."""
-    try:
-        return CPU_LIBRARIES_BYTES if version("torch").endswith("+cpu") else CUDA_LIBRARIES_BYTES
-    except PackageNotFoundError:
-        return CPU_LIBRARIES_BYTES
-
-
 def _is_generic(kind: WeightType) -> bool:
     return kind not in FAST_TYPES or _native.isa() == "baseline"
-
-
-def _fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
-    return FixedCosts(
-        base_bytes=_libraries_bytes() + tokenizer_bytes(checkpoint.spec),
-        dense_bytes=checkpoint.dense_bytes,
-        kv_bytes=_kv_bytes(checkpoint, context_tokens),
-        workspace_bytes=BOUNCE_BYTES
-        + workspace_bytes(
-            checkpoint.spec,
-            checkpoint.config,
-            context_tokens=context_tokens,
-            stores_scores=checkpoint.spec.model_type in EAGER_FAMILIES,
-        ),
-        context_tokens=context_tokens,
-    )
-
-
-def _kv_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
-    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-    element_bytes = 4 if checkpoint.source == "gguf" else FLOAT_BYTES.get(dtype, 4)
-    return kv_bytes(checkpoint.spec, context_tokens=num_tokens, batch_size=1, bytes_per_element=element_bytes)
 
 
 def _expert_sizes(checkpoint: Checkpoint) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_offload.cli_inspect import open_measured
 from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, PlacementPlan, gib, parse_bytes
 from moe_offload.device import DeviceProfile, load_profile
 from moe_offload.errors import BudgetError, ConfigError
@@ -28,7 +29,7 @@ from moe_offload.planning.roofline import (
     token_bytes,
 )
 from moe_offload.residency.memory import auto_ram_bytes
-from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.storage.checkpoint import Checkpoint
 
 SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a browser
 SUSTAINED_SHARE = 0.75  # of a data sheet's bandwidth that reads reach; a measured figure counts whole
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _planner(path: Path, profile: DeviceProfile | None, args: argparse.Namespace) -> Planner:
-    checkpoint = open_checkpoint(path, allow_dense=args.allow_dense)
+    checkpoint = open_measured(path, allow_dense=args.allow_dense)
     largest = checkpoint.spec.max_position_embeddings
     context_tokens = args.context or min(DEFAULT_CONTEXT_TOKENS, largest)
     if not 1 <= context_tokens <= largest:

@@ -14,6 +14,7 @@ from toy_models import save_toy_model
 import moe_offload
 from moe_offload import CheckpointError
 from moe_offload.config import DEMO_MODEL
+from moe_offload.header_costs import dense_resident_bytes
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.executor import ExpertExecutor
@@ -38,7 +39,7 @@ def test_no_expert_byte_is_part_of_the_model(source, tmp_path):
     assert not any(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
     assert all(not list(experts.parameters()) for experts in skeleton.experts_modules(model).values())
     checkpoint = open_checkpoint(path)
-    assert sum(held.values()) == skeleton.dense_resident_bytes(checkpoint, model.config.dtype)
+    assert sum(held.values()) == dense_resident_bytes(checkpoint, model.config.dtype.itemsize)
     model.offload.close()
 
 

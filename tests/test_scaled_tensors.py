@@ -10,11 +10,13 @@ import pytest
 import torch
 from reference import linear_float
 from safetensors.torch import load_file, save_file
+from test_header_costs import check_against_the_runtime
 from toy_models import plain_model, save_toy_model
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import moe_offload
 from moe_offload import CheckpointError, _native, ops
+from moe_offload.planning.cost_model import scale_copies_bytes
 from moe_offload.runtime.quant_modules import QuantLinear
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.expert_format import ExpertKey, GgmlType, OwnType, Relayout
@@ -117,6 +119,12 @@ def test_an_mxfp4_slot_holds_ggml_blocks_of_the_same_numbers(mxfp4):
             )
             expected = floats[f"model.layers.{key.layer_idx}.mlp.experts.{name}"][key.expert_id].T
             assert np.array_equal(found, expected.numpy())
+
+
+def test_headers_count_packed_weights_and_copies_of_scales_as_the_runtime(mxfp4, fp8, monkeypatch):
+    for folder in (mxfp4[0], fp8[0]):
+        checkpoint = check_against_the_runtime(folder, monkeypatch)
+        assert scale_copies_bytes(checkpoint.experts.layouts) > 0
 
 
 def test_an_mxfp4_slot_is_not_larger_than_its_blocks(mxfp4):

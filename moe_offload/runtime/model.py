@@ -29,6 +29,7 @@ from moe_offload.config import (
     resolve_expert_cap,
 )
 from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.header_costs import dense_resident_bytes
 from moe_offload.planning.cost_model import state_tokens, tokenizer_bytes, workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
@@ -210,7 +211,7 @@ def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig)
         checkpoint.experts.layouts,
         ram_bytes=config.ram_bytes if config.ram_bytes is not None else auto_ram_bytes(),
         base_bytes=base_bytes(),
-        dense_bytes=skeleton.dense_resident_bytes(checkpoint, dtype),
+        dense_bytes=dense_resident_bytes(checkpoint, dtype.itemsize),
         kv_bytes_per_element=dtype.itemsize,
         context_tokens=context_tokens,
         expert_cap=resolve_expert_cap(config.experts, num_experts),

@@ -27,7 +27,7 @@ from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_pac
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear, ScaledQuantEmbedding
 from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
+from moe_offload.storage.expert_format import WeightType
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.families import ANY_NAMES, find_family
 
@@ -98,6 +98,11 @@ def experts_modules(model: Any) -> dict[int, Any]:
             if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
                 found[layer_idx] = module
     return found
+
+
+def measured_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the cache's sizes as a load would find them; reads nothing more."""
+    return measure_cache(build_skeleton(checkpoint, torch.float32), checkpoint)
 
 
 def measure_cache(model: Any, checkpoint: Checkpoint) -> Checkpoint:
@@ -297,21 +302,6 @@ def _read_all(
         if progress is not None:
             progress(done_bytes, total_bytes)
         yield name, tensor
-
-
-def dense_resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Return what the dense tensors will occupy: packed bytes in a GGUF, ``dtype`` elsewhere."""
-    total = 0
-    for name, info in checkpoint.dense.items():
-        is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
-        is_unpacked = info.recipe is not None and info.ggml_type is GgmlType.F32
-        if info.scales is not None:
-            total += info.shape[0] * row_bytes(info.ggml_type, info.shape[1])
-        elif info.packed or (checkpoint.source == "gguf" and is_matrix and not is_unpacked):
-            total += info.span.num_bytes
-        else:
-            total += info.num_elements * dtype.itemsize
-    return total
 
 
 def apply_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
