@@ -38,13 +38,16 @@ def test_the_wheel_holds_what_a_run_needs_and_nothing_else(wheel):
         "moe_offload/py.typed",
         "moe_offload/_native.pyi",
         "moe_offload/predictors/cross_layer_gate.py",
+        "moe_offload/device_profiles/cpu-laptop-16gb.toml",
     }
     assert wanted <= set(names)
     assert any(re.fullmatch(r"moe_offload/_native\.[^/]*\.so", name) for name in names)
     packaged = {name for name in names if name.endswith(".py")}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_offload").rglob("*.py")}
     sources |= {
-        f"moe_offload/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "predictors").rglob("*.py")
+        f"moe_offload/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("predictors", "device_profiles")
+        for path in (ROOT / folder).rglob("*.py")
     }
     assert packaged == sources
 
