@@ -77,7 +77,7 @@ def test_bits_do_not_depend_on_isa_threads_or_tokens(ggml_type: GgmlType) -> Non
         _native.force_isa(isa)
         for num_threads in (1, 2):
             ops.set_num_threads(num_threads)
-            for tokens in (1, 2, 5, 33):
+            for tokens in (1, 2, 5, 16, 17, 23, 33):
                 assert_same_bits(ops.linear(x[:tokens], weight, ggml_type, rows, cols), expected[:tokens])
 
 
