@@ -103,6 +103,18 @@ def test_expert_rows_have_the_bits_of_the_oracle(case: ExpertCase) -> None:
         assert_same_bits(layer.rows(hidden, tokens_of), expected)
 
 
+def test_few_of_many_tokens_get_the_rows_that_they_get_alone() -> None:
+    """Only their activations are quantized, in a buffer where others' were before."""
+    layer = Layer(next(case for case in EXPERT_CASES if not set(case.types) & FLOAT_TYPES))
+    other, hidden = (activations(90, layer.case.hidden_size, seed=seed) for seed in (23, 24))
+    tokens_of = {0: [7, 80, 31], 1: [80, 2], 2: [31]}
+    expected = torch.cat(
+        [layer.rows(hidden[tokens], {e: [*range(len(tokens))]}) for e, tokens in tokens_of.items()]
+    )
+    layer.rows(other, {0: list(range(90))})
+    assert_same_bits(layer.rows(hidden, tokens_of), expected)
+
+
 @pytest.mark.parametrize("case", EXPERT_CASES, ids=lambda case: case.name)
 def test_an_experts_row_does_not_depend_on_its_company(case: ExpertCase) -> None:
     layer = Layer(case)

@@ -24,9 +24,13 @@ std::vector<int32_t> tiles_to_do;  // (num_experts,) row tiles of gate and up th
 std::vector<float> pair_rows;      // (num_pairs, hidden_size) of a group of experts, for sum()
 
 std::vector<int32_t> group_offsets;
+std::vector<int32_t> wanted_tokens;  // those of a step's pairs, each once
+std::vector<bool> is_wanted;         // (num_tokens,)
 
 // Up to so many numbers wait for their activation until all rows of an expert are there.
 constexpr int64_t kMaxRawGateUp = int64_t(1) << 20;
+
+constexpr int64_t kTokensPerChunk = 4;  // quantized by a thread at once
 
 constexpr int64_t kPairsPerGroup = 512;  // sum() keeps the rows of so many pairs at once, or of one expert
 
@@ -47,6 +51,27 @@ void add_bias(float* out, int64_t stride, int num_tokens, const float* bias, int
 std::string range_error(const char* array, int64_t index, int64_t end, int64_t got) {
     return std::string(array) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(end) +
            "), got " + std::to_string(got);
+}
+
+// The inputs of a step. Of many tokens, few experts see few: only these are quantized.
+Activations prepare_inputs(const float* hidden, int64_t num_tokens, int64_t cols, bool quantized,
+                           const ExpertPairs& pairs) {
+    if (!quantized || pairs.num_pairs >= num_tokens)
+        return hidden_inputs.prepare(kernels(), hidden, num_tokens, cols, quantized);
+    wanted_tokens.clear();
+    is_wanted.assign(num_tokens, false);
+    for (int64_t p = 0; p < pairs.num_pairs; ++p) {
+        const int32_t token = pairs.pair_tokens[p];
+        if (!is_wanted[token]) wanted_tokens.push_back(token);
+        is_wanted[token] = true;
+    }
+    const Activations inputs = hidden_inputs.reserve(hidden, num_tokens, cols, quantized);
+    ThreadPool::instance().run(ceil_div(wanted_tokens.size(), kTokensPerChunk), [&](int64_t chunk) {
+        const int64_t end = std::min<int64_t>(wanted_tokens.size(), (chunk + 1) * kTokensPerChunk);
+        for (int64_t i = chunk * kTokensPerChunk; i < end; ++i)
+            ActivationBuffer::quantize_row(kernels(), inputs, wanted_tokens[i]);
+    });
+    return inputs;
 }
 
 // Experts [begin, end) of a step, their pairs counted from 0 in ``offsets``.
@@ -143,7 +168,7 @@ void ExpertKernel::compute_rows(const float* hidden, int64_t num_tokens, const E
     Step step{pairs, {}, {}, at_least(intermediate, pairs.num_pairs * num_units), out, nullptr, nullptr};
     bool quantized = false;
     for (size_t i = 0; i + 1 < matrices_.size(); ++i) quantized |= !is_float(matrices_[i].type);
-    step.gate_up_inputs = hidden_inputs.prepare(kernels(), hidden, num_tokens, hidden_size(), quantized);
+    step.gate_up_inputs = prepare_inputs(hidden, num_tokens, hidden_size(), quantized, pairs);
     const bool down_quantized = !is_float(matrices_.back().type);
     if (pairs.num_pairs * 2 * num_units <= kMaxRawGateUp) {
         step.down_inputs = down_inputs.reserve(step.h, pairs.num_pairs, num_units, down_quantized);
