@@ -80,7 +80,8 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             num_threads=args.threads,
             allow_dense=args.allow_dense,
             quant=args.quant,
-            progress=progress.update,
+            progress=progress.step("loading"),
+            quant_progress=progress.step("quantizing"),
         )
     try:
         plan = model.offload.plan

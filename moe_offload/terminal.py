@@ -55,6 +55,16 @@ class Progress:
         """Note how far the step is; called from the step, as often as it likes."""
         self._done, self._total = done, total
 
+    def step(self, label: str) -> Callable[[float, float], None]:
+        """Return an ``update`` that shows ``label`` from its first call on, timed from there."""
+
+        def update(done: float, total: float) -> None:
+            if self._label != label:
+                self._label, self._started = label, time.perf_counter()
+            self.update(done, total)
+
+        return update
+
     def end(self) -> None:
         """Remove the line and join the thread. Idempotent."""
         self._ended.set()

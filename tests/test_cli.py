@@ -214,6 +214,17 @@ def test_progress_shows_amounts_and_the_time_left(monkeypatch):
     assert progress.line(10.0) == "loading · 1.00 GiB of 4.00 GiB · 30.0 s left"
 
 
+def test_a_step_of_a_progress_has_its_own_label_and_start():
+    progress = Progress("loading", FakeTerminal(), gib)
+    loading, quantizing = progress.step("loading"), progress.step("quantizing")
+    started = progress._started
+    quantizing(1 << 30, 4 << 30)
+    assert progress.line(10.0) == "quantizing · 1.00 GiB of 4.00 GiB · 30.0 s left"
+    assert progress._started > started
+    loading(0, 2 << 30)
+    assert progress.line(1.0) == "loading · 0 B of 2.00 GiB · 1.0 s"
+
+
 def test_progress_is_silent_when_nobody_looks(monkeypatch, capsys):
     monkeypatch.setattr("moe_offload.terminal.FIRST_SHOWN_S", 0.0)
     with Progress("loading", sys.stderr) as progress:

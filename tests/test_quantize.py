@@ -403,6 +403,20 @@ def test_the_command_line_quantizes_and_says_so(tiny_moe, cache, capsys):
     assert len(list(cache.iterdir())) == 1
 
 
+def test_quantizing_and_loading_report_apart(tmp_path, cache):
+    loading, quantizing = [], []
+    options = {
+        "progress": lambda *seen: loading.append(seen),
+        "quant_progress": lambda *s: quantizing.append(s),
+    }
+    with loaded(save_toy_model("qwen3_moe", tmp_path / "model"), quant="q8_0", **options):
+        (file,) = cache.iterdir()
+    assert loading[-1][0] == loading[-1][1] and quantizing[-1][0] == quantizing[-1][1]
+    assert (
+        loading[-1][1] < quantizing[-1][1] < file.stat().st_size
+    )  # dense weights; all but header and padding
+
+
 # --- refusals
 
 

@@ -56,7 +56,7 @@ _REFUSED = {
 }
 _OWN = (
     "ram", "experts", "context", "policy", "predictor", "prefetch", "num_threads", "allow_dense", "quant",
-    "dtype", "progress",
+    "dtype", "progress", "quant_progress",
 )  # fmt: skip
 _HONOURED = (
     "torch_dtype", "attn_implementation", "device_map", "device", "max_memory", "gguf_file", "subfolder",

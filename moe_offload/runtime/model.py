@@ -80,6 +80,7 @@ def from_pretrained(
     quant: str | None = None,
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
+    quant_progress: Callable[[int, int], None] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a mixture-of-experts model inside a memory budget.
@@ -102,6 +103,7 @@ def from_pretrained(
             cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
+        quant_progress: the same while ``quant`` writes its file, or waits for a process that does.
         **kwargs: transformers' own arguments (``torch_dtype``, ``attn_implementation``, ``gguf_file``,
             ``revision``, ``token``, ``device_map="auto"``, ``generation_config`` ...): runtime/arguments.py
             says of each what it means here, or why it cannot.
@@ -141,7 +143,7 @@ def from_pretrained(
     model = skeleton.build_skeleton(checkpoint, compute_dtype, arguments.attn_implementation)
     checkpoint = skeleton.measure_cache(model, checkpoint)
     if quant is not None:
-        checkpoint = _quantize(model, checkpoint, config, quant, progress)
+        checkpoint = _quantize(model, checkpoint, config, quant, quant_progress)
     plan = _plan(model, checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
