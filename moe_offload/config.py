@@ -93,6 +93,9 @@ class ModelSpec:
     state_elements_per_sequence: tuple[int, ...] = ()
 
 
+MAX_THREADS = 1024  # more than any machine has use for; a process may not even start them
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """What the user chose. ``None`` means "decide for me" and is resolved by placement."""
@@ -112,8 +115,8 @@ class RuntimeConfig:
             raise ConfigError(f"ram must be positive, got {self.ram_bytes} bytes")
         if self.context_tokens is not None and self.context_tokens <= 0:
             raise ConfigError(f"context must be a positive number of tokens, got {self.context_tokens}")
-        if self.num_threads is not None and self.num_threads <= 0:
-            raise ConfigError(f"num_threads must be positive, got {self.num_threads}")
+        if self.num_threads is not None and not 1 <= self.num_threads <= MAX_THREADS:
+            raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, got {self.num_threads}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_offload.config import GIB, MIB, parse_bytes, resolve_expert_cap
+from moe_offload.config import GIB, MIB, RuntimeConfig, parse_bytes, resolve_expert_cap
 from moe_offload.errors import ConfigError
 
 
@@ -66,3 +66,9 @@ def test_a_share_of_the_experts_is_a_count(experts: str | int | None, cap: int |
 def test_nonsense_shares_are_refused(experts: str | int) -> None:
     with pytest.raises(ConfigError, match="is not a share of the model's 384 experts"):
         resolve_expert_cap(experts, 384)
+
+
+@pytest.mark.parametrize("num_threads", [-1, 0, 1025, 100_000])
+def test_threads_that_no_machine_starts_are_refused(num_threads: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_threads must be from 1 to 1024, got {num_threads}"):
+        RuntimeConfig(num_threads=num_threads)
