@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import pickle
 
@@ -12,7 +13,7 @@ from toy_models import save_toy_model
 from transformers import GenerationConfig
 
 import moe_offload
-from moe_offload import ConfigError
+from moe_offload import CheckpointError, ConfigError
 
 PROMPT = torch.tensor([[5, 6, 7]])
 
@@ -132,3 +133,11 @@ def test_generation_config_with_compilation_is_refused(model):
     config.compile_config = object()
     with pytest.raises(ConfigError, match="compile_config"):
         model.generate(PROMPT, generation_config=config)
+
+
+@pytest.mark.parametrize("ends", ["x", [2, None], 2.5, [True]])
+def test_an_end_that_is_no_token_id_names_the_file(ends, tmp_path):
+    folder = save_toy_model("qwen3_moe", tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"generation_config's eos_token_id is .*; a token id or a list"):
+        moe_offload.from_pretrained(folder, ram="8GiB")

@@ -307,6 +307,7 @@ def _read_all(
 def apply_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Set the checkpoint's own generation defaults; compilation is off (experts are not traceable)."""
     if checkpoint.generation_config is not None:
+        _check_ends(checkpoint)
         try:
             model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation_config))
         except (TypeError, ValueError) as error:
@@ -327,3 +328,12 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bar_was_on:
             transformers_logging.enable_progress_bar()
+
+
+def _check_ends(checkpoint: Checkpoint) -> None:
+    ends = (checkpoint.generation_config or {}).get("eos_token_id")
+    if ends is not None and any(type(end) is not int for end in (ends if isinstance(ends, list) else [ends])):
+        raise CheckpointError(
+            f"{checkpoint.path}: generation_config's eos_token_id is {ends!r:.80}; a token id or a list of "
+            "them is wanted: fetch generation_config.json again, or remove it"
+        )
