@@ -250,6 +250,18 @@ def test_any_part_of_a_split_file_opens_all_of_them(given_part: int, tmp_path: P
     assert [found.span.file_id for found in header.tensors.values()] == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["link", "m-00002-of-00002.gguf"])
+def test_a_link_to_a_part_opens_the_parts_beside_what_it_links_to(name: str, tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path, split_part(part, 2, tensor), f"m-{part + 1:05}-of-00002.gguf")
+        for part, tensor in enumerate("ab")
+    ]
+    link = tmp_path / "elsewhere" / name
+    link.parent.mkdir()
+    link.symlink_to(paths[1])
+    assert read_gguf(link).files == tuple(path.resolve() for path in paths)
+
+
 @pytest.mark.parametrize(
     ("second", "name", "message"),
     [

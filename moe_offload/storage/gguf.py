@@ -119,6 +119,8 @@ def read_gguf(path: Path) -> GgufHeader:
     count = _split_number(header, "split.count")
     if count is None or count == 1:
         return header
+    if path.is_symlink() and not _has_parts(path):
+        path = path.resolve()  # a link to one part: the others lie beside what it links to
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise CheckpointError(
@@ -131,6 +133,14 @@ def read_gguf(path: Path) -> GgufHeader:
         shown = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise CheckpointError(f"{path}: {len(missing)} of {count} parts are missing: {shown}; fetch them")
     return _join_parts([read_part(part, file_id) for file_id, part in enumerate(paths)])
+
+
+def _has_parts(path: Path) -> bool:
+    match = SPLIT_NAME.fullmatch(path.name)
+    return match is not None and all(
+        path.with_name(f"{match['prefix']}-{part + 1:05}-of-{match['count']}.gguf").exists()
+        for part in range(int(match["count"]))
+    )
 
 
 def read_part(path: Path, file_id: int = 0) -> GgufHeader:
