@@ -239,6 +239,7 @@ BAD_METHODS = [
     ({"quant_method": "bitsandbytes"}, r"'bitsandbytes'"),
     ({"quant_method": "compressed-tensors"}, r"'compressed-tensors'"),
     ("gptq", r"'gptq'"),
+    ({"load_in_4bit": True}, r"'bitsandbytes'"),
     ({}, r"None, which is not supported"),
     ({"quant_method": "mxfp4"}, r"mxfp4 is read for gpt_oss only, not for 'qwen3_moe'"),
     ({"quant_method": "fp8"}, r"weight_block_size is None"),
@@ -251,6 +252,21 @@ def test_another_method_is_refused_by_its_name(method, message, tiny_moe, tmp_pa
     (tmp_path / "config.json").write_text((tiny_moe / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(tiny_moe / "model.safetensors")
     set_config(tmp_path, quantization_config=method)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("quantization", {"group_size": 64, "bits": 4}, r"'mlx'"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, r"'compressed-tensors'"),
+    ],
+)
+def test_a_method_under_another_key_is_refused_by_its_name(key, value, message, tiny_moe, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_moe / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(tiny_moe / "model.safetensors")
+    set_config(tmp_path, **{key: value})
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
 

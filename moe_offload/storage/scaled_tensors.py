@@ -26,10 +26,14 @@ def quantization_method(config: Mapping[str, Any], where: str) -> str | None:
     Raises:
         CheckpointError: any other method, or one of these on a shape that is not read.
     """
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config", config.get("compression_config"))
+    if quantization is None and isinstance(config.get("quantization"), Mapping):
+        quantization = "mlx"  # which names no method
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if isinstance(quantization, Mapping) and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
+        method = "bitsandbytes"  # its first configurations did not name it
     remedy = "use the unquantized (bf16) checkpoint or a GGUF file of the model"
     if method not in METHODS or not isinstance(quantization, Mapping):
         raise CheckpointError(
