@@ -97,6 +97,26 @@ def test_what_is_not_there_says_how_to_get_it(hub: Path) -> None:
     assert str(hub) in message
 
 
+def test_the_way_to_get_it_names_revision_and_part(hub: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"hf download org/tiny-GGUF --revision v2 --include \"\*Q4_0\*\""
+    ):
+        locate("org/tiny-GGUF@v2:Q4_0")
+
+
+def test_a_link_to_nothing_is_no_models_name(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/gone").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"models/gone: No such file") as caught:
+        locate("models/gone")
+    assert "hf download" not in str(caught.value)
+    snapshot = put_in_cache(hub, "org/tiny", {"tiny.gguf": DEMO_MODEL})
+    (snapshot / "tiny.gguf").resolve().unlink()
+    with pytest.raises(CheckpointError, match="what it links to is missing: fetch it again"):
+        open_checkpoint("org/tiny")
+
+
 def test_a_path_that_is_there_comes_before_a_name(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
     put_in_cache(hub, "org/tiny", {"other.gguf": DEMO_MODEL})
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,8 @@ class HeaderReader:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}") from error
+            link = " (what it links to is missing: fetch it again)" if path.is_symlink() else ""
+            raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}{link}") from error
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):

@@ -68,7 +68,7 @@ def _existing(path: str | Path) -> tuple[Path, str | None]:
         return given, None
     except (OSError, ValueError, RuntimeError) as error:
         name = parse_repo_name(str(path))
-        if name is None:
+        if name is None or os.path.islink(Path(path).expanduser()):
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise CheckpointError(
                 f"{path}: {reason}; a Hugging Face folder (config.json and safetensors) or a .gguf file is "
@@ -78,9 +78,15 @@ def _existing(path: str | Path) -> tuple[Path, str | None]:
     if folder is None:
         raise CheckpointError(
             f"{path}: no such path, and no model of this name (revision {name.revision}) in {hub_cache()} or "
-            f"LM Studio's folders; add --download, or run: hf download {name.repo}"
+            f"LM Studio's folders; add --download, or run: {_download_command(name)}"
         )
     return folder, name.part
+
+
+def _download_command(name: RepoName) -> str:
+    revision = "" if name.revision == "main" else f" --revision {name.revision}"
+    part = "" if name.part is None else f' --include "*{name.part}*"'
+    return f"hf download {name.repo}{revision}{part}"
 
 
 def _checked_file(path: Path) -> Path:
@@ -110,7 +116,7 @@ def choose_gguf(folder: Path, part: str | None = None) -> Path:
     found = f"found {len(models)} models: {', '.join(models[:8])}" if models else "found neither"
     raise CheckpointError(
         f"{folder}: a folder with config.json and safetensors, or with one .gguf model{wanted} is wanted; "
-        f"{found}. Give the path of the model itself"
+        f"{found}. Give the path of the model itself, or org/name:PART"
     )
 
 
