@@ -139,5 +139,5 @@ def test_generation_config_with_compilation_is_refused(model):
 def test_an_end_that_is_no_token_id_names_the_file(ends, tmp_path):
     folder = save_toy_model("qwen3_moe", tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(CheckpointError, match=r"generation_config's eos_token_id is .*; a token id or a list"):
+    with pytest.raises(CheckpointError, match=r"generation_config's eos_token_id is .*; a token id or"):
         moe_offload.from_pretrained(folder, ram="8GiB")
