@@ -36,6 +36,7 @@ def check_against_the_runtime(path, monkeypatch):
     checkpoint = open_measured(path, allow_dense=False)
     fixed = fixed_costs(checkpoint, CONTEXT_TOKENS)
     monkeypatch.setattr(runtime, "base_bytes", lambda: fixed.base_bytes)
+    monkeypatch.setattr(runtime, "tokenizer_was_loaded", lambda path: False)  # as in a new process
     least = smallest_ram_bytes(fixed, checkpoint.experts.layouts, checkpoint.spec.top_k)
     for ram_bytes in (least, 4 * GIB):
         planned = runtime_plan(checkpoint, ram_bytes)
