@@ -11,11 +11,11 @@ from typing import Any
 from card import commit, cpu_name
 
 from moe_offload.config import gib
-from moe_offload.planning.cost_model import TokenBytes, decode_floor_s, prefill_floor_s, token_bytes
-from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.header_costs import bytes_per_token
+from moe_offload.planning.cost_model import TokenBytes, decode_floor_s, prefill_floor_s
+from moe_offload.storage.checkpoint import open_checkpoint
 
 Row = dict[str, Any]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def print_card(args: argparse.Namespace, sizes: dict[str, Any], models: dict[str, Path]) -> None:
@@ -28,20 +28,6 @@ def print_card(args: argparse.Namespace, sizes: dict[str, Any], models: dict[str
             f"dense {gib(token.dense_bytes)}, experts {gib(token.expert_bytes)}, cache {gib(token.kv_bytes)}"
         )
         print(f"{mix}: {gib(path.stat().st_size)} file; a token reads {gib(token.total_bytes)} ({parts})")
-
-
-def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int) -> TokenBytes:
-    """Return what a decoded token must read of this file, with a float32 key/value cache."""
-    dense = checkpoint.dense
-    embedding = dense[EMBEDDING].span.num_bytes if HEAD in dense else 0
-    return token_bytes(
-        checkpoint.spec,
-        dense_bytes=checkpoint.dense_bytes,
-        embedding_bytes=embedding,
-        one_expert_bytes={i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()},
-        cached_tokens=cached_tokens,
-        bytes_per_element=4,
-    )
 
 
 def decode_speed(row: Row) -> float:

@@ -16,17 +16,15 @@ from moe_offload.cli_inspect import open_measured
 from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, PlacementPlan, gib, parse_bytes
 from moe_offload.device import DeviceProfile, load_profile
 from moe_offload.errors import BudgetError, ConfigError
-from moe_offload.header_costs import dense_read_bytes, dense_weights, fixed_costs, place_from_headers
+from moe_offload.header_costs import bytes_per_token, dense_weights, fixed_costs, place_from_headers
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
 from moe_offload.planning.roofline import (
     MachineSpeed,
     Speed,
-    TokenBytes,
     active_macs,
     decode_speed,
     prefill_speed,
-    token_bytes,
 )
 from moe_offload.residency.memory import auto_ram_bytes
 from moe_offload.storage.checkpoint import Checkpoint
@@ -58,12 +56,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, machine: MachineSpeed, context_tokens: int) -> None:
         self.checkpoint, self.machine, self.context_tokens = checkpoint, machine, context_tokens
         self.fixed: FixedCosts = fixed_costs(checkpoint, context_tokens)
-        self.token: TokenBytes = token_bytes(
-            checkpoint.spec,
-            checkpoint.experts.layouts,
-            dense_read_bytes=dense_read_bytes(checkpoint),
-            kv_bytes=self.fixed.kv_bytes,
-        )
+        self.token = bytes_per_token(checkpoint, context_tokens)
 
     @property
     def smallest_ram_bytes(self) -> int:
@@ -92,7 +85,7 @@ class Planner:
         return prefill_speed(
             self.machine,
             macs_per_token=active_macs(spec, layouts, dense_weights(self.checkpoint)),
-            dense_bytes=self.token.dense,
+            dense_bytes=self.token.dense_bytes,
             expert_bytes=self.checkpoint.experts.total_bytes,
             resident_share=share,
         )

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from moe_offload.config import MIB, PlacementPlan
 from moe_offload.planning.cost_model import (
+    TokenBytes,
     kv_bytes,
     scale_copies_bytes,
     state_bytes,
@@ -113,6 +114,16 @@ def element_bytes(checkpoint: Checkpoint) -> int:
     """Return the bytes of an activation or a cached number: float32 for a GGUF, a folder's own dtype."""
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
     return 4 if checkpoint.source == "gguf" else FLOAT_BYTES.get(dtype, 4)
+
+
+def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int) -> TokenBytes:
+    """Return what decoding one token reads after ``cached_tokens`` others."""
+    layouts, top_k = checkpoint.experts.layouts.values(), checkpoint.spec.top_k
+    return TokenBytes(
+        dense_bytes=dense_read_bytes(checkpoint),
+        expert_bytes=sum(min(top_k, layout.num_experts) * layout.expert_bytes for layout in layouts),
+        kv_bytes=context_bytes(checkpoint, cached_tokens),
+    )
 
 
 def dense_read_bytes(checkpoint: Checkpoint) -> int:

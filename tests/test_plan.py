@@ -17,11 +17,12 @@ from moe_offload import cli, cli_plan
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.errors import BudgetError
 from moe_offload.header_costs import dense_read_bytes, dense_weights
+from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
-from moe_offload.planning.roofline import MachineSpeed, TokenBytes, decode_speed, prefill_speed
+from moe_offload.planning.roofline import MachineSpeed, decode_speed, prefill_speed
 from moe_offload.storage.checkpoint import open_checkpoint
 
-TOKEN = TokenBytes(dense=200, experts=600, kv=200)
+TOKEN = TokenBytes(dense_bytes=200, expert_bytes=600, kv_bytes=200)
 MACHINE = MachineSpeed(ram_bytes_per_s=1000.0, disk_bytes_per_s=100.0, macs_per_s=1e6)
 
 

@@ -157,33 +157,6 @@ class TokenBytes:
         return self.dense_bytes + self.expert_bytes + self.kv_bytes
 
 
-def token_bytes(
-    spec: ModelSpec,
-    *,
-    dense_bytes: int,
-    embedding_bytes: int,
-    one_expert_bytes: Mapping[int, int],
-    cached_tokens: int,
-    bytes_per_element: int,
-) -> TokenBytes:
-    """Return what decoding one token reads after ``cached_tokens`` others.
-
-    Args:
-        dense_bytes: of all dense tensors in the file.
-        embedding_bytes: of the input embedding, of which one row is read; 0 where it is the head, too.
-        one_expert_bytes: of an expert, by layer.
-        bytes_per_element: of the key/value cache.
-    """
-    embedding_row_bytes = embedding_bytes // max(1, spec.vocab_size)
-    return TokenBytes(
-        dense_bytes=dense_bytes - embedding_bytes + embedding_row_bytes,
-        expert_bytes=spec.top_k * sum(one_expert_bytes[layer_idx] for layer_idx in spec.moe_layers),
-        kv_bytes=kv_bytes(
-            spec, context_tokens=cached_tokens, batch_size=1, bytes_per_element=bytes_per_element
-        ),
-    )
-
-
 def decode_floor_s(
     token: TokenBytes, *, ram_bytes_per_s: float, missed_bytes: float = 0.0, disk_bytes_per_s: float = 1.0
 ) -> float:

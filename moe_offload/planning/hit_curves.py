@@ -1,7 +1,7 @@
 """What hit rate to expect when no trace of the model is at hand: curves by family.
 
-Each curve was replayed with the default policy through the runtime's own cache, one pool over all
-layers, from cold (bench/cache_hit_rate.py --pool shared). Between the points it is a straight line.
+Each curve was replayed with decayed frequency (ewma) through the runtime's own cache, one pool over
+all layers, from cold (bench/cache_hit_rate.py --pool shared). Between the points it is a straight line.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from bisect import bisect_right
 Curve = tuple[tuple[float, float], ...]  # (share of the experts that is resident, hit rate), ascending
 
 # gpt_oss: recorded decode of gpt-oss-20b, 12,186 tokens of 29 sequences, top 4 of 32.
-# The default is the lowest curve at hand, the bundled demo model's on eight kinds of text (top 4 of
-# 32): models trained to spread their load look like it, and a plan should rather promise too little.
+# The default is the lower of the two at hand, the bundled demo model's, mean of eight kinds of text
+# (top 4 of 32): a plan should rather promise too little.
 CURVES: dict[str, Curve] = {
     "gpt_oss": (
         (0.0, 0.0),
@@ -27,13 +27,13 @@ CURVES: dict[str, Curve] = {
     ),
     "default": (
         (0.0, 0.0),
-        (1 / 16, 0.186),
-        (1 / 8, 0.307),
-        (3 / 16, 0.406),
-        (1 / 4, 0.491),
-        (3 / 8, 0.637),
-        (1 / 2, 0.752),
-        (3 / 4, 0.903),
+        (1 / 16, 0.189),
+        (1 / 8, 0.316),
+        (3 / 16, 0.423),
+        (1 / 4, 0.514),
+        (3 / 8, 0.663),
+        (1 / 2, 0.778),
+        (3 / 4, 0.929),
         (1.0, 1.0),
     ),
 }

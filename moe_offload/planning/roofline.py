@@ -16,26 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_offload.config import PREFILL_CHUNK_TOKENS, ModelSpec
+from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.storage.expert_format import ExpertLayout
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBytes:
-    """What decoding one token reads, in bytes.
-
-    Attributes:
-        dense: weights that every token uses, the output head included, the input embedding not.
-        experts: of the top_k experts of every layer.
-        kv: keys and values of the context.
-    """
-
-    dense: int
-    experts: int
-    kv: int
-
-    @property
-    def total(self) -> int:
-        return self.dense + self.experts + self.kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +46,6 @@ class Speed:
     binding: str
 
 
-def token_bytes(
-    spec: ModelSpec, layouts: Mapping[int, ExpertLayout], *, dense_read_bytes: int, kv_bytes: int
-) -> TokenBytes:
-    """Return what one token reads.
-
-    Args:
-        dense_read_bytes: dense weights that a token touches.
-        kv_bytes: of the whole context.
-    """
-    experts = sum(min(spec.top_k, layout.num_experts) * layout.expert_bytes for layout in layouts.values())
-    return TokenBytes(dense_read_bytes, experts, kv_bytes)
-
-
 def active_macs(spec: ModelSpec, layouts: Mapping[int, ExpertLayout], dense_weights: int) -> int:
     """Return multiply-adds of one prompt token: one for each weight that it uses."""
     per_expert = {
@@ -95,9 +64,9 @@ def decode_speed(
         hit_rate: share of a token's experts that are resident, 0 to 1.
         predicted_share: share of the others whose read begins before their layer.
     """
-    ram_s = token.total / machine.ram_bytes_per_s
-    at_hand_s = hit_rate * token.experts / machine.ram_bytes_per_s
-    disk_s = (1 - hit_rate) * token.experts / machine.disk_bytes_per_s
+    ram_s = token.total_bytes / machine.ram_bytes_per_s
+    at_hand_s = hit_rate * token.expert_bytes / machine.ram_bytes_per_s
+    disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     surprise_s = (1 - predicted_share) * disk_s
     reads_and_sums_s = max(ram_s + max(0.0, surprise_s - at_hand_s), disk_s)
     total_s = reads_and_sums_s + machine.token_overhead_s
