@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # setuptools and pybind11 build the extension once more for the sanitizers.
-DEV_TOOLS := pytest hypothesis ruff mypy clang-format onnxruntime onnx setuptools pybind11
+DEV_TOOLS := pytest hypothesis ruff mypy clang-format onnxruntime onnx matplotlib setuptools pybind11
 # Held in the environment, so that builds in isolation keep to the same versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -113,10 +113,15 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:
             raise ConfigError(f"ram must be positive, got {self.ram_bytes} bytes")
-        if self.context_tokens is not None and self.context_tokens <= 0:
-            raise ConfigError(f"context must be a positive number of tokens, got {self.context_tokens}")
-        if self.num_threads is not None and not 1 <= self.num_threads <= MAX_THREADS:
-            raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, got {self.num_threads}")
+        if self.context_tokens is not None and not _is_count(self.context_tokens):
+            raise ConfigError(f"context must be a positive number of tokens, got {self.context_tokens!r}")
+        if self.num_threads is not None and not _is_count(self.num_threads, MAX_THREADS):
+            raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, got {self.num_threads!r}")
+
+
+def _is_count(value: object, high: int | None = None) -> bool:
+    """Whether a user's number is a whole one from 1 to ``high``; True is an int in Python, and no number."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (high or value)
 
 
 @dataclass(frozen=True)

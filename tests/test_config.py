@@ -68,7 +68,13 @@ def test_nonsense_shares_are_refused(experts: str | int) -> None:
         resolve_expert_cap(experts, 384)
 
 
-@pytest.mark.parametrize("num_threads", [-1, 0, 1025, 100_000])
+@pytest.mark.parametrize("num_threads", [-1, 0, 1025, 100_000, True, 2.0])
 def test_threads_that_no_machine_starts_are_refused(num_threads: int) -> None:
     with pytest.raises(ConfigError, match=f"num_threads must be from 1 to 1024, got {num_threads}"):
         RuntimeConfig(num_threads=num_threads)
+
+
+@pytest.mark.parametrize("context_tokens", [0, -1, True, 64.0, "64"])
+def test_a_context_that_is_no_count_is_refused(context_tokens: object) -> None:
+    with pytest.raises(ConfigError, match=f"positive number of tokens, got {context_tokens!r}"):
+        RuntimeConfig(context_tokens=context_tokens)  # type: ignore[arg-type]

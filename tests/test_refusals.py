@@ -141,3 +141,11 @@ def test_an_end_that_is_no_token_id_names_the_file(ends, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(CheckpointError, match=r"generation_config's eos_token_id is .*; a token id or"):
         moe_offload.from_pretrained(folder, ram="8GiB")
+
+
+@pytest.mark.parametrize("path", [b"model.gguf", 7, ["a", "b"]])
+def test_what_is_no_path_is_refused_by_its_type(path):
+    with pytest.raises(ConfigError, match=f"path or org/name, got .*{type(path).__name__}"):
+        moe_offload.from_pretrained(path)
+    with pytest.raises(ConfigError, match="a path or a model from from_pretrained is wanted"):
+        moe_offload.generate(path, "hello")

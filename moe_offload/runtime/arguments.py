@@ -7,6 +7,7 @@ something: none is dropped in silence.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -135,6 +136,8 @@ def _path(
     if path is not None and name is not None:
         raise ConfigError(f"two models are named: {str(path)!r} and {str(name)!r}; give one")
     path = name if path is None else path
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"a model is named by a path or org/name, got {path!r:.80} ({type(path).__name__})")
     revision, gguf_file, subfolder = (kwargs.get(key) for key in ("revision", "gguf_file", "subfolder"))
     if path is None:
         if gguf_file or subfolder:

@@ -132,6 +132,8 @@ def generate(
     check_limits(max_new_tokens, stop)
     on_text = stream if callable(stream) else (_print_piece if stream else _discard)
     path = model if isinstance(model, str | Path) else None
+    if path is None and not hasattr(model, "offload"):
+        raise ConfigError(f"a path or a model from from_pretrained is wanted, got {model!r:.80}")
     if path is not None:
         from moe_offload.storage.tokenizer import load_tokenizer
 
@@ -196,40 +198,17 @@ def run(
         BudgetError: prompt or new tokens are beyond the context.
     """
     check_limits(max_new_tokens, stop)
-    config = copy.deepcopy(model.generation_config)
-    sampling.apply(config)
-    config.num_beams = config.num_return_sequences = 1  # a stream has one line
-    config.max_new_tokens = _room(model.offload, len(input_ids), max_new_tokens)
-    config.max_length = None
+    new_tokens = _room(model.offload, len(input_ids), max_new_tokens)
+    config = _generation_config(model, tokenizer, sampling, new_tokens)
     eos_ids = _eos_ids(config)
-    if tokenizer.eos_token_id is not None:  # the end of a turn, where the configuration names another end
-        eos_ids.add(tokenizer.eos_token_id)
-        config.eos_token_id = sorted(eos_ids)
-    if config.pad_token_id is None and eos_ids:
-        config.pad_token_id = min(eos_ids)
     splitter = splitter_of(tokenizer, input_ids) if split else None
     stream = TextStream(tokenizer, stop, input_ids[-CONTEXT_IDS:], splitter)
     takers = {ANSWER: on_text, THINKING: on_thinking or _discard, COMMENTARY: on_thinking or _discard}
     watcher = _Watcher(stream, len(input_ids), eos_ids, takers)
     cached_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-    prompt = torch.tensor([input_ids], dtype=torch.long)
-    interrupted = False
-    started = time.perf_counter()
     seed = _seed(sampling, config)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=config,
-                past_key_values=past_key_values,
-                stopping_criteria=StoppingCriteriaList([watcher]),
-            )
-        except KeyboardInterrupt:
-            interrupted = True
-    watcher.finish()
+    started = time.perf_counter()
+    interrupted = _stream_tokens(model, input_ids, config, past_key_values, watcher, seed)
     ended_by_model = watcher.stream.stopped or watcher.token_ids[-1:] in [[eos_id] for eos_id in eos_ids]
     return GenerationResult(
         text=watcher.text(ANSWER),
@@ -244,6 +223,44 @@ def run(
         seed=seed,
         stats=model.offload.stats().as_dict(),
     )
+
+
+def _generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_tokens: int) -> Any:
+    """Return the model's own generation config for one stream, ``sampling`` and the ends of a turn put in."""
+    config = copy.deepcopy(model.generation_config)
+    sampling.apply(config)
+    config.num_beams = config.num_return_sequences = 1  # a stream has one line
+    config.max_new_tokens, config.max_length = max_new_tokens, None
+    eos_ids = _eos_ids(config)
+    if tokenizer.eos_token_id is not None:  # the end of a turn, where the configuration names another end
+        eos_ids.add(tokenizer.eos_token_id)
+        config.eos_token_id = sorted(eos_ids)
+    if config.pad_token_id is None and eos_ids:
+        config.pad_token_id = min(eos_ids)
+    return config
+
+
+def _stream_tokens(
+    model: Any, input_ids: list[int], config: Any, past_key_values: Any, watcher: _Watcher, seed: int | None
+) -> bool:
+    """Generate into ``watcher``; return whether Ctrl-C ended it. The global random state stays as it was."""
+    prompt = torch.tensor([input_ids], dtype=torch.long)
+    interrupted = False
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                past_key_values=past_key_values,
+                stopping_criteria=StoppingCriteriaList([watcher]),
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    watcher.finish()
+    return interrupted
 
 
 def check_limits(max_new_tokens: int | None, stop: Sequence[str]) -> None:
