@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from moe_offload import profile_write
 from moe_offload.device import FIGURES, load_profile, parse_profile, profile_names
 from moe_offload.errors import ConfigError
+from moe_offload.profile_write import as_toml, write_profile
 
 LAPTOP: dict[str, Any] = {
     "schema": 1,
@@ -30,9 +32,9 @@ LAPTOP: dict[str, Any] = {
 }
 
 
-def changed(*path: str, to: Any = None) -> dict[str, Any]:
-    """LAPTOP with one entry replaced, or removed where ``to`` is None."""
-    document = copy.deepcopy(LAPTOP)
+def changed(*path: str, to: Any = None, document: dict[str, Any] = LAPTOP) -> dict[str, Any]:
+    """A document with one entry replaced, or removed where ``to`` is None."""
+    document = copy.deepcopy(document)
     table = document
     for key in path[:-1]:
         table = table[key]
@@ -110,3 +112,108 @@ def test_files_that_are_no_profile(tmp_path: Path) -> None:
     broken.write_text("name = ")
     with pytest.raises(ConfigError, match="cannot read device profile"):
         load_profile(broken)
+
+
+TUNED: dict[str, Any] = {
+    **LAPTOP,
+    "ram": {
+        **LAPTOP["ram"],
+        "read_bandwidth_by_threads": {"points": [[1, 21.5], [2, 40]], "unit": "GB/s", "source": "measured"},
+    },
+    "disk": {
+        **LAPTOP["disk"],
+        "read_bandwidth_by_size": {
+            "points": [[65536, 900], [1048576, 2100]],
+            "unit": "MB/s",
+            "source": "measured",
+        },
+    },
+    "model": {
+        "expert_size": {"value": 1.5, "unit": "MiB", "source": "measured"},
+        "layer_overhead": {"value": 0, "unit": "us", "source": "measured"},
+    },
+    "expert_time": [
+        {
+            "device": "cpu",
+            "format": "Q4_0",
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "busy": True,
+            "points": [[1, 120.5], [8, 300]],
+            "unit": "us",
+            "source": "measured",
+            "note": "while experts were read",
+        }
+    ],
+    "machine": {"key": "0123", "device": "cpu"},
+    "settings": {"num_threads": 2, "policy": "horizon", "prefetch": False, "prefetch_depth": 1},
+    "state": {"power": "mains", "hottest_celsius": 61.5},
+    "evidence": {
+        "verdict": 'the "defaults" stay',
+        "rounds": 3,
+        "speedup": 1.0,
+        "run": [{"settings": "defaults", "stage": "duel", "tokens_per_s": 12.5}],
+    },
+}
+
+
+def test_a_tuned_profile_is_read_in_base_units() -> None:
+    profile = parse_profile(TUNED, "tuned.toml")
+    assert profile.curves["disk"]["read_bandwidth_by_size"].points == ((65536.0, 9e8), (1048576.0, 2.1e9))
+    (time,) = profile.expert_times
+    assert time.busy and time.curve.points[0] == (1, pytest.approx(120.5e-6))
+    assert profile.settings["num_threads"] == 2 and profile.notes["evidence"]["run"][0]["stage"] == "duel"
+    assert profile.get("ram", "kernel_bandwidth", "read_bandwidth") == 40e9
+    assert profile.get("model", "nothing") is None
+
+
+@pytest.mark.parametrize("document", [LAPTOP, TUNED])
+def test_what_is_written_reads_back_the_same(document: dict[str, Any], tmp_path: Path) -> None:
+    profile = parse_profile(document, "first.toml")
+    path = tmp_path / "p.toml"
+    write_profile(path, profile)
+    again = load_profile(path)
+    assert as_toml(again) == path.read_text() == as_toml(profile)
+    assert again.notes == profile.notes and again.measured == profile.measured
+    assert [path.name for path in tmp_path.iterdir()] == ["p.toml"]
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_bundled_profiles_survive_being_written(name: str, tmp_path: Path) -> None:
+    profile = load_profile(name)
+    write_profile(tmp_path / "p.toml", profile)
+    for section, figures in load_profile(tmp_path / "p.toml").figures.items():
+        for key, figure in figures.items():
+            assert figure.value == pytest.approx(profile.value(section, key), rel=1e-3)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.toml").write_text("kept")
+    monkeypatch.setattr(profile_write, "as_toml", lambda profile: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_profile(tmp_path / "p.toml", parse_profile(LAPTOP, "laptop.toml"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p.toml", "kept")]
+
+
+TUNED_ERRORS = [
+    (("ram", "read_bandwidth_by_threads", "points"), [[2, 40], [1, 20]], "must begin at 1 or more threads"),
+    (("ram", "read_bandwidth_by_threads", "points"), [], "must begin at 1 or more threads"),
+    (("ram", "read_bandwidth_by_threads", "points"), [[1]], r"must be pairs of \[threads, value\]"),
+    (
+        ("ram", "read_bandwidth_by_threads", "points"),
+        [[1, 4e9]],
+        r"read_bandwidth_by_threads = 4e\+09 GB/s cannot",
+    ),
+    (("ram", "read_bandwidth_by_threads", "source"), "guess", "source must be one of"),
+    (("expert_time",), [{}], r"expert_time\[0\]\.points must be a list"),
+    (("settings", "threads"), 2, r"unknown key settings\.threads"),
+    (("settings", "num_threads"), True, r"settings\.num_threads must be a int, got True"),
+    (("evidence", "run"), [{"speed": 1}], r"unknown key evidence\.run\[0\]\.speed"),
+    (("model",), {}, r"\[model\] lacks expert_size"),
+]
+
+
+@pytest.mark.parametrize(("path", "to", "message"), TUNED_ERRORS, ids=[m[:30] for *_, m in TUNED_ERRORS])
+def test_what_cannot_have_been_measured_is_named(path: tuple[str, ...], to: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_profile(changed(*path, to=to, document=TUNED), "tuned.toml")

@@ -18,6 +18,8 @@ REPOSITORY = PACKAGE.parent
 READING_ORDER = [
     ("errors", "config"),
     ("storage.expert_format",),
+    ("profile_schema",),
+    ("profile_parse", "profile_write"),
     ("device",),
     ("stats", "trace"),
     ("_native",),
@@ -49,6 +51,9 @@ WITHOUT_TORCH = {
     "errors",
     "config",
     "device",
+    "profile_schema",
+    "profile_parse",
+    "profile_write",
     "storage.expert_format",
     "stats",
     "trace",
