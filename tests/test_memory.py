@@ -134,7 +134,7 @@ def test_a_system_without_proc_is_named(tmp_path: Path) -> None:
 
 
 def test_this_machine_agrees_with_psutil() -> None:
-    total, _ = memory._system_memory(Path("/."))
+    total, _ = memory.system_memory(Path("/."))
     assert total == psutil.virtual_memory().total
     assert 0 < available_bytes() <= total_bytes() <= total
     assert 0 < process_bytes() <= peak_bytes()

@@ -27,15 +27,15 @@ def available_bytes(root: Path = ROOT) -> int:
     Every cgroup from ours to the root counts: its limit less its use. Page cache that the kernel
     would drop first (inactive_file) is not counted as used.
     """
-    _, available = _system_memory(root)
-    in_cgroups = [limit - used for limit, used in _cgroup_limits(root)]
+    _, available = system_memory(root)
+    in_cgroups = [limit - used for limit, used in cgroup_limits(root)]
     return max(0, min([available, *in_cgroups]))
 
 
 def total_bytes(root: Path = ROOT) -> int:
     """Return the memory of the machine, or of the tightest cgroup around us."""
-    total, _ = _system_memory(root)
-    return min([total, *(limit for limit, _ in _cgroup_limits(root))])
+    total, _ = system_memory(root)
+    return min([total, *(limit for limit, _ in cgroup_limits(root))])
 
 
 def process_bytes(root: Path = ROOT) -> int:
@@ -94,7 +94,7 @@ class MemoryGuard:
         return max(0, self._reserve_bytes - self._available())
 
 
-def _system_memory(root: Path) -> tuple[int, int]:
+def system_memory(root: Path) -> tuple[int, int]:
     """Return (total, available) bytes of the machine."""
     if root == ROOT:
         memory = psutil.virtual_memory()
@@ -118,7 +118,7 @@ def _kib_field(path: Path, name: str) -> int:
     raise ConfigError(f"{path} has no line {name}; moe_offload runs on Linux")
 
 
-def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+def cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yield (limit, use) of every cgroup around us that has a memory limit."""
     for folder, version in _cgroup_folders(root):
         names = ["memory.max", "memory.high"] if version == 2 else ["memory.limit_in_bytes"]
