@@ -1,4 +1,4 @@
-"""The three errors that a user can cause; broken invariants are assertions instead."""
+"""The errors that a user can cause or meet; broken invariants are assertions instead."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class CheckpointError(ValueError):
 
 class BudgetError(MemoryError):
     """A memory budget that cannot hold what was asked; carries the numbers and the remedy."""
+
+
+class DeviceError(RuntimeError):
+    """An accelerator failed; what runs goes on without it where it can."""

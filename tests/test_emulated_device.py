@@ -93,7 +93,10 @@ def test_a_failed_copy_fails_its_ticket_and_no_other(device: _native.EmulatedDev
         tickets.append(device.submit(spans(device, source, i * MIB), False))
         assert device.wait(tickets[-1], 10)
     assert [device.state(ticket) for ticket in tickets] == [DONE, FAILED, DONE]
-    assert device.error(tickets[1]) == ("a copy to the emulated device failed", False)
+    assert device.error(tickets[1]) == (
+        "a copy to the emulated device failed",
+        _native.DeviceFault.FAILED,
+    )
     assert device.error(tickets[2]) is None
 
 
@@ -103,8 +106,8 @@ def test_a_lost_device_fails_everything_from_then_on(device: _native.EmulatedDev
     for _ in range(2):
         ticket = device.submit(spans(device, source, 0), False)
         assert device.wait(ticket, 10) and device.state(ticket) == FAILED
-        message, lost = device.error(ticket) or ("", False)
-        assert lost and "lost" in message
+        message, fault = device.error(ticket) or ("", _native.DeviceFault.FAILED)
+        assert fault == _native.DeviceFault.LOST and "lost" in message
 
 
 def test_closing_cancels_what_waits(device: _native.EmulatedDevice) -> None:

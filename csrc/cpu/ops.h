@@ -78,6 +78,12 @@ class ExpertKernel {
              const float* pair_weights,  // (num_pairs,)
              float* out) const;          // (num_tokens, hidden_size)
 
+    const std::vector<Matrix>& matrices() const { return matrices_; }
+    RowOrder row_order() const { return row_order_; }
+    const Activation& activation() const { return activation_; }
+    const float* gate_up_bias() const { return gate_up_bias_; }
+    const float* down_bias() const { return down_bias_; }
+    int64_t num_experts() const { return num_experts_; }
     int64_t num_matrices() const { return int64_t(matrices_.size()); }
     int64_t hidden_size() const { return matrices_.back().rows; }
     int64_t intermediate_size() const { return matrices_.back().cols; }

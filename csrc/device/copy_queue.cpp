@@ -20,7 +20,8 @@ double seconds_since(Clock::time_point start) {
 
 }  // namespace
 
-CopyQueue::CopyQueue(std::shared_ptr<Link> link, int in_hand) : link_(std::move(link)) {
+CopyQueue::CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events)
+    : link_(std::move(link)), events_(events) {
     check(in_hand >= 1 && in_hand <= 8, "CopyQueue", "in_hand must be from 1 to 8");
     // Signals belong to the caller's thread, where Python's handlers expect them.
     sigset_t all, previous;
@@ -49,6 +50,7 @@ CopyQueue::Ticket CopyQueue::submit(const std::vector<CopySpan>& spans, bool spe
     }
     std::lock_guard lock(mutex_);
     check(!closed_, "CopyQueue.submit", "the queue is closed");
+    request->ticket = next_ticket_;
     if (request->chunks.empty()) {
         request->state = TicketState::kDone;
     } else {
@@ -107,7 +109,7 @@ bool CopyQueue::wait(Ticket ticket, double timeout_s, const CheckInterrupt& chec
     return true;
 }
 
-std::optional<std::pair<std::string, bool>> CopyQueue::error(Ticket ticket) const {
+std::optional<DeviceFailure> CopyQueue::error(Ticket ticket) const {
     std::lock_guard lock(mutex_);
     return find(ticket)->error;
 }
@@ -117,6 +119,27 @@ bool CopyQueue::forget(Ticket ticket) {
     if (!find(ticket)->is_finished()) return false;
     requests_.erase(ticket);
     return true;
+}
+
+CopyQueue::Handle CopyQueue::handle(Ticket ticket) const {
+    std::lock_guard lock(mutex_);
+    return find(ticket);
+}
+
+TicketState CopyQueue::state(const Handle& handle) const {
+    std::lock_guard lock(mutex_);
+    return handle->state;
+}
+
+std::optional<DeviceFailure> CopyQueue::error(const Handle& handle) const {
+    std::lock_guard lock(mutex_);
+    return handle->error;
+}
+
+bool CopyQueue::wait_briefly(const Handle& handle) const {
+    std::unique_lock lock(mutex_);
+    return request_finished_.wait_for(lock, std::chrono::duration<double>(kMaxWaitSeconds),
+                                      [&] { return handle->is_finished(); });
 }
 
 CopyCounters CopyQueue::counters() const {
@@ -129,12 +152,14 @@ CopyCounters CopyQueue::counters() const {
 void CopyQueue::work() {
     CopySpan chunk;
     while (const RequestPtr request = take(&chunk)) {
-        std::optional<std::pair<std::string, bool>> error;
+        std::optional<DeviceFailure> error;
+        const int64_t begin_ns = EventLog::now_ns();
         try {
             link_->copy(chunk.to, chunk.from, chunk.num_bytes);
-        } catch (const LinkError& failure) {
-            error = {failure.what(), failure.lost};
+        } catch (const DeviceError& failure) {
+            error = {failure.what(), failure.fault};
         }
+        events_.add({Lane::kCopy, request->ticket, chunk.num_bytes, begin_ns, EventLog::now_ns()});
         std::lock_guard lock(mutex_);
         finish(*request, chunk, std::move(error));
     }
@@ -156,8 +181,7 @@ CopyQueue::RequestPtr CopyQueue::take(CopySpan* chunk) {
 }
 
 // Called with the lock held.
-void CopyQueue::finish(Request& request, const CopySpan& chunk,
-                       std::optional<std::pair<std::string, bool>> error) {
+void CopyQueue::finish(Request& request, const CopySpan& chunk, std::optional<DeviceFailure> error) {
     if (--chunks_in_flight_ == 0) counters_.busy_seconds += seconds_since(busy_since_);
     --request.in_flight;
     if (error) {
@@ -184,7 +208,8 @@ void CopyQueue::close() {
                 request->next = request->chunks.size();
                 if (request->in_flight == 0) request->state = TicketState::kCancelled;
                 if (request->in_flight > 0 && !request->error)
-                    request->error = {"the device was closed before the copy was finished", false};
+                    request->error = {"the device was closed before the copy was finished",
+                                      DeviceFault::kFailed};
             }
             queue->clear();
         }

@@ -15,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "device/event_log.h"
 #include "device/link.h"
 #include "io/direct_read.h"
 
@@ -34,12 +35,15 @@ struct CopyCounters {
 };
 
 class CopyQueue {
+    struct Request;
+
   public:
     using Ticket = int64_t;
+    using Handle = std::shared_ptr<const Request>;  // of a ticket, also after it was forgotten
     using CheckInterrupt = std::function<void()>;
 
     // At most `in_hand` chunks are with the link at once: what is not issued can still be overtaken.
-    CopyQueue(std::shared_ptr<Link> link, int in_hand);
+    CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events);
     ~CopyQueue();
     CopyQueue(const CopyQueue&) = delete;
     CopyQueue& operator=(const CopyQueue&) = delete;
@@ -53,9 +57,16 @@ class CopyQueue {
     // Waits until done, failed or cancelled; false after timeout_s. check_interrupt is called at least
     // ten times a second, without locks held, and may throw.
     bool wait(Ticket ticket, double timeout_s, const CheckInterrupt& check_interrupt) const;
-    // Why a ticket failed, and whether the device is lost.
-    std::optional<std::pair<std::string, bool>> error(Ticket ticket) const;
+    // Why a ticket failed.
+    std::optional<DeviceFailure> error(Ticket ticket) const;
     bool forget(Ticket ticket);
+
+    Handle handle(Ticket ticket) const;
+    TicketState state(const Handle& handle) const;
+    std::optional<DeviceFailure> error(const Handle& handle) const;
+    // As wait(), for at most 100 ms and without a look at signals: for threads that are not Python's.
+    bool wait_briefly(const Handle& handle) const;
+
     CopyCounters counters() const;
 
     // Cancels what is queued and waits for the chunks in flight. Idempotent.
@@ -63,23 +74,25 @@ class CopyQueue {
 
   private:
     struct Request {
+        Ticket ticket = 0;
         std::vector<CopySpan> chunks;
         size_t next = 0;
         int in_flight = 0;
         bool speculative = false;
         TicketState state = TicketState::kQueued;
-        std::optional<std::pair<std::string, bool>> error;
+        std::optional<DeviceFailure> error;
         bool is_finished() const { return state >= TicketState::kDone; }
     };
     using RequestPtr = std::shared_ptr<Request>;
 
     void work();
     RequestPtr take(CopySpan* chunk);
-    void finish(Request& request, const CopySpan& chunk, std::optional<std::pair<std::string, bool>> error);
+    void finish(Request& request, const CopySpan& chunk, std::optional<DeviceFailure> error);
     std::deque<RequestPtr>& queue_of(const Request& request);
     RequestPtr find(Ticket ticket) const;
 
     const std::shared_ptr<Link> link_;
+    EventLog& events_;
     mutable std::mutex mutex_;  // guards everything below
     std::condition_variable work_added_;
     mutable std::condition_variable request_finished_;

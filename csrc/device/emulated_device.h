@@ -1,38 +1,52 @@
-// An accelerator without the hardware: a bounded arena for its memory and a throttled link, so that
-// cache, transfers and scheduling run with real concurrency where there is no GPU. It proves order and
-// safety; its speed is an arithmetic of bandwidth and latency and no GPU's.
+// An accelerator without the hardware: a bounded arena for its memory, a throttled link, and the CPU's
+// kernels on a thread of its own, so that cache, transfers and scheduling run with real concurrency where
+// there is no GPU. It proves order and safety; its speed is an arithmetic of bandwidth and latency, and one
+// core's at most: no GPU's.
 #pragma once
 
-#include "device/copy_queue.h"
+#include <atomic>
+
+#include "device/device.h"
+#include "device/inline_experts.h"
 #include "io/arena.h"
 
 namespace moe {
 
-class EmulatedDevice {
+class EmulatedDevice : public Device {
   public:
-    // As a driver would have it: two chunks per direction in its hands.
-    static constexpr int kChunksInHand = 2;
-
-    EmulatedDevice(int64_t vram_bytes, double link_bytes_per_s, double latency_s)
+    // pinnable_bytes: how much host memory pin() grants; from the rest copies take twice the time.
+    EmulatedDevice(int64_t vram_bytes, double link_bytes_per_s, double latency_s, int64_t pinnable_bytes)
         : memory_(vram_bytes),
           link_(std::make_shared<ThrottledLink>(link_bytes_per_s, latency_s)),
-          to_device_(link_, kChunksInHand) {}
-    ~EmulatedDevice() { close(); }
+          pinnable_bytes_(pinnable_bytes) {}
 
-    Arena& memory() { return memory_; }
-    ThrottledLink& link() { return *link_; }
-    CopyQueue& to_device() { return to_device_; }
+    std::string name() const override { return "emulated"; }
+    uint64_t address() const override { return uint64_t(memory_.address()); }
+    int64_t num_bytes() const override { return memory_.num_bytes(); }
+    void give_back(int64_t offset, int64_t num_bytes) override { memory_.give_back(offset, num_bytes); }
+    std::shared_ptr<Link> link() override { return link_; }
+    int64_t pin(std::byte* begin, int64_t num_bytes) override;
+    bool has_kernel(const ExpertKernel&) const override { return true; }
+    std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
+    std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
+                                         int64_t hidden_size) override;
+    void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
+              int64_t first_pair, int64_t total_pairs) override;
+    void finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
+    void close() override { memory_.close(); }
 
-    // Copies in flight end first. Idempotent.
-    void close() {
-        to_device_.close();
-        memory_.close();
-    }
+    ThrottledLink& throttled_link() { return *link_; }
+    // The next launches find no memory, `times` in a row.
+    void inject_no_memory(int64_t times) { no_memory_times_ = times; }
 
   private:
     Arena memory_;
     std::shared_ptr<ThrottledLink> link_;
-    CopyQueue to_device_;
+    int64_t pinnable_bytes_;
+    std::atomic<int64_t> no_memory_times_{0};
+    // The compute thread's own.
+    InlineExperts experts_;
+    std::vector<float> rows_;  // (total_pairs, hidden_size)
 };
 
 }  // namespace moe

@@ -7,19 +7,25 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace moe {
 
-// A copy that failed; `lost` means that the device is gone and no later copy can succeed.
-struct LinkError : std::runtime_error {
-    LinkError(const std::string& message, bool is_lost) : std::runtime_error(message), lost(is_lost) {}
-    bool lost;
+// What can befall a device. After kLost nothing succeeds any more; after kNoMemory less may.
+enum class DeviceFault : int { kFailed = 0, kLost = 1, kNoMemory = 2 };
+
+struct DeviceError : std::runtime_error {
+    DeviceError(const std::string& message, DeviceFault what) : std::runtime_error(message), fault(what) {}
+    DeviceFault fault;
 };
+
+// Why a ticket failed.
+using DeviceFailure = std::pair<std::string, DeviceFault>;
 
 class Link {
   public:
     virtual ~Link() = default;
-    // Returns when the bytes have arrived; called by several threads at once. Throws LinkError.
+    // Returns when the bytes have arrived; called by several threads at once. Throws DeviceError.
     virtual void copy(std::byte* to, const std::byte* from, int64_t num_bytes) = 0;
 };
 
@@ -32,15 +38,20 @@ class ThrottledLink : public Link {
 
     // The next copies fail: after `after` more of them, `times` in a row; `lost`: that one and all later.
     void inject(int64_t after, int64_t times, bool lost);
+    bool is_lost();
+
+    // The host memory that is copied from at full speed; from elsewhere at half of it.
+    void set_pinned(const std::byte* begin, int64_t num_bytes);
 
   private:
     using Clock = std::chrono::steady_clock;
     void pass_faults();
-    Clock::time_point reserve(int64_t num_bytes);
+    Clock::time_point reserve(const std::byte* from, int64_t num_bytes);
 
     const double bytes_per_s_, latency_s_;
     std::mutex mutex_;  // guards everything below
     Clock::time_point wire_free_at_{};
+    const std::byte *pinned_begin_ = nullptr, *pinned_end_ = nullptr;
     int64_t fault_after_ = -1, fault_times_ = 0;
     bool fault_is_loss_ = false, is_lost_ = false;
 };

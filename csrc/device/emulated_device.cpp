@@ -1,0 +1,58 @@
+#include "device/emulated_device.h"
+
+#include <algorithm>
+
+namespace moe {
+
+namespace {
+
+struct HostKernel : DeviceKernel {
+    explicit HostKernel(const ExpertKernel& of) : kernel(of) {}
+    const ExpertKernel& kernel;
+};
+
+struct HostInputs : DeviceInputs {
+    HostInputs(const float* from, int64_t tokens, int64_t hidden_size)
+        : hidden(from, from + tokens * hidden_size), num_tokens(tokens) {}
+    std::vector<float> hidden;  // (num_tokens, hidden_size)
+    int64_t num_tokens;
+};
+
+}  // namespace
+
+int64_t EmulatedDevice::pin(std::byte* begin, int64_t num_bytes) {
+    const int64_t granted = std::clamp<int64_t>(pinnable_bytes_, 0, num_bytes);
+    pinnable_bytes_ -= granted;
+    link_->set_pinned(begin, granted);
+    return granted;
+}
+
+std::unique_ptr<DeviceKernel> EmulatedDevice::make_kernel(const ExpertKernel& kernel) {
+    return std::make_unique<HostKernel>(kernel);
+}
+
+std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_t num_tokens,
+                                                     int64_t hidden_size) {
+    return std::make_shared<HostInputs>(hidden, num_tokens, hidden_size);
+}
+
+void EmulatedDevice::rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
+                          int64_t first_pair, int64_t total_pairs) {
+    if (link_->is_lost()) throw DeviceError("the emulated device is lost", DeviceFault::kLost);
+    if (no_memory_times_ > 0) {
+        --no_memory_times_;
+        throw DeviceError("the emulated device has no memory for a launch", DeviceFault::kNoMemory);
+    }
+    const ExpertKernel& expert_kernel = static_cast<const HostKernel&>(kernel).kernel;
+    const auto& host = static_cast<const HostInputs&>(inputs);
+    const int64_t hidden_size = expert_kernel.hidden_size();
+    rows_.resize(std::max(rows_.size(), size_t(total_pairs * hidden_size)));
+    experts_.rows(expert_kernel, host.hidden.data(), host.num_tokens, pairs,
+                  rows_.data() + first_pair * hidden_size);
+}
+
+void EmulatedDevice::finish(float* rows, int64_t total_pairs, int64_t hidden_size) {
+    std::copy_n(rows_.data(), total_pairs * hidden_size, rows);
+}
+
+}  // namespace moe
