@@ -1,0 +1,60 @@
+"""Measured against expected: what a run makes of the figures that it began with.
+
+A profile's bandwidths and layer times were true when they were measured; a run that sees others follows them.
+Pure: who measures, calls; who decides, asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+SMOOTHING = 0.2  # weight of the newest measurement
+MOST_STEP = 4.0  # one measurement moves an estimate by no more than this factor: a hiccup is no new machine
+
+
+class RunningCorrection:
+    """Rates and times by name: expected at first, then corrected by what is measured.
+
+    ``expected`` may lack any name: its first measurement is then taken as it is. Names are the caller's,
+    as "disk_bytes_per_s" or "layer_s".
+    """
+
+    def __init__(self, expected: Mapping[str, float] | None = None) -> None:
+        self._expected = {name: value for name, value in (expected or {}).items() if _is_usable(value)}
+        self._now = dict(self._expected)
+        self._counts: dict[str, int] = {}
+
+    def measure(self, name: str, value: float) -> float:
+        """Take note of a measurement and return the estimate; what is no positive number counts nothing."""
+        if not _is_usable(value):
+            return self.get(name, value)
+        before = self._now.get(name)
+        if before is None:
+            self._now[name] = value
+        else:
+            step = min(MOST_STEP, max(1 / MOST_STEP, value / before))
+            self._now[name] = before * step**SMOOTHING
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return self._now[name]
+
+    def get(self, name: str, otherwise: float = math.inf) -> float:
+        """Return the estimate now; ``otherwise`` where nothing was expected or measured."""
+        return self._now.get(name, otherwise)
+
+    def factor(self, name: str) -> float:
+        """Return estimate over expectation: 1 where nothing was expected, or measured."""
+        expected = self._expected.get(name)
+        return 1.0 if expected is None else self._now[name] / expected
+
+    def corrected(self, name: str, modelled: float) -> float:
+        """Return a figure of the cost model, scaled as the measured ones of its kind were."""
+        return modelled * self.factor(name)
+
+    def measured(self) -> dict[str, tuple[float, float | None, int]]:
+        """Return (estimate, expectation, measurements) of every name that was measured."""
+        return {name: (self._now[name], self._expected.get(name), n) for name, n in self._counts.items()}
+
+
+def _is_usable(value: float) -> bool:
+    return value > 0 and math.isfinite(value)

@@ -1,0 +1,204 @@
+"""Which settings to try, what they should cost, and which of them real runs showed to be faster.
+
+Pure arithmetic on what tune measured. A model of a token ranks the candidates; it decides nothing: what
+is chosen has to beat the plain defaults in runs that take turns with theirs, by more than the noise.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moe_offload.planning.cost_model import TokenBytes
+
+NO_PREDICTOR = "none"
+MARGIN = 0.01  # a gain below this is none
+# Student's t, two-sided 95%, by degrees of freedom; the normal's value beyond.
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+NORMAL_T = 1.96
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that change the time of a token and never the token.
+
+    Attributes:
+        predictor: "none": nothing is read ahead.
+        prefetch_depth: layers ahead; 1 where nothing is.
+    """
+
+    num_threads: int
+    policy: str
+    predictor: str
+    prefetch_depth: int = 1
+
+    @property
+    def prefetch(self) -> bool:
+        return self.predictor != NO_PREDICTOR
+
+    def describe(self) -> str:
+        """Return it in a few words."""
+        ahead = f"{self.predictor} {self.prefetch_depth} ahead" if self.prefetch else "no prefetch"
+        return f"{self.num_threads} threads, {self.policy}, {ahead}"
+
+
+@dataclass(frozen=True)
+class Predictability:
+    """What a predictor does on the recorded text.
+
+    Attributes:
+        recall: by depth (1 ...), the share of a layer's experts among as many guesses.
+        predict_s: of one prediction.
+    """
+
+    recall: Mapping[int, float]
+    predict_s: float
+
+
+@dataclass(frozen=True)
+class TuningFacts:
+    """What was measured of machine, model and text; the candidates are judged by it.
+
+    Attributes:
+        ram_bytes_per_s: by number of threads, the kernels' own.
+        disk_bytes_per_s: while the kernels run.
+        hit_rate: by policy, of the recorded trace replayed in this budget's slots.
+        predictors: by name.
+        layer_overhead_s: what a layer costs beside bytes.
+    """
+
+    token: TokenBytes
+    num_layers: int
+    ram_bytes_per_s: Mapping[int, float]
+    disk_bytes_per_s: float
+    hit_rate: Mapping[str, float]
+    predictors: Mapping[str, Predictability]
+    layer_overhead_s: float = 0.0
+
+
+def token_s(choice: Choice, facts: TuningFacts) -> float:
+    """Return the modelled seconds of a decoded token.
+
+    A layer reads its weights from RAM; the reads of its misses run beside the experts at hand, those that
+    were predicted beside the layers before, too, and wrong guesses take their share of the disk.
+    """
+    layers = max(1, facts.num_layers)
+    ram_bytes_per_s = facts.ram_bytes_per_s[choice.num_threads]
+    compute_s = facts.token.total_bytes / layers / ram_bytes_per_s + facts.layer_overhead_s
+    hit_rate = facts.hit_rate[choice.policy]
+    expert_bytes = facts.token.expert_bytes / layers
+    miss_s = (1 - hit_rate) * expert_bytes / facts.disk_bytes_per_s
+    at_hand_s = hit_rate * expert_bytes / ram_bytes_per_s
+    known = facts.predictors.get(choice.predictor)
+    if known is None or not choice.prefetch:
+        return layers * (compute_s + max(0.0, miss_s - at_hand_s))
+    recall = known.recall.get(choice.prefetch_depth, 0.0)
+    wrong_s = (1 - recall) * miss_s  # as many guesses as needs: what they miss, they waste
+    surprise_s = max(0.0, (1 - recall) * miss_s + wrong_s / 2 - at_hand_s)
+    late_s = max(0.0, recall * miss_s - choice.prefetch_depth * compute_s)
+    layer_s = compute_s + known.predict_s + surprise_s + late_s
+    return layers * max(layer_s, miss_s + wrong_s)
+
+
+def ranked(facts: TuningFacts, threads: Sequence[int], depths: Sequence[int]) -> list[Choice]:
+    """Return every candidate, the fastest by the model first; of equals the one named first."""
+    choices = [
+        Choice(num_threads, policy, predictor, depth)
+        for num_threads in threads
+        for policy in facts.hit_rate
+        for predictor in (NO_PREDICTOR, *facts.predictors)
+        for depth in (depths if predictor != NO_PREDICTOR else (1,))
+        if predictor == NO_PREDICTOR or depth in facts.predictors[predictor].recall
+    ]
+    return sorted(choices, key=lambda choice: token_s(choice, facts))
+
+
+def to_verify(defaults: Choice, ranking: Sequence[Choice], most: int) -> list[Choice]:
+    """Return at most ``most`` candidates for real runs: defaults first, the model's best, its neighbours.
+
+    A neighbour differs from the model's best in one setting; the fastest by the model come first, one of
+    every setting before a second of any.
+    """
+    best = ranking[0] if ranking else defaults
+    by_setting: dict[str, list[Choice]] = {}
+    for choice in ranking:
+        changed = _changed(best, choice)
+        if len(changed) == 1:
+            by_setting.setdefault(changed[0], []).append(choice)
+    rounds = [
+        group[number]
+        for number in range(max(map(len, by_setting.values()), default=0))
+        for group in by_setting.values()
+        if number < len(group)
+    ]
+    return list(dict.fromkeys([defaults, best, *rounds]))[:most]
+
+
+def _changed(one: Choice, other: Choice) -> list[str]:
+    """Return the settings in which two choices differ; prefetch on against off is one."""
+    changed = [name for name in ("num_threads", "policy") if getattr(one, name) != getattr(other, name)]
+    if one.predictor != other.predictor:
+        changed.append("predictor" if one.prefetch and other.prefetch else "prefetch")
+        if not (one.prefetch and other.prefetch):
+            return changed
+    if one.prefetch_depth != other.prefetch_depth:
+        changed.append("prefetch_depth")
+    return changed
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times as fast as the defaults, and the 95% interval of paired runs."""
+
+    speedup: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Faster beyond noise, and by enough to be worth a setting."""
+        return self.low > 1.0 and self.speedup > 1.0 + MARGIN
+
+
+def paired_gain(defaults_s: Sequence[float], candidate_s: Sequence[float]) -> Gain:
+    """Return the gain of a candidate whose runs took turns with the defaults'.
+
+    Args:
+        defaults_s, candidate_s: seconds of the same tokens, one pair a round; one round says nothing of the
+            noise, so its interval is everything.
+    """
+    logs = [math.log(base / mine) for base, mine in zip(defaults_s, candidate_s, strict=True)]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return Gain(math.exp(mean), 0.0, math.inf)
+    freedom = len(logs) - 1
+    factor = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL_T
+    half = factor * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Gain(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def worth_a_duel(times_s: Mapping[Choice, Sequence[float]], defaults: Choice) -> Choice | None:
+    """Return the candidate that was fastest in the first rounds; None where the defaults were.
+
+    Args:
+        times_s: seconds of each candidate's runs, round by round.
+    """
+    gains = {
+        choice: paired_gain(times_s[defaults], times).speedup
+        for choice, times in times_s.items()
+        if choice != defaults and times
+    }
+    best = max(gains, key=lambda choice: gains[choice], default=None)
+    return best if best is not None and gains[best] > 1.0 else None
+
+
+def with_threads(choice: Choice, num_threads: int) -> Choice:
+    """Return the choice with another number of threads."""
+    return replace(choice, num_threads=num_threads)
+
+
+def thread_counts(most: int) -> list[int]:
+    """Return the numbers of threads worth measuring: all of them, one less for the readers, half, one."""
+    return sorted({most, max(1, most - 1), max(1, most // 2), 1}, reverse=True)
