@@ -78,6 +78,18 @@ def num_threads() -> int:
     return _native.num_threads()
 
 
+def usable_cores() -> int:
+    """Return how many threads are worth having: affinity, cgroup quota and physical cores."""
+    cores: int = _native.usable_cores("/")
+    return cores
+
+
+def read_bandwidth(data: Tensor) -> float:
+    """Return bytes per second at which the pool's threads read ``data`` (uint8, at least 1 MiB) together."""
+    bytes_per_s: float = _native.read_bandwidth(data.data_ptr(), data.numel())
+    return bytes_per_s
+
+
 def isa() -> str:
     """The instruction set in use: the best that the CPU offers, or what MOE_OFFLOAD_ISA names."""
     return _native.isa()

@@ -29,7 +29,7 @@ READING_ORDER = [
     ("replay", "replay_layers"),
     ("header_costs",),
     ("ops",),
-    ("measure",),
+    ("measure", "expert_bench", "measure_tiers"),
     ("predictors",),
     ("runtime",),
     (
