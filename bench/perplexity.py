@@ -43,6 +43,7 @@ def main() -> None:
     result = {
         "bench": "perplexity", "model": args.model.name, "model_bytes": model_bytes(args.model),
         "text": args.text.name, "backend": args.backend, "experts": args.experts, "ram": args.ram,
+        "kv": args.kv, "dtype": args.dtype,
         "window": args.window, "num_tokens": num_tokens, "nats_per_token": nll / num_tokens,
         "perplexity": math.exp(nll / num_tokens),
         "seconds": seconds, "tokens_per_s": num_tokens / seconds, "stats": stats(),
@@ -63,6 +64,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ram", default="auto")
     parser.add_argument("--experts", help='"25%%", a number, or all')
     parser.add_argument("--backend", choices=["runtime", "transformers"], default="runtime")
+    parser.add_argument("--kv", choices=["q8_0"], help="keys and values in fewer bits")
+    parser.add_argument("--dtype", default="auto", help="of activations and plain keys and values")
     parser.add_argument("--threads", type=int, help="torch's threads")
     args = parser.parse_args()
     args.model = demo_path() if args.model == "demo" else Path(args.model)
@@ -93,12 +96,17 @@ def load(args: argparse.Namespace) -> tuple[Callable[[Any], Any], Any, Callable[
         model, tokenizer = load_with_transformers(args.model)
     else:
         model = moe_offload.from_pretrained(
-            str(args.model), ram=args.ram, experts=args.experts, context=args.window
+            str(args.model),
+            ram=args.ram,
+            experts=args.experts,
+            context=args.window,
+            kv=args.kv,
+            dtype=args.dtype,
         )
         tokenizer = moe_offload.load_tokenizer(str(args.model))
 
     def forward(input_ids: Any) -> Any:
-        return model(input_ids=input_ids, use_cache=False).logits[0]
+        return model(input_ids=input_ids, use_cache=args.kv is not None).logits[0]
 
     def stats() -> dict[str, Any]:
         return {} if args.backend == "transformers" else model.offload.stats().as_dict()

@@ -19,6 +19,7 @@ from types import FrameType
 
 import moe_offload
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
+from moe_offload.planning.kv_format import KV_FORMATS
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -166,6 +167,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=("q8_0", "q4_0", "q4_k"),
         help="quantize a safetensors folder once, into a file in the cache, and run that",
     )
+    _add_kv(lossy)
+
+
+def _add_kv(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv",
+        type=str.lower,
+        choices=KV_FORMATS,
+        help="keep keys and values in 8 bits: a quarter of float32's bytes, half of 16 bits'",
+    )
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +205,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"
     )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    _add_kv(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed by budget; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

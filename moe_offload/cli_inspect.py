@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload import _native
-from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, MIB, gib
-from moe_offload.errors import ConfigError
-from moe_offload.header_costs import context_bytes, fixed_costs
+from moe_offload.config import DEMO_MODEL, GIB, MIB, gib
+from moe_offload.header_costs import context_bytes, fixed_costs, resolve_context
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
@@ -27,7 +26,7 @@ BUDGETS_BYTES = (
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object."""
     checkpoint = open_measured(args.model or DEMO_MODEL, allow_dense=args.allow_dense)
-    report = describe(checkpoint, _context_tokens(checkpoint, args.context))
+    report = describe(checkpoint, resolve_context(checkpoint, args.context))
     print(json.dumps(report) if args.json else as_text(report))
     return 0
 
@@ -46,17 +45,6 @@ def open_measured(path: str | Path, *, allow_dense: bool) -> Checkpoint:
     from moe_offload.runtime.skeleton import measured_checkpoint
 
     return measured_checkpoint(checkpoint)
-
-
-def _context_tokens(checkpoint: Checkpoint, wanted: int | None) -> int:
-    largest = checkpoint.spec.max_position_embeddings
-    if wanted is None:
-        return min(DEFAULT_CONTEXT_TOKENS, largest)
-    if not 1 <= wanted <= largest:
-        raise ConfigError(
-            f"--context must be from 1 to {largest}, what this model was made for; got {wanted}"
-        )
-    return wanted
 
 
 def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:

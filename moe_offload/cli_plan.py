@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.cli_inspect import open_measured
-from moe_offload.config import DEFAULT_CONTEXT_TOKENS, DEMO_MODEL, GIB, PlacementPlan, gib, parse_bytes
+from moe_offload.config import (
+    DEMO_MODEL,
+    GIB,
+    PlacementPlan,
+    RuntimeConfig,
+    gib,
+    parse_bytes,
+)
 from moe_offload.device import DeviceProfile, load_profile
-from moe_offload.errors import BudgetError, ConfigError
-from moe_offload.header_costs import bytes_per_token, dense_weights, fixed_costs, place_from_headers
+from moe_offload.errors import BudgetError
+from moe_offload.header_costs import bytes_per_token, dense_weights, fixed_costs, place, resolve_context
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
 from moe_offload.planning.roofline import (
@@ -72,7 +79,9 @@ class Planner:
     def outlook(self, ram_bytes: int) -> Outlook:
         """Return what would happen under ``ram_bytes``."""
         try:
-            placement = place_from_headers(self.checkpoint, self.fixed, ram_bytes)
+            placement = place(
+                self.checkpoint, RuntimeConfig(context_tokens=self.context_tokens), ram_bytes=ram_bytes
+            )
         except BudgetError as error:
             return Outlook(ram_bytes, False, str(error), None, 0.0, 0.0, "", None, None)
         share = resident_share(placement)
@@ -121,10 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _planner(path: Path, profile: DeviceProfile | None, args: argparse.Namespace) -> Planner:
     checkpoint = open_measured(path, allow_dense=args.allow_dense)
-    largest = checkpoint.spec.max_position_embeddings
-    context_tokens = args.context or min(DEFAULT_CONTEXT_TOKENS, largest)
-    if not 1 <= context_tokens <= largest:
-        raise ConfigError(f"--context must be from 1 to {largest} for {path}; got {context_tokens}")
+    context_tokens = resolve_context(checkpoint, args.context)
     if profile is not None:
         return Planner(checkpoint, profile_speed(profile), context_tokens)
     from moe_offload.measure import measure_machine  # imports torch

@@ -80,6 +80,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             num_threads=args.threads,
             allow_dense=args.allow_dense,
             quant=args.quant,
+            kv=args.kv,
             progress=progress.step("loading"),
             quant_progress=progress.step("quantizing"),
         )

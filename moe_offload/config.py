@@ -109,6 +109,7 @@ class RuntimeConfig:
     num_threads: int | None = None
     allow_dense: bool = False
     warm_start: bool = True
+    kv: str | None = None  # None: keys and values in the model's dtype; "q8_0": packed, lossy
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:

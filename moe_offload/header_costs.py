@@ -6,9 +6,18 @@ process can measure (its libraries) is an estimate here, and says so where it is
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from moe_offload.config import MIB, PlacementPlan
+from moe_offload.config import (
+    DEFAULT_CONTEXT_TOKENS,
+    MIB,
+    PlacementPlan,
+    RuntimeConfig,
+    resolve_expert_cap,
+)
+from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.planning.cost_model import (
     TokenBytes,
     kv_bytes,
@@ -17,7 +26,8 @@ from moe_offload.planning.cost_model import (
     tokenizer_bytes,
     workspace_bytes,
 )
-from moe_offload.planning.placement import FixedCosts, plan_placement
+from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
+from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.dense_tensor import TensorInfo
@@ -34,46 +44,127 @@ EAGER_FAMILIES = {  # transformers has no other attention for them (sinks): scor
 }  # fmt: skip
 
 
-def fixed_costs(checkpoint: Checkpoint, context_tokens: int) -> FixedCosts:
-    """Return everything in memory that is not an expert, part by part as the runtime plans it."""
-    return FixedCosts(
+@dataclass(frozen=True)
+class Process:
+    """What the process that runs the model adds to the headers.
+
+    Attributes:
+        base_bytes: interpreter, libraries and the caller's own data.
+        bytes_per_element: of an activation or a cached number.
+        stores_scores: attention keeps its scores (eager).
+        loads_tokenizer: the tokenizer is yet to come.
+    """
+
+    base_bytes: int
+    bytes_per_element: int
+    stores_scores: bool
+    loads_tokenizer: bool = True
+
+
+def fresh_process(checkpoint: Checkpoint) -> Process:
+    """Return the estimate for a process that has just started, without importing torch."""
+    return Process(
         base_bytes=libraries_bytes(),
-        dense_bytes=dense_resident_bytes(checkpoint, element_bytes(checkpoint)),
-        kv_bytes=context_bytes(checkpoint, context_tokens) + state_bytes(checkpoint.spec),
-        workspace_bytes=_activation_bytes(checkpoint, context_tokens)
+        bytes_per_element=element_bytes(checkpoint),
+        stores_scores=checkpoint.spec.model_type in EAGER_FAMILIES,
+    )
+
+
+def resolve_context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Return the tokens of key/value cache: what was asked for, or 4096 or the model's maximum.
+
+    Raises:
+        ConfigError: more than the model was made for.
+    """
+    largest = checkpoint.spec.max_position_embeddings
+    if asked is None:
+        return min(DEFAULT_CONTEXT_TOKENS, largest)
+    if not 1 <= asked <= largest:
+        raise ConfigError(
+            f"context={asked} is beyond the {largest} positions that {checkpoint.path} was made for; "
+            f"it must be from 1 to {largest}"
+        )
+    return asked
+
+
+def place(
+    checkpoint: Checkpoint, config: RuntimeConfig, *, ram_bytes: int, process: Process | None = None
+) -> PlacementPlan:
+    """Return where ``ram_bytes`` go: the one answer of `from_pretrained`, `plan` and `inspect`.
+
+    Args:
+        config: what the user chose; context, key/value format and cap on experts count here.
+        process: as measured by the process that loads; the estimate for a new one otherwise.
+
+    Raises:
+        BudgetError: it is too little; names the least that would do, and the context that would fit.
+        ConfigError: context or key/value format cannot be.
+    """
+    check_kv(checkpoint.config, config.kv, str(checkpoint.path))
+    context_tokens = resolve_context(checkpoint, config.context_tokens)
+    process = process or fresh_process(checkpoint)
+    layouts = checkpoint.experts.layouts
+    cap = resolve_expert_cap(config.experts, sum(layout.num_experts for layout in layouts.values()))
+    fixed = fixed_costs(checkpoint, context_tokens, kv=config.kv, process=process)
+    try:
+        return divide(checkpoint.spec, layouts, fixed, ram_bytes=ram_bytes, expert_cap=cap)
+    except BudgetError as error:
+        contexts = _contexts_that_fit(checkpoint, config.kv, ram_bytes, process, context_tokens)
+        raise BudgetError(f"{error}{contexts}") from None
+
+
+def _contexts_that_fit(
+    checkpoint: Checkpoint, kv: str | None, ram_bytes: int, process: Process, context_tokens: int
+) -> str:
+    """Return what to tell of shorter contexts, plain and packed; "" where no context fits."""
+    found = []
+    for form in dict.fromkeys((kv, "q8_0")):
+        longest = _longest_context(checkpoint, form, ram_bytes, process, context_tokens)
+        if longest:
+            found.append(f"{longest} tokens" + (f" with kv={form!r}" if form else ""))
+    return f"; the longest context that would fit is {', or '.join(found)}" if found else ""
+
+
+def _longest_context(
+    checkpoint: Checkpoint, kv: str | None, ram_bytes: int, process: Process, most: int
+) -> int:
+    """Return the largest context up to ``most`` whose least budget is within ``ram_bytes``; 0: none."""
+    try:
+        check_kv(checkpoint.config, kv, "")
+    except ConfigError:
+        return 0
+    layouts, top_k = checkpoint.experts.layouts, checkpoint.spec.top_k
+
+    def fits(context_tokens: int) -> bool:
+        fixed = fixed_costs(checkpoint, context_tokens, kv=kv, process=process)
+        return smallest_ram_bytes(fixed, layouts, top_k) <= ram_bytes
+
+    return bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens))
+
+
+def fixed_costs(
+    checkpoint: Checkpoint, context_tokens: int, *, kv: str | None = None, process: Process | None = None
+) -> FixedCosts:
+    """Return everything in memory that is not an expert, part by part."""
+    process = process or fresh_process(checkpoint)
+    spec, element = checkpoint.spec, process.bytes_per_element
+    activations = workspace_bytes(
+        spec, checkpoint.config, context_tokens=context_tokens, stores_scores=process.stores_scores
+    )
+    unpacked = unpacked_kv_bytes(spec, context_tokens=context_tokens, bytes_per_element=element, kv=kv)
+    tokenizer = tokenizer_bytes(spec) if process.loads_tokenizer else 0
+    return FixedCosts(
+        base_bytes=process.base_bytes,
+        dense_bytes=dense_resident_bytes(checkpoint, element),
+        kv_bytes=kv_bytes(spec, context_tokens=context_tokens, batch_size=1, bytes_per_element=element, kv=kv)
+        + state_bytes(spec),
+        workspace_bytes=activations
+        + unpacked
+        + tokenizer
+        + ROUTE_LOG_BYTES
         + BOUNCE_BYTES
         + scale_copies_bytes(checkpoint.experts.layouts),
         context_tokens=context_tokens,
-    )
-
-
-def _activation_bytes(checkpoint: Checkpoint, context_tokens: int) -> int:
-    """Return the workspace of a process that has just started: it has yet to load the tokenizer."""
-    activations = workspace_bytes(
-        checkpoint.spec,
-        checkpoint.config,
-        context_tokens=context_tokens,
-        stores_scores=checkpoint.spec.model_type in EAGER_FAMILIES,
-    )
-    return activations + tokenizer_bytes(checkpoint.spec) + ROUTE_LOG_BYTES
-
-
-def place_from_headers(checkpoint: Checkpoint, fixed: FixedCosts, ram_bytes: int) -> PlacementPlan:
-    """Return where ``ram_bytes`` would go.
-
-    Raises:
-        BudgetError: it is too little; names the least that would do.
-    """
-    return plan_placement(
-        checkpoint.spec,
-        checkpoint.experts.layouts,
-        ram_bytes=ram_bytes,
-        base_bytes=fixed.base_bytes,
-        dense_bytes=fixed.dense_bytes,
-        context_tokens=fixed.context_tokens,
-        kv_bytes_per_element=element_bytes(checkpoint),
-        reader_bytes=BOUNCE_BYTES,
-        activation_bytes=_activation_bytes(checkpoint, fixed.context_tokens),
     )
 
 
@@ -85,13 +176,14 @@ def libraries_bytes() -> int:
         return CPU_LIBRARIES_BYTES
 
 
-def context_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
+def context_bytes(checkpoint: Checkpoint, num_tokens: int, kv: str | None = None) -> int:
     """Return the bytes of keys and values of ``num_tokens`` tokens."""
     return kv_bytes(
         checkpoint.spec,
         context_tokens=num_tokens,
         batch_size=1,
         bytes_per_element=element_bytes(checkpoint),
+        kv=kv,
     )
 
 
@@ -116,13 +208,13 @@ def element_bytes(checkpoint: Checkpoint) -> int:
     return 4 if checkpoint.source == "gguf" else FLOAT_BYTES.get(dtype, 4)
 
 
-def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int) -> TokenBytes:
+def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int, kv: str | None = None) -> TokenBytes:
     """Return what decoding one token reads after ``cached_tokens`` others."""
     layouts, top_k = checkpoint.experts.layouts.values(), checkpoint.spec.top_k
     return TokenBytes(
         dense_bytes=dense_read_bytes(checkpoint),
         expert_bytes=sum(min(top_k, layout.num_experts) * layout.expert_bytes for layout in layouts),
-        kv_bytes=context_bytes(checkpoint, cached_tokens),
+        kv_bytes=context_bytes(checkpoint, cached_tokens, kv),
     )
 
 

@@ -15,7 +15,7 @@ from moe_offload.cli import main
 from moe_offload.cli_inspect import open_measured
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig
 from moe_offload.errors import BudgetError
-from moe_offload.header_costs import EAGER_FAMILIES, element_bytes, fixed_costs, place_from_headers
+from moe_offload.header_costs import EAGER_FAMILIES, element_bytes, fixed_costs, place
 from moe_offload.planning.cost_model import state_bytes
 from moe_offload.planning.placement import smallest_ram_bytes
 from moe_offload.runtime import skeleton
@@ -24,29 +24,33 @@ from moe_offload.storage.families import DENSE_FAMILIES, MOE_FAMILIES, MOE_FAMIL
 CONTEXT_TOKENS = 300
 
 
-def runtime_plan(checkpoint, ram_bytes):
+def header_plan(checkpoint, ram_bytes, kv):
+    return place(checkpoint, RuntimeConfig(context_tokens=CONTEXT_TOKENS, kv=kv), ram_bytes=ram_bytes)
+
+
+def runtime_plan(checkpoint, ram_bytes, kv):
     """The runtime's division of a budget, in a process whose libraries take what headers estimate."""
     dtype = {4: torch.float32, 2: torch.bfloat16}[element_bytes(checkpoint)]
     model = skeleton.build_skeleton(checkpoint, dtype)
-    config = RuntimeConfig(ram_bytes=ram_bytes, context_tokens=CONTEXT_TOKENS)
+    config = RuntimeConfig(ram_bytes=ram_bytes, context_tokens=CONTEXT_TOKENS, kv=kv)
     return runtime._plan(model, skeleton.measure_cache(model, checkpoint), config)
 
 
-def check_against_the_runtime(path, monkeypatch):
+def check_against_the_runtime(path, monkeypatch, kv=None):
     checkpoint = open_measured(path, allow_dense=False)
-    fixed = fixed_costs(checkpoint, CONTEXT_TOKENS)
+    fixed = fixed_costs(checkpoint, CONTEXT_TOKENS, kv=kv)
     monkeypatch.setattr(runtime, "base_bytes", lambda: fixed.base_bytes)
     monkeypatch.setattr(runtime, "tokenizer_was_loaded", lambda path: False)  # as in a new process
     least = smallest_ram_bytes(fixed, checkpoint.experts.layouts, checkpoint.spec.top_k)
     for ram_bytes in (least, 4 * GIB):
-        planned = runtime_plan(checkpoint, ram_bytes)
-        assert planned == place_from_headers(checkpoint, fixed, ram_bytes)
+        planned = runtime_plan(checkpoint, ram_bytes, kv)
+        assert planned == header_plan(checkpoint, ram_bytes, kv)
         assert (planned.dense_bytes, planned.kv_bytes, planned.workspace_bytes) == (
             fixed.dense_bytes, fixed.kv_bytes, fixed.workspace_bytes,
         )  # fmt: skip
-    for plan in (runtime_plan, lambda checkpoint, ram: place_from_headers(checkpoint, fixed, ram)):
+    for plan in (runtime_plan, header_plan):
         with pytest.raises(BudgetError, match=f"{least} bytes"):
-            plan(checkpoint, least - 1)
+            plan(checkpoint, least - 1, kv)
     return checkpoint
 
 

@@ -58,7 +58,7 @@ class OneLayer:
             "hidden_size": self.hidden, "num_heads": self.heads, "num_kv_heads": self.kv_heads,
             "head_dim": self.head_dim, "rotary_dim": 2 * self.half, "eps": 1e-6,
             "scaling": self.head_dim**-0.5, "max_top_k": 0,
-            "cache_type": {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}[self.cache_dtype],
+            "cache_type": {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30, None: 8}[self.cache_dtype],
         }  # fmt: skip
         step = _native.DecodeStep(shape, linear(w["embedding"]), address(w["final_norm"]), linear(w["head"]))
         attention = {

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "decode/packed_cache.h"
 #include "decode/token_kernels.h"
 
 namespace moe {
@@ -15,6 +16,14 @@ uint16_t to_bfloat16(float value) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
+
+RangeFn attend_of(int type) {
+    const TokenKernels& table = token_kernels();
+    if (type == F16) return table.attend_f16;
+    return type == BF16 ? table.attend_bf16 : table.attend_f32;  // packed rows are unpacked to F32
+}
+
+}  // namespace
 
 // Adding 2^(e - 10 + 23) leaves the 10 bits of a half, rounded to nearest even; see IEEE 754.
 uint16_t to_half(float value) {
@@ -30,26 +39,24 @@ uint16_t to_half(float value) {
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-RangeFn attend_of(int type) {
-    const TokenKernels& table = token_kernels();
-    return type == F32 ? table.attend_f32 : (type == F16 ? table.attend_f16 : table.attend_bf16);
-}
-
-}  // namespace
-
 void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
     const auto& [shape, cached, first_token, end_token, query, max, sum, out] = heads;
     const int64_t num_ranges = (end_token - first_token + kRangeTokens - 1) / kRangeTokens;
     const int64_t first = first_token + range * kRangeTokens, end = std::min(end_token, first + kRangeTokens);
-    const int64_t row_bytes = shape.head_dim * (shape.cache_type == F32 ? 4 : 2);
+    const int64_t row_bytes = cached_row_bytes(shape.cache_type, shape.head_dim);
     const int64_t offset = (kv_head * cached.capacity + first) * row_bytes;
+    const uint8_t *keys = cached.keys + offset, *values = cached.values + offset;
+    if (shape.cache_type == Q8_0) {
+        keys = unpacked_q8_0(0, keys, end - first, shape.head_dim);
+        values = unpacked_q8_0(1, values, end - first, shape.head_dim);
+    }
     alignas(64) float scores[kScoreFloats];
     const int64_t group = shape.num_heads / shape.num_kv_heads;
     for (int64_t done = 0; done < group;) {
         const int64_t left = group - done;
         RangeArgs args{};
-        args.keys = cached.keys + offset;
-        args.values = cached.values + offset;
+        args.keys = keys;
+        args.values = values;
         args.num_tokens = end - first;
         args.head_dim = shape.head_dim;
         args.num_heads = left >= 4 ? 4 : (left >= 2 ? 2 : 1);
@@ -67,6 +74,7 @@ void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
 }
 
 void store_floats(int type, const float* from, int64_t count, uint8_t* to) {
+    if (type == Q8_0) return store_q8_0(from, count, to);
     if (type == F32) {
         std::memcpy(to, from, count * sizeof(float));
         return;

@@ -9,6 +9,7 @@
 #include "cpu/matrix_checks.h"
 #include "cpu/thread_pool.h"
 #include "decode/cached_attention.h"
+#include "decode/packed_cache.h"
 #include "decode/token_kernels.h"
 
 namespace moe {
@@ -45,7 +46,8 @@ DecodeStep::DecodeStep(const DecoderShape& shape, const Linear& embedding, const
           "num_heads must be a multiple of num_kv_heads");
     check(shape.rotary_dim % 2 == 0 && shape.rotary_dim <= shape.head_dim, kOp,
           "rotary_dim must be even and at most head_dim");
-    check(is_float(shape.cache_type), kOp, "the cache must be F32, F16 or BF16");
+    check(is_float(shape.cache_type) || (shape.cache_type == Q8_0 && shape.head_dim % 32 == 0), kOp,
+          "the cache must be F32, F16 or BF16, or Q8_0 with a head_dim that is a multiple of 32");
     check_linear("embedding", embedding, embedding.matrix.rows, shape.hidden_size);
     check_linear("head", head, head.matrix.rows, shape.hidden_size);
     residual_.resize(shape.hidden_size);
@@ -172,7 +174,7 @@ void DecodeStep::project(const AttentionLayer& attention) {
 }
 
 void DecodeStep::place_token(const CachedTokens& cached) {
-    const int64_t row_bytes = shape_.head_dim * (shape_.cache_type == F32 ? 4 : 2);
+    const int64_t row_bytes = cached_row_bytes(shape_.cache_type, shape_.head_dim);
     for (int64_t head = 0; head < shape_.num_kv_heads; ++head) {
         const int64_t offset = (head * cached.capacity + cached.num_tokens) * row_bytes;
         const int64_t begin = head * shape_.head_dim;

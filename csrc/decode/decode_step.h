@@ -29,7 +29,7 @@ struct DecoderShape {
     int64_t rotary_dim;  // the first dimensions of a head are rotated
     float eps;
     float scaling;      // of scores
-    int cache_type;     // F32, F16 or BF16
+    int cache_type;     // F32, F16, BF16 or Q8_0 (head_dim a multiple of 32)
     int64_t max_top_k;  // over the layers
 };
 
@@ -57,7 +57,7 @@ struct Choice {
     std::vector<float> weights;
 };
 
-// Keys and values of one layer: (num_kv_heads, capacity, head_dim) of the cache's type.
+// Keys and values of one layer: (num_kv_heads, capacity, head_dim) of the cache's type, Q8_0 as blocks.
 struct CachedTokens {
     uint8_t *keys, *values;
     int64_t capacity, num_tokens;

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_offload.config import MIB, PREFILL_CHUNK_TOKENS, ModelSpec
+from moe_offload.planning.kv_format import FLOAT32_BYTES, cached_bytes
 from moe_offload.storage.expert_format import ExpertLayout
 
-FLOAT32_BYTES = 4
 TOKENIZER_BYTES_PER_TOKEN = 1300  # measured: a GGUF's 151k tokens add 145 MiB, 187 MiB while loading
 ALLOCATOR_SLACK_BYTES = (
     32 * MIB
@@ -30,9 +30,23 @@ def tokenizer_bytes(spec: ModelSpec) -> int:
     return TOKENIZER_BYTES_PER_TOKEN * spec.vocab_size
 
 
-def kv_bytes(spec: ModelSpec, *, context_tokens: int, batch_size: int, bytes_per_element: int) -> int:
-    """Return the bytes of a KV cache that holds ``context_tokens`` for every sequence of the batch."""
-    return sum(spec.kv_elements_per_token) * context_tokens * batch_size * bytes_per_element
+def kv_bytes(
+    spec: ModelSpec, *, context_tokens: int, batch_size: int, bytes_per_element: int, kv: str | None = None
+) -> int:
+    """Return the bytes of a KV cache that holds ``context_tokens`` for every sequence of the batch.
+
+    Args:
+        kv: how it is kept, see kv_format.
+    """
+    return token_kv_bytes(spec, bytes_per_element=bytes_per_element, kv=kv) * context_tokens * batch_size
+
+
+def token_kv_bytes(spec: ModelSpec, *, bytes_per_element: int, kv: str | None = None) -> int:
+    """Return the bytes of one token's keys and values over all layers."""
+    return sum(
+        cached_bytes(elements, bytes_per_element=bytes_per_element, kv=kv)
+        for elements in spec.kv_elements_per_token
+    )
 
 
 def state_bytes(spec: ModelSpec) -> int:
@@ -40,13 +54,13 @@ def state_bytes(spec: ModelSpec) -> int:
     return FLOAT32_BYTES * sum(spec.state_elements_per_sequence)
 
 
-def state_tokens(spec: ModelSpec, *, bytes_per_element: int) -> int:
+def state_tokens(spec: ModelSpec, *, bytes_per_element: int, kv: str | None = None) -> int:
     """Return how many tokens of key/value cache one sequence's state weighs (0 without any state).
 
     A budget holds the state of one sequence beside ``context`` tokens; each further sequence of a
     batch takes the place of so many tokens.
     """
-    token_bytes = sum(spec.kv_elements_per_token) * bytes_per_element
+    token_bytes = token_kv_bytes(spec, bytes_per_element=bytes_per_element, kv=kv)
     return -(-state_bytes(spec) // token_bytes) if token_bytes else 0
 
 

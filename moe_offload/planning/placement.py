@@ -61,6 +61,7 @@ def plan_placement(
     dense_bytes: int,
     context_tokens: int,
     kv_bytes_per_element: int,
+    kv: str | None = None,
     batch_size: int = 1,
     expert_cap: int | None = None,
     reader_bytes: int = 0,
@@ -69,6 +70,7 @@ def plan_placement(
     """Divide ``ram_bytes`` among libraries, dense weights, KV cache, workspace and expert slots.
 
     Args:
+        kv: how keys and values are kept (kv_format).
         expert_cap: most experts in memory at all, staging included (config.resolve_expert_cap).
         reader_bytes: buffers of the reader.
         activation_bytes: of one prefill chunk (cost_model.activation_bytes).
@@ -76,29 +78,42 @@ def plan_placement(
     Raises:
         BudgetError: the budget or the cap is below the least that works; names that least.
     """
+    cache_bytes = kv_bytes(
+        spec,
+        context_tokens=context_tokens,
+        batch_size=batch_size,
+        bytes_per_element=kv_bytes_per_element,
+        kv=kv,
+    )
     fixed = FixedCosts(
         base_bytes=base_bytes,
         dense_bytes=dense_bytes,
-        kv_bytes=kv_bytes(
-            spec,
-            context_tokens=context_tokens,
-            batch_size=batch_size,
-            bytes_per_element=kv_bytes_per_element,
-        )
-        + state_bytes(spec) * batch_size,
+        kv_bytes=cache_bytes + state_bytes(spec) * batch_size,
         workspace_bytes=reader_bytes + activation_bytes + scale_copies_bytes(layouts),
         context_tokens=context_tokens,
     )
+    return divide(spec, layouts, fixed, ram_bytes=ram_bytes, expert_cap=expert_cap)
+
+
+def divide(
+    spec: ModelSpec,
+    layouts: Mapping[int, ExpertLayout],
+    fixed: FixedCosts,
+    *,
+    ram_bytes: int,
+    expert_cap: int | None = None,
+) -> PlacementPlan:
+    """Give what ``fixed`` leaves of ``ram_bytes`` to expert slots; see ``plan_placement``."""
     pools = _group_layers(layouts, spec.top_k)
     _refuse_what_cannot_fit(fixed, pools, ram_bytes, expert_cap)
     slots = _grant_slots(pools, ram_bytes - fixed.total_bytes, expert_cap)
     return PlacementPlan(
         ram_bytes=ram_bytes,
-        base_bytes=base_bytes,
-        dense_bytes=dense_bytes,
+        base_bytes=fixed.base_bytes,
+        dense_bytes=fixed.dense_bytes,
         kv_bytes=fixed.kv_bytes,
         workspace_bytes=fixed.workspace_bytes,
-        context_tokens=context_tokens,
+        context_tokens=fixed.context_tokens,
         pools=tuple(
             PoolPlan(
                 slot_bytes=pool.slot_bytes,

@@ -39,7 +39,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def keys(self) -> Any:
         """The used part, or None; the name is the one that transformers reads."""
-        return self._key_storage[:, :, : self.num_tokens] if self.is_initialized else None
+        return self.stored()[0] if self.is_initialized else None
 
     @keys.setter
     def keys(self, keys: None) -> None:
@@ -49,7 +49,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def values(self) -> Any:
         """As ``keys``."""
-        return self._value_storage[:, :, : self.num_tokens] if self.is_initialized else None
+        return self.stored()[1] if self.is_initialized else None
 
     @values.setter
     def values(self, values: None) -> None:
@@ -67,10 +67,23 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         batch_size, num_heads, _, head_dim = states.shape
         return states.new_empty(batch_size, num_heads, self.capacity_tokens // batch_size, head_dim)
 
+    def _to_storage(self, states: Tensor) -> Tensor:
+        """Return states as they are kept."""
+        return states
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return views of the used part as it is kept."""
+        return self._key_storage[:, :, : self.num_tokens], self._value_storage[:, :, : self.num_tokens]
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the batch that it holds tokens of; 0 when it is empty."""
+        return int(self._key_storage.shape[0]) if self.is_initialized and self.num_tokens else 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (batch, heads, new, head_dim) and return all cached keys and values as views.
+        """Append (batch, heads, new, head_dim) and return all cached keys and values.
 
         Raises:
             BudgetError: more tokens than the capacity that was reserved.
@@ -79,13 +92,9 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         end = self.num_tokens + key_states.shape[-2]
         if end > self._key_storage.shape[-2]:
-            batch_size = key_states.shape[0]
-            raise BudgetError(
-                f"the key/value cache holds {self._key_storage.shape[-2]} tokens for each of {batch_size} "
-                f"sequences, but {end} were asked for; load the model with context={end * batch_size} or more"
-            )
-        self._key_storage[:, :, self.num_tokens : end] = key_states
-        self._value_storage[:, :, self.num_tokens : end] = value_states
+            raise BudgetError(_too_many(self._key_storage.shape[-2], key_states.shape[0], end))
+        self._key_storage[:, :, self.num_tokens : end] = self._to_storage(key_states)
+        self._value_storage[:, :, self.num_tokens : end] = self._to_storage(value_states)
         self.num_tokens = end
         return self.keys, self.values
 
@@ -127,24 +136,41 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row b hold what row ``beam_idx[b]`` held (beam search)."""
         if self.num_tokens:
-            self.keys.copy_(self.keys.index_select(0, beam_idx))
-            self.values.copy_(self.values.index_select(0, beam_idx))
+            for states in self.stored():
+                states.copy_(states.index_select(0, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times; the capacity is shared by more rows afterwards."""
-        if self.num_tokens:
-            self._rebuild(self.keys.repeat_interleave(repeats, 0), self.values.repeat_interleave(repeats, 0))
+        self._rebuild(lambda states: states.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""
-        if self.num_tokens:
-            self._rebuild(self.keys[indices], self.values[indices])
+        self._rebuild(lambda states: states[indices])
 
-    def _rebuild(self, keys: Tensor, values: Tensor) -> None:
-        num_tokens = self.num_tokens
-        self.reset()
-        self.update(keys, values)
-        assert self.num_tokens == num_tokens
+    def _rebuild(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Make the storage anew from what ``change`` makes of the used part."""
+        if not self.num_tokens:
+            return
+        keys, values = (change(states) for states in self.stored())
+        tokens = self.capacity_tokens // keys.shape[0]
+        if self.num_tokens > tokens:
+            raise BudgetError(_too_many(tokens, keys.shape[0], self.num_tokens))
+        self._key_storage, self._value_storage = (_in_room_for(states, tokens) for states in (keys, values))
+        self._addresses = self._key_storage.data_ptr(), self._value_storage.data_ptr()
+
+
+def _in_room_for(states: Tensor, tokens: int) -> Tensor:
+    """Return a storage of ``tokens`` tokens that begins with ``states``."""
+    storage = states.new_empty(*states.shape[:2], tokens, states.shape[3])
+    storage[:, :, : states.shape[2]] = states
+    return storage
+
+
+def _too_many(held_tokens: int, num_sequences: int, wanted_tokens: int) -> str:
+    return (
+        f"the key/value cache holds {held_tokens} tokens for each of {num_sequences} sequences, but "
+        f"{wanted_tokens} were asked for; load the model with context={wanted_tokens * num_sequences} or more"
+    )
 
 
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
@@ -175,12 +201,19 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
                     states[index] = change(state)
 
 
-def make_layers(layer_types: Sequence[tuple[str, dict[str, Any]]], capacity_tokens: int) -> list[Any]:
+MakeLayer = Callable[[int], KVCacheLayer]
+
+
+def make_layers(
+    layer_types: Sequence[tuple[str, dict[str, Any]]],
+    capacity_tokens: int,
+    make_layer: MakeLayer = KVCacheLayer,
+) -> list[Any]:
     """Return one cache layer for each (transformers' layer type, its arguments)."""
     layers: list[Any] = []
     for kind, kwargs in layer_types:
         if kind in ("full_attention", "sliding_attention", "chunked_attention"):
-            layers.append(KVCacheLayer(capacity_tokens))
+            layers.append(make_layer(capacity_tokens))
         elif kind in ("linear_attention", "conv"):
             layers.append(StateLayer(**kwargs))
         else:
@@ -193,16 +226,26 @@ class KVCache(Cache):  # type: ignore[misc]
 
     Args:
         layer_types: by layer, transformers' name of its attention and the cache layer's arguments.
+        make_layer: makes an attention layer's cache of so many tokens.
     """
 
-    def __init__(self, layer_types: Sequence[tuple[str, dict[str, Any]]], capacity_tokens: int) -> None:
-        super().__init__(layers=make_layers(layer_types, capacity_tokens))
-        self.capacity_tokens = capacity_tokens
+    def __init__(
+        self,
+        layer_types: Sequence[tuple[str, dict[str, Any]]],
+        capacity_tokens: int,
+        make_layer: MakeLayer = KVCacheLayer,
+    ) -> None:
+        super().__init__(layers=make_layers(layer_types, capacity_tokens, make_layer))
+        self.capacity_tokens, self.make_layer = capacity_tokens, make_layer
 
     @property
     def num_sequences(self) -> int:
         """Rows of the batch that it holds; 0 when it is empty."""
         for layer in self.layers:
+            if isinstance(layer, KVCacheLayer):
+                if layer.num_sequences:
+                    return layer.num_sequences
+                continue
             keys = getattr(layer, "keys", None)
             if keys is not None and keys.ndim == 4 and keys.shape[-2]:
                 return int(keys.shape[0])

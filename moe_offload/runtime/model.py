@@ -20,25 +20,21 @@ from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload import ops
 from moe_offload.config import (
-    DEFAULT_CONTEXT_TOKENS,
     DEMO_MODEL,
     MIB,
     PlacementPlan,
     RuntimeConfig,
     parse_bytes,
-    resolve_expert_cap,
 )
 from moe_offload.errors import CheckpointError, ConfigError
-from moe_offload.header_costs import dense_resident_bytes
-from moe_offload.planning.cost_model import state_tokens, tokenizer_bytes, workspace_bytes
+from moe_offload.header_costs import Process, place
+from moe_offload.planning.cost_model import state_tokens
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
-from moe_offload.planning.placement import plan_placement
 from moe_offload.planning.prediction import Predictor
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.runtime import quantized, skeleton
 from moe_offload.runtime.arguments import loading_info, read_arguments
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
@@ -54,7 +50,7 @@ from moe_offload.stats import OffloadStats
 from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.io import BOUNCE_BYTES, Arena, DirectReader, open_reader
+from moe_offload.storage.io import Arena, DirectReader, open_reader
 from moe_offload.storage.quantize import quantize_once
 from moe_offload.storage.quantize_rules import check_quant
 from moe_offload.storage.tokenizer import tokenizer_was_loaded
@@ -78,6 +74,7 @@ def from_pretrained(
     allow_dense: bool = False,
     warm_start: bool = True,
     quant: str | None = None,
+    kv: str | None = None,
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
     quant_progress: Callable[[int, int], None] | None = None,
@@ -101,6 +98,8 @@ def from_pretrained(
             in a small file below XDG_CACHE_HOME (~/.cache); changes time, never tokens.
         quant: "q8_0", "q4_0" or "q4_k": quantize a safetensors folder once, into a file in the user's
             cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
+        kv: "q8_0" keeps keys and values as blocks of 34 bytes for 32 numbers, about half of 16 bits.
+            Lossy: bench/perplexity.py --kv prints what it costs.
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
         quant_progress: the same while ``quant`` writes its file, or waits for a process that does.
@@ -129,6 +128,7 @@ def from_pretrained(
         num_threads=num_threads,
         allow_dense=allow_dense,
         warm_start=warm_start,
+        kv=kv,
     )
     quant = None if quant is None else check_quant(quant)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
@@ -200,33 +200,14 @@ def _say(line: str) -> None:
 
 def _plan(model: PreTrainedModel, checkpoint: Checkpoint, config: RuntimeConfig) -> PlacementPlan:
     """Divide the budget; the skeleton has no weights yet, so nothing is lost when it does not fit."""
-    spec, dtype = checkpoint.spec, model.config.dtype
-    num_experts = sum(layout.num_experts for layout in checkpoint.experts.layouts.values())
-    context_tokens = config.context_tokens or min(DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
-    if context_tokens > spec.max_position_embeddings:
-        raise ConfigError(
-            f"context={context_tokens} is beyond the {spec.max_position_embeddings} positions that "
-            f"{checkpoint.path} was made for"
-        )
-    return plan_placement(
-        spec,
-        checkpoint.experts.layouts,
-        ram_bytes=config.ram_bytes if config.ram_bytes is not None else auto_ram_bytes(),
+    process = Process(
         base_bytes=base_bytes(),
-        dense_bytes=dense_resident_bytes(checkpoint, dtype.itemsize),
-        kv_bytes_per_element=dtype.itemsize,
-        context_tokens=context_tokens,
-        expert_cap=resolve_expert_cap(config.experts, num_experts),
-        reader_bytes=BOUNCE_BYTES,
-        activation_bytes=workspace_bytes(
-            spec,
-            checkpoint.config,
-            context_tokens=context_tokens,
-            stores_scores=model.config._attn_implementation == "eager",
-        )
-        + (0 if tokenizer_was_loaded(checkpoint.path) else tokenizer_bytes(spec))
-        + ROUTE_LOG_BYTES,
+        bytes_per_element=model.config.dtype.itemsize,
+        stores_scores=model.config._attn_implementation == "eager",
+        loads_tokenizer=not tokenizer_was_loaded(checkpoint.path),
     )
+    ram_bytes = config.ram_bytes if config.ram_bytes is not None else auto_ram_bytes()
+    return place(checkpoint, config, ram_bytes=ram_bytes, process=process)
 
 
 def _warm_up(dtype: torch.dtype) -> None:
@@ -303,7 +284,10 @@ def _attach(
     )
     handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
     handle.layer_types = skeleton.cache_layer_types(model)
-    handle.state_tokens = state_tokens(checkpoint.spec, bytes_per_element=model.config.dtype.itemsize)
+    handle.kv = config.kv
+    handle.state_tokens = state_tokens(
+        checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv
+    )
     modules = skeleton.experts_modules(model)
     prefetcher = Prefetcher(
         cache,
@@ -321,7 +305,7 @@ def _attach(
     model.__class__ = offloaded_class(model_class)
     model.offload = handle
     if native_step_reason(checkpoint.config) is None:
-        handle.native_step = NativeStep(model, executors)
+        handle.native_step = NativeStep(model, executors, kv=config.kv)
     handle.make_recorder = partial(
         RoutingRecorder,
         executors,

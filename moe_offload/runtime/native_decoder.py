@@ -21,6 +21,7 @@ from moe_offload.runtime.executor import ACTIVATION_KINDS, ExpertExecutor
 from moe_offload.runtime.native_families import NATIVE_FAMILIES, WINDOW_OF_CONFIG
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
 from moe_offload.runtime.skeleton import GGML_TYPES, decoder_layers, router_of
+from moe_offload.storage.expert_format import GgmlType
 
 POSITIONS_PER_BLOCK = 64
 _SPLIT_ROWS = 2  # csrc/cpu/ops.h: gate, up and down apart
@@ -43,9 +44,10 @@ class NativeDecoder:
     Args:
         model: loaded, of one of NATIVE_FAMILIES.
         executors: by index, of the layers that have experts.
+        kv: how keys and values are kept (planning.kv_format).
     """
 
-    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor]) -> None:
+    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
         self._kept: list[Tensor] = []
         config, decoder = model.config, model.get_decoder()
         layers: list[Any] = list(decoder_layers(model))[: config.num_hidden_layers]
@@ -66,7 +68,7 @@ class NativeDecoder:
                 "rotary_dim": 2 * self.rotary.half_dim,
                 "eps": decoder.norm.variance_epsilon,
                 "scaling": attention.scaling,
-                "cache_type": int(GGML_TYPES[config.dtype]),
+                "cache_type": int(GgmlType.Q8_0 if kv else GGML_TYPES[config.dtype]),
                 "max_top_k": max((router.top_k for router in routers.values()), default=0),
             },
             self._linear(decoder.embed_tokens),

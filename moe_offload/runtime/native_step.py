@@ -21,6 +21,7 @@ from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import NativeDecoder
+from moe_offload.runtime.packed_kv import layer_class
 
 SERVED_KEYS = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
@@ -39,10 +40,12 @@ class NativeStep:
     Args:
         model: loaded, of a family that ``native_step_reason`` accepts. Not kept, only its parts.
         executors: by index, of the layers that have experts.
+        kv: how keys and values are kept (planning.kv_format).
     """
 
-    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor]) -> None:
-        self._decoder = NativeDecoder(model, executors)
+    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
+        self._decoder = NativeDecoder(model, executors, kv)
+        self._cache_layer = layer_class(kv)
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
         self._moe_executors = [executor for executor in self._executors if executor is not None]
@@ -60,6 +63,7 @@ class NativeStep:
             isinstance(ids, Tensor)
             and ids.shape == (1, 1)
             and isinstance(cache, KVCache)
+            and cache.make_layer is self._cache_layer
             and self._attention_is_plain
             and self._wants_only_logits(inputs)
             and cache.has_room_for_one(self._dtype)

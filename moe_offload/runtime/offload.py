@@ -24,6 +24,7 @@ from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import belady_window
 from moe_offload.runtime.footprint import cache_bytes, trim_heap
 from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.packed_kv import layer_class
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
 
@@ -66,6 +67,7 @@ class OffloadHandle:
         self.layer_types: Sequence[tuple[str, dict[str, Any]]] = (
             ("full_attention", {}),
         ) * spec.num_hidden_layers  # of a cache (kv_cache.make_layers)
+        self.kv: str | None = None  # how keys and values are kept (planning.kv_format)
         self.state_tokens = 0  # what one more sequence's running state weighs, in tokens of cache
         self.native_step: NativeStep | None = None
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
@@ -181,7 +183,8 @@ class OffloadHandle:
                 f"{batch_size} sequence(s) of up to {max_tokens} tokens need a key/value cache of "
                 + self._refusal(wanted_tokens, held_tokens)
             )
-        cache = KVCache(self.layer_types, self.context_tokens - self._held_tokens(stateless=True))
+        room_tokens = self.context_tokens - self._held_tokens(stateless=True)
+        cache = KVCache(self.layer_types, room_tokens, layer_class(self.kv))
         self._kv_caches.add(cache)
         return cache
 
