@@ -1,12 +1,16 @@
-"""Build the package and its native extension; needs a C++20 compiler, no torch, no nvcc."""
+"""Build the package and its native extension: a C++20 compiler, no torch; CUDA kernels where nvcc is."""
 
 import platform
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import nvcc  # noqa: E402  csrc/cuda/nvcc.py
+
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 # -ffp-contract=off and no fast-math: every ISA and thread count must give the same bits.
 FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
@@ -41,6 +45,13 @@ class BuildExt(build_ext):
         self.compiler._compile = compile_with_isa
         super().build_extensions()
 
+    def run(self):
+        """Build the extension and csrc/cuda: for the cards of this machine when in place, else for all."""
+        in_place = self.inplace  # the parent resets it while it runs
+        super().run()
+        folder = ROOT / "moe_offload" if in_place else Path(self.build_lib) / "moe_offload"
+        nvcc.build(folder, Path(self.build_temp) / "cuda", default="native" if in_place else "all")
+
 
 setup(
     name="moe_offload",
@@ -58,7 +69,7 @@ setup(
     ],
     package_dir={"moe_offload.predictors": "predictors", "moe_offload.device_profiles": "device_profiles"},
     package_data={
-        "moe_offload": ["py.typed", "_native.pyi", "demo/*"],
+        "moe_offload": ["py.typed", "_native.pyi", "demo/*", "_cuda.so", "_cuda_build.json"],
         "moe_offload.device_profiles": ["*.toml"],
     },
     ext_modules=[
@@ -88,6 +99,13 @@ setup(
     extras_require={
         "llama": ["llama-cpp-python==0.3.36"],
         "bench": ["matplotlib"],
+        # nvcc 13.0 without a CUDA toolkit; its parts must be of one release, which constraints.txt pins
+        "cuda-build": [
+            "nvidia-cuda-nvcc>=13.0.88,<13.1",
+            "nvidia-cuda-crt>=13.0.88,<13.1",
+            "nvidia-nvvm>=13.0.88,<13.1",
+            "nvidia-cuda-runtime>=13.0.88,<13.1",
+        ],
         "learned": ["onnxruntime>=1.31,<2", "onnx>=1.23,<2"],  # the learned predictor: run it, write it
     },
     entry_points={"console_scripts": ["moe-offload = moe_offload.cli:entry"]},

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_offload
+from moe_offload import cuda
 from moe_offload.config import gib
 from moe_offload.residency.memory import auto_ram_bytes, available_bytes, total_bytes
 
@@ -32,7 +33,14 @@ PACKAGES = (
     "onnxruntime",
     "matplotlib",
 )
-ENVIRONMENT = ("MOE_OFFLOAD_ISA", "MOE_OFFLOAD_IO", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HOME")
+ENVIRONMENT = (
+    "MOE_OFFLOAD_ISA",
+    "MOE_OFFLOAD_IO",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "HF_HOME",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +59,7 @@ def describe() -> dict[str, Any]:
         "cpu": _try(_cpu),
         "memory": _try(_memory),
         "io": _try(_io),
-        "cuda": _cuda(),
+        "cuda": _try(cuda.describe),
         "profile": {"in_use": None, "reason": "this version measures nothing before it runs"},
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -117,8 +125,16 @@ def _io() -> dict[str, Any]:
     return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason}
 
 
-def _cuda() -> dict[str, Any]:
-    return {"on": False, "reason": "this version has no GPU tier"}
+def _cuda_line(report: dict[str, Any]) -> str:
+    """Return what runs on which cards, or why nothing does."""
+    if "error" in report:
+        return f"not available: {report['error']}"
+    if not report["on"]:
+        return f"off: {report['reason']}"
+    cards = ", ".join(
+        f"{card['name']} ({gib(card['memory_bytes'])}, sm_{card['sm']})" for card in report["devices"]
+    )
+    return f"on: {cards}; built with CUDA {report['built_with']}, driver runs {report['driver']}"
 
 
 def _version(package: str) -> str | None:
@@ -141,7 +157,7 @@ def as_text(report: dict[str, Any]) -> str:
         "memory": _sizes(report["memory"]),
         "disk reads": _line(report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk")
         + (f" ({report['io']['reason']})" if report["io"].get("reason") else ""),
-        "CUDA": "on" if report["cuda"]["on"] else f"off: {report['cuda']['reason']}",
+        "CUDA": _cuda_line(report["cuda"]),
         "profile": report["profile"]["in_use"] or f"none: {report['profile']['reason']}",
         "packages": _listed({name: found or "missing" for name, found in report["packages"].items()}, " "),
         "environment": _listed(report["environment"], "=") or "nothing set that matters here",

@@ -1,0 +1,87 @@
+"""Is there a GPU, and if not, why not: what was built, what the driver is, what cards it shows.
+
+``moe_offload/_cuda.so`` is a library of its own with a static CUDA runtime: this module opens it by ctypes to
+ask, the native extension opens it to compute. Nothing here raises; what is missing becomes a reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBRARY = Path(__file__).parent / "_cuda.so"
+RECORD = Path(__file__).parent / "_cuda_build.json"
+OLDEST_DRIVERS = {12: 525, 13: 580}  # the first driver of a CUDA release's minor versions
+REMEDY = "install nvcc (a CUDA toolkit, or moe_offload[cuda-build]) and build again with MOE_OFFLOAD_CUDA=on"
+
+
+def describe(library: Path = LIBRARY, record: Path = RECORD) -> dict[str, Any]:
+    """Return ``on``, the ``reason`` where it is off, and what was found; sizes in bytes.
+
+    Versions are CUDA's ("13.0"); a driver is named by the newest CUDA that it runs.
+    """
+    built = _built(record)
+    report: dict[str, Any] = {"on": False, "reason": "", "built_with": built.get("cuda"), "devices": []}
+    report["architectures"] = built.get("sm", [])
+    if not library.exists():
+        why = built.get("reason") or "this installation came without CUDA kernels"
+        return report | {"reason": f"not built: {why}; {REMEDY}"}
+    try:
+        found = _ask(ctypes.CDLL(str(library)))
+    except OSError as error:
+        return report | {"reason": f"built, but does not load: {error}"}
+    runtime, driver = found["runtime"], found["driver"]
+    report |= {
+        "built_with": _dotted(runtime),
+        "required_driver": _required(runtime),
+        "driver": _dotted(driver) if driver else None,
+        "devices": found["devices"],
+    }
+    report["reason"] = _reason(runtime, driver, found)
+    report["on"] = not report["reason"]
+    return report
+
+
+def _reason(runtime: int, driver: int, found: dict[str, Any]) -> str:
+    """Return why the GPU is off, or nothing."""
+    needs = f"built with CUDA {_dotted(runtime)}, which needs {_required(runtime)}"
+    if driver == 0:
+        return f"no NVIDIA driver was found; {needs}{_wsl_hint()}"
+    if driver // 1000 < runtime // 1000:
+        return f"the driver is too old: it runs CUDA up to {_dotted(driver)}; {needs}"
+    if found["error"]:
+        return f"the driver answers: {found['error']}; {needs}"
+    return "" if found["devices"] else "the driver shows no GPU (is CUDA_VISIBLE_DEVICES empty?)"
+
+
+def _built(record: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _ask(library: ctypes.CDLL) -> dict[str, Any]:
+    buffer = ctypes.create_string_buffer(1 << 16)
+    length = library.moe_offload_cuda_info(buffer, len(buffer))
+    found: dict[str, Any] = json.loads(buffer.raw[:length].decode("utf-8", "replace"))
+    return found
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _required(runtime: int) -> str:
+    oldest = OLDEST_DRIVERS.get(runtime // 1000)
+    return f"driver {oldest} or later" if oldest else f"a driver of CUDA {runtime // 1000}"
+
+
+def _wsl_hint() -> str:
+    release = Path("/proc/sys/kernel/osrelease")
+    is_wsl = sys.platform == "linux" and release.exists() and "microsoft" in release.read_text().lower()
+    return "; under WSL2 the driver is installed in Windows, not here" if is_wsl else ""
