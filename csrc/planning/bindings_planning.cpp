@@ -65,9 +65,48 @@ void reach(HorizonTable& table, int64_t layer_idx, int64_t expert_id) {
     table.reach(layer_idx, expert_id);
 }
 
-void set_resident(HorizonTable& table, int64_t layer_idx, int64_t expert_id, bool resident) {
-    check_expert_id("HorizonTable.set_resident", expert_id);
-    table.set_resident(layer_idx, expert_id, resident);
+// keys: (layer_idx, expert_id) tuples, the residents' own objects.
+void set_residents(HorizonTable& table, const py::list& keys, bool resident) {
+    for (const py::handle key : keys) {
+        if (!PyTuple_Check(key.ptr()) || PyTuple_GET_SIZE(key.ptr()) != 2) {
+            throw py::value_error("HorizonTable: (layer_idx, expert_id) wanted");
+        }
+        const int64_t layer_idx = PyLong_AsLongLong(PyTuple_GET_ITEM(key.ptr(), 0));
+        const int64_t expert_id = PyLong_AsLongLong(PyTuple_GET_ITEM(key.ptr(), 1));
+        if (PyErr_Occurred()) throw py::error_already_set();
+        check_expert_id("HorizonTable.lowest", expert_id);
+        table.set_resident(layer_idx, expert_id, resident);
+    }
+}
+
+// A new object of `type`, a tuple's subclass: what Python's own constructor would make, sooner.
+py::object make_key(PyTypeObject* type, int64_t layer_idx, int64_t expert_id) {
+    auto key = py::reinterpret_steal<py::object>(type->tp_alloc(type, 2));
+    if (!key) throw py::error_already_set();
+    PyTuple_SET_ITEM(key.ptr(), 0, PyLong_FromLongLong(layer_idx));
+    PyTuple_SET_ITEM(key.ptr(), 1, PyLong_FromLongLong(expert_id));
+    return key;
+}
+
+// Tells the table who left and who came since (both lists are emptied), then asks for the residents of the
+// lowest forecasts: `count`, or fewer where there are fewer, and as many more as are no candidates.
+py::list lowest(HorizonTable& table, py::list& evicted, py::list& inserted, int64_t count,
+                int64_t num_candidates, const py::type& key_class) {
+    auto* type = reinterpret_cast<PyTypeObject*>(key_class.ptr());
+    if (!PyType_IsSubtype(type, &PyTuple_Type))
+        throw py::type_error("HorizonTable.lowest: no tuple's subclass");
+    for (py::list* keys : {&evicted, &inserted}) {
+        set_residents(table, *keys, keys == &inserted);
+        PyList_SetSlice(keys->ptr(), 0, PyList_GET_SIZE(keys->ptr()), nullptr);
+    }
+    const int64_t others = table.num_residents() - num_candidates;
+    const auto found = table.lowest(std::min(count, num_candidates) + others);
+    py::list keys(found.size());
+    for (std::size_t i = 0; i < found.size(); ++i) {
+        PyList_SET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i),
+                        make_key(type, found[i].first, found[i].second).release().ptr());
+    }
+    return keys;
 }
 
 void use_fit(HorizonTable& table, std::shared_ptr<HorizonForecast> fit, std::vector<int64_t> layers) {
@@ -140,10 +179,9 @@ void register_planning(py::module_& m) {
         .def("use_fit", &use_fit, py::arg("fit"), py::arg("layers"))
         .def("reach", &reach, py::arg("layer_idx"), py::arg("expert_id"))
         .def("observe", &observe_layer, py::arg("layer_idx"), py::arg("expert_ids"))
-        .def("set_resident", &set_resident, py::arg("layer_idx"), py::arg("expert_id"), py::arg("resident"))
-        .def("lowest", &HorizonTable::lowest, py::arg("count"))
+        .def("lowest", &lowest, py::arg("evicted"), py::arg("inserted"), py::arg("count"),
+             py::arg("num_candidates"), py::arg("key_class"))
         .def("layers", &HorizonTable::layers)
-        .def("num_residents", &HorizonTable::num_residents)
         .def("forecasts", &forecasts)
         .def("parts", &parts)
         .def("set_parts", &set_parts, py::arg("layers"), py::arg("values"));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <utility>
 
 namespace moe {
@@ -14,12 +15,6 @@ uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-std::vector<uint16_t> to_bfloat16(const float* values, int64_t count) {
-    std::vector<uint16_t> result(count);
-    std::transform(values, values + count, result.begin(), [](float value) { return to_bfloat16(value); });
-    return result;
-}
-
 // One addition per element in any case: wider registers change the time only.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MOE_WIDE __attribute__((target_clones("avx2", "default")))
@@ -27,8 +22,37 @@ std::vector<uint16_t> to_bfloat16(const float* values, int64_t count) {
 #define MOE_WIDE
 #endif
 
-MOE_WIDE void add(float* to, const uint16_t* from, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) to[j] += std::bit_cast<float>(uint32_t{from[j]} << 16);
+using Words = uint32_t __attribute__((vector_size(32)));
+using Halves = uint16_t __attribute__((vector_size(16)));
+constexpr int64_t kLanes = 8, kParts = 8, kBlock = kLanes * kParts;  // sums that stay in registers
+
+MOE_WIDE void sum_block(float* sum, const uint16_t* const* rows, int64_t num_rows, int64_t first) {
+    using Floats = float __attribute__((vector_size(32)));
+    Floats acc[kParts] = {};
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const uint16_t* from = rows[row] + first;
+#pragma GCC unroll 8
+        for (int64_t part = 0; part < kParts; ++part) {
+            Halves halves;
+            std::memcpy(&halves, from + part * kLanes, sizeof halves);
+            const Words words = __builtin_convertvector(halves, Words) << 16;
+            acc[part] += std::bit_cast<Floats>(words);
+        }
+    }
+    std::memcpy(sum, acc, sizeof acc);
+}
+
+// sum[j] = the rows' elements j, in the rows' order.
+void sum_rows(float* sum, const std::vector<const uint16_t*>& rows, int64_t count) {
+    const auto num_rows = static_cast<int64_t>(rows.size());
+    int64_t first = 0;
+    for (; first + kBlock <= count; first += kBlock) {
+        sum_block(sum + first, rows.data(), num_rows, first);
+    }
+    std::fill(sum + first, sum + count, 0.0f);
+    for (const uint16_t* row : rows) {
+        for (int64_t j = first; j < count; ++j) sum[j] += std::bit_cast<float>(uint32_t{row[j]} << 16);
+    }
 }
 
 MOE_WIDE void add(float* to, const float* from, int64_t count) {
@@ -39,10 +63,21 @@ MOE_WIDE void scale(float* values, float factor, int64_t count) {
     for (int64_t j = 0; j < count; ++j) values[j] *= factor;
 }
 
+MOE_WIDE void scale_and_add(float* values, float factor, const float* from, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) values[j] = values[j] * factor + from[j];
+}
+
 // An int that is ordered as the float is: integer minima are vectorized, those of floats are not.
 int32_t ordered(float value) {
     const auto bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 becomes 0
     return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+MOE_WIDE void rank_residents(const float* forecast, const uint8_t* resident, int64_t count, int32_t* ranks) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t rank = ordered(forecast[i]);
+        ranks[i] = resident[i] != 0 ? rank : HorizonTable::ABSENT;
+    }
 }
 
 MOE_WIDE int64_t first_lowest(const int32_t* ranks, int64_t count) {
@@ -62,57 +97,50 @@ HorizonForecast::HorizonForecast(int64_t num_layers, int64_t num_experts, std::v
       num_rates_(static_cast<int64_t>(rates.size())),
       num_before_(num_before),
       rates_(std::move(rates)),
-      gain_(num_layers * num_experts * num_rates_ * num_experts),
-      before_(to_bfloat16(before, num_layers * num_before * num_experts * num_experts)),
+      table_(num_layers * num_experts * (num_rates_ + num_before) * num_experts),
       constant_(constant, constant + num_layers * num_experts),
       parts_(num_layers * num_rates_ * num_experts, 0.0f),
-      last_chosen_(num_layers),
-      sum_(num_experts) {
-    // A choice raises a decayed frequency by its rate: fold that into the coefficients.
-    const int64_t rows = static_cast<int64_t>(gain_.size()) / num_experts;
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t j = row * num_experts; j < (row + 1) * num_experts; ++j) {
-            gain_[j] = to_bfloat16(own[j] * rates_[row % num_rates_]);
+      said_(num_layers * num_before * num_experts, 0.0f),
+      sum_((num_rates_ + num_before) * num_experts) {
+    for (int64_t position = 0; position < num_layers; ++position) {
+        for (int64_t expert_id = 0; expert_id < num_experts; ++expert_id) {
+            fill_row(position, expert_id, own, before);
         }
+    }
+}
+
+void HorizonForecast::fill_row(int64_t position, int64_t expert_id, const float* own, const float* before) {
+    uint16_t* row = table_.data() + (position * num_experts_ + expert_id) * row_size();
+    const float* from = own + (position * num_experts_ + expert_id) * num_rates_ * num_experts_;
+    for (int64_t rate = 0; rate < num_rates_; ++rate) {  // a choice raises a decayed frequency by its rate
+        for (int64_t j = 0; j < num_experts_; ++j) *row++ = to_bfloat16(*from++ * rates_[rate]);
+    }
+    for (int64_t n = 0; n < num_before_; ++n) {
+        const int64_t later = (position + 1 + n) % num_layers_;
+        from = before + ((later * num_before_ + n) * num_experts_ + expert_id) * num_experts_;
+        for (int64_t j = 0; j < num_experts_; ++j) *row++ = to_bfloat16(*from++);
     }
 }
 
 void HorizonForecast::observe(int64_t position, const ExpertIds& expert_ids, float* out, int64_t num_out) {
-    const int64_t block = num_rates_ * num_experts_;
-    const uint16_t* gain = gain_.data() + position * num_experts_ * block;
-    for (const int64_t expert_id : expert_ids) {  // rows that no hardware foresees: ask for all at once
-        for (int64_t j = 0; j < block; j += 32) __builtin_prefetch(gain + expert_id * block + j);
+    rows_.clear();
+    for (const int64_t expert_id : expert_ids) {
+        rows_.push_back(table_.data() + (position * num_experts_ + expert_id) * row_size());
     }
+    sum_rows(sum_.data(), rows_, row_size());
     float* own = parts(position);
+    const float* sum = sum_.data();
     for (int64_t rate = 0; rate < num_rates_; ++rate) {
-        scale(own + rate * num_experts_, 1.0f - rates_[rate], num_experts_);
+        scale_and_add(own + rate * num_experts_, 1.0f - rates_[rate], sum, num_experts_);
+        sum += num_experts_;
     }
-    std::copy_n(constant_.data() + position * num_experts_, num_experts_, sum_.data());
+    std::copy_n(sum, num_before_ * num_experts_, said(position, 0));
+    std::copy_n(constant_.data() + position * num_experts_, num_out, out);
     for (int64_t n = 0; n < num_before_; ++n) {
         const int64_t other = ((position - 1 - n) % num_layers_ + num_layers_) % num_layers_;
-        const uint16_t* rows = before_.data() + (position * num_before_ + n) * num_experts_ * num_experts_;
-        for (const int64_t expert_id : last_chosen_[other]) {
-            add(sum_.data(), rows + expert_id * num_experts_, num_experts_);
-        }
+        add(out, said(other, n), num_out);
     }
-    for (const int64_t expert_id : expert_ids) add(own, gain + expert_id * block, block);
-    for (int64_t rate = 0; rate < num_rates_; ++rate)
-        add(sum_.data(), own + rate * num_experts_, num_experts_);
-    last_chosen_[position] = expert_ids;
-    std::copy_n(sum_.data(), num_out, out);
-    prefetch_before((position + 1) % num_layers_);
-}
-
-// What the next layer will add of the layers before it is known already; it waits for its router meanwhile.
-void HorizonForecast::prefetch_before(int64_t position) const {
-    for (int64_t n = 0; n < num_before_; ++n) {
-        const int64_t other = ((position - 1 - n) % num_layers_ + num_layers_) % num_layers_;
-        const uint16_t* rows = before_.data() + (position * num_before_ + n) * num_experts_ * num_experts_;
-        for (const int64_t expert_id : last_chosen_[other]) {
-            for (int64_t j = 0; j < num_experts_; j += 32)
-                __builtin_prefetch(rows + expert_id * num_experts_ + j);
-        }
-    }
+    for (int64_t rate = 0; rate < num_rates_; ++rate) add(out, own + rate * num_experts_, num_out);
 }
 
 void HorizonForecast::forecast(int64_t position, float* out, int64_t num_out) const {
@@ -145,12 +173,18 @@ HorizonTable::Row& HorizonTable::row_of(int64_t layer_idx) {
         const int64_t position = fitted == fitted_layers_.end() ? -1 : fitted - fitted_layers_.begin();
         place = rows_.insert(place, Row{layer_idx, position, {}, {}, {}, {}});
         widen(*place);
+        lowest_ranks_.assign(rows_.size(), ABSENT);
+        not_ranked_.clear();
+        for (std::size_t i = 0; i < rows_.size(); ++i) {  // rows have moved
+            rows_[i].is_ranked = false;
+            not_ranked_.push_back(static_cast<int64_t>(i));
+        }
     }
     return *place;
 }
 
 // New experts have no history, so their parts and forecasts are 0.
-void HorizonTable::widen(Row& row) const {
+void HorizonTable::widen(Row& row) {
     const auto before = static_cast<int64_t>(row.forecast.size());
     std::vector<float> parts(num_rates() * num_experts_, 0.0f);
     for (int64_t rate = 0; rate < num_rates(); ++rate) {
@@ -160,7 +194,7 @@ void HorizonTable::widen(Row& row) const {
     row.forecast.resize(num_experts_, 0.0f);
     row.resident.resize(num_experts_, 0);
     row.ranks.resize(num_experts_);
-    row.is_ranked = false;
+    forget_ranks(row);
 }
 
 bool HorizonTable::is_fitted(const Row& row) const {
@@ -175,7 +209,7 @@ void HorizonTable::observe(int64_t layer_idx, const ExpertIds& expert_ids) {
     } else {
         observe_generic(row, expert_ids);
     }
-    row.is_ranked = false;
+    forget_ranks(row);
 }
 
 void HorizonTable::observe_generic(Row& row, const ExpertIds& expert_ids) {
@@ -199,39 +233,53 @@ void HorizonTable::set_resident(int64_t layer_idx, int64_t expert_id, bool resid
     Row& row = row_of(layer_idx);
     num_residents_ += resident - row.resident[expert_id];
     row.resident[expert_id] = resident;
+    if (!row.is_ranked) return;
+    row.ranks[expert_id] = resident ? ordered(row.forecast[expert_id]) : ABSENT;
+    const bool is_lowest = resident && (row.lowest < 0 || comes_before(row, expert_id, row.lowest));
+    if (is_lowest) {
+        row.lowest = expert_id;
+        lowest_ranks_[&row - rows_.data()] = row.ranks[expert_id];
+    } else if (expert_id == row.lowest) {
+        find_lowest(row);
+    }
+}
+
+void HorizonTable::forget_ranks(Row& row) {
+    if (row.is_ranked) not_ranked_.push_back(&row - rows_.data());
     row.is_ranked = false;
 }
 
 void HorizonTable::rank(Row& row) {
-    for (std::size_t i = 0; i < row.forecast.size(); ++i) {
-        row.ranks[i] = row.resident[i] ? ordered(row.forecast[i]) : ABSENT;
-    }
-    row.lowest = first_lowest(row.ranks.data(), static_cast<int64_t>(row.ranks.size()));
+    if (row.is_ranked) return;
+    rank_residents(row.forecast.data(), row.resident.data(), static_cast<int64_t>(row.forecast.size()),
+                   row.ranks.data());
+    find_lowest(row);
     row.is_ranked = true;
 }
 
+void HorizonTable::find_lowest(Row& row) {
+    row.lowest = first_lowest(row.ranks.data(), static_cast<int64_t>(row.ranks.size()));
+    lowest_ranks_[&row - rows_.data()] = row.lowest < 0 ? ABSENT : row.ranks[row.lowest];
+}
+
 std::vector<std::pair<int64_t, int64_t>> HorizonTable::lowest(int64_t count) {
-    std::vector<std::pair<int64_t, int64_t>> found;
-    std::vector<Row*> taken;
-    for (Row& row : rows_) {
-        if (!row.is_ranked) rank(row);
-    }
+    for (const int64_t index : not_ranked_) rank(rows_[index]);
+    not_ranked_.clear();
+    std::vector<std::pair<int64_t, int64_t>> found;  // (row, expert) at first
     while (static_cast<int64_t>(found.size()) < count) {
-        Row* best = nullptr;
-        int32_t best_rank = ABSENT;
-        for (Row& row : rows_) {
-            if (row.lowest >= 0 && row.ranks[row.lowest] < best_rank) {
-                best = &row;
-                best_rank = row.ranks[row.lowest];
-            }
-        }
-        if (best == nullptr) break;
-        found.emplace_back(best->layer_idx, best->lowest);
-        best->ranks[best->lowest] = ABSENT;  // out of the way for the next one
-        best->lowest = first_lowest(best->ranks.data(), static_cast<int64_t>(best->ranks.size()));
-        taken.push_back(best);
+        const int64_t best = first_lowest(lowest_ranks_.data(), static_cast<int64_t>(lowest_ranks_.size()));
+        if (best < 0) break;
+        Row& row = rows_[best];
+        found.emplace_back(best, row.lowest);
+        row.ranks[row.lowest] = ABSENT;  // out of the way for the next one
+        find_lowest(row);
     }
-    for (Row* row : taken) row->is_ranked = false;
+    for (auto pair = found.rbegin(); pair != found.rend(); ++pair) {  // back again, the lowest last
+        Row& row = rows_[pair->first];
+        row.lowest = pair->second;
+        lowest_ranks_[pair->first] = row.ranks[row.lowest] = ordered(row.forecast[row.lowest]);
+        pair->first = row.layer_idx;
+    }
     return found;
 }
 
@@ -264,7 +312,7 @@ void HorizonTable::set_parts(int64_t index, const float* parts) {
         std::copy_n(parts, num_rates() * num_experts_, row.parts.data());
         sum_parts(row);
     }
-    row.is_ranked = false;
+    forget_ranks(row);
 }
 
 }  // namespace moe

@@ -33,15 +33,22 @@ class HorizonForecast {
     int64_t num_rates() const { return num_rates_; }
 
   private:
-    void prefetch_before(int64_t position) const;
+    int64_t row_size() const { return (num_rates_ + num_before_) * num_experts_; }
+    void fill_row(int64_t position, int64_t expert_id, const float* own, const float* before);
+    float* said(int64_t position, int64_t n) {
+        return said_.data() + (position * num_before_ + n) * num_experts_;
+    }
 
     int64_t num_layers_, num_experts_, num_rates_, num_before_;
     std::vector<float> rates_;
-    std::vector<uint16_t> gain_, before_;  // bfloat16: memory traffic is what an event costs
+    // (L, E, R + N, E) bfloat16, memory traffic is what an event costs: all that a choice says, of its own
+    // layer by each rate and of the N layers after it, is one stretch of memory.
+    std::vector<uint16_t> table_;
     std::vector<float> constant_;
-    std::vector<float> parts_;            // (L, R, E): each rate's contribution to the forecast
-    std::vector<ExpertIds> last_chosen_;  // by layer
-    std::vector<float> sum_;              // (E): scratch
+    std::vector<float> parts_;           // (L, R, E): each rate's contribution to the forecast
+    std::vector<float> said_;            // (L, N, E): by a layer's last choice, of the one n + 1 after it
+    std::vector<float> sum_;             // (R + N, E): scratch
+    std::vector<const uint16_t*> rows_;  // scratch
 };
 
 // A pool's forecasts and residents. Layers are rows in ascending order and appear as they are used, and so do
@@ -81,20 +88,28 @@ class HorizonTable {
         std::vector<uint8_t> resident;  // (experts)
         std::vector<int32_t> ranks;     // (experts) in the order of the forecasts; ABSENT: no resident
         int64_t lowest = -1;            // resident of the lowest rank; -1: none
-        bool is_ranked = false;         // whether the two above are up to date
+        bool is_ranked = false;         // whether ranks, lowest and its place in lowest_ranks_ are up to date
     };
 
     Row& row_of(int64_t layer_idx);
-    void widen(Row& row) const;
+    void widen(Row& row);
     bool is_fitted(const Row& row) const;
     void observe_generic(Row& row, const ExpertIds& expert_ids);
     void sum_parts(Row& row) const;
-    static void rank(Row& row);
+    void rank(Row& row);
+    void find_lowest(Row& row);
+    void forget_ranks(Row& row);
+    // Whether resident `a` leaves before resident `b` of the same row.
+    static bool comes_before(const Row& row, int64_t a, int64_t b) {
+        return row.ranks[a] < row.ranks[b] || (row.ranks[a] == row.ranks[b] && a < b);
+    }
 
     std::vector<float> rates_, coefficients_;
     std::shared_ptr<HorizonForecast> fit_;
     std::vector<int64_t> fitted_layers_;
-    std::vector<Row> rows_;  // ascending layers
+    std::vector<Row> rows_;              // ascending layers
+    std::vector<int32_t> lowest_ranks_;  // (rows) ABSENT: none
+    std::vector<int64_t> not_ranked_;    // rows that are not, each once or oftener
     int64_t num_experts_ = 0, num_residents_ = 0;
 };
 

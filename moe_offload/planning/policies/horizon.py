@@ -130,6 +130,9 @@ class HorizonPolicy(TablePolicy):
         super().__init__()
         fit = None if path is None else read_fit(path)
         self.trained_on = fit.trained_on if fit is not None else ()
+        # What the table has not been told of, the evicted first: a crossing costs more than what it does.
+        self._evicted: list[ExpertKey] = []
+        self._inserted: list[ExpertKey] = []
         self._table = HorizonTable(list(RATES), list(GENERIC_COEFFICIENTS))
         if fit is not None:
             native_fit = HorizonForecast(fit.own, list(RATES), fit.before, fit.constant)
@@ -141,16 +144,19 @@ class HorizonPolicy(TablePolicy):
         self._table.observe(layer_idx, expert_ids)
 
     def on_insert(self, key: ExpertKey) -> None:
-        self._table.set_resident(key.layer_idx, key.expert_id, True)
+        self._inserted.append(key)
 
     def on_evict(self, key: ExpertKey) -> None:
-        self._table.set_resident(key.layer_idx, key.expert_id, False)
+        if self._inserted:
+            self.victims((), 0)  # tells the table, in order
+        self._evicted.append(key)
 
     def victims(self, candidates: Collection[ExpertKey], count: int) -> list[ExpertKey]:
         wanted = min(count, len(candidates))
-        not_candidates = self._table.num_residents() - len(candidates)
-        lowest = [ExpertKey._make(pair) for pair in self._table.lowest(wanted + not_candidates)]
-        return [key for key in lowest if not not_candidates or key in candidates][:wanted]
+        lowest: list[ExpertKey] = self._table.lowest(
+            self._evicted, self._inserted, wanted, len(candidates), ExpertKey
+        )
+        return lowest if len(lowest) == wanted else [key for key in lowest if key in candidates][:wanted]
 
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
         for layer_idx, layer_ids in zip(self._table.layers(), np.asarray(expert_ids).tolist(), strict=True):
