@@ -189,6 +189,10 @@ class HorizonForecast:
     ) -> None: ...
     def observe(self, position: int, expert_ids: Sequence[int], out: npt.NDArray[np.float32]) -> None: ...
 
+def arc_replay(
+    experts: npt.NDArray[np.uint16], num_experts: int, sizes: list[int]
+) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+
 _Key = TypeVar("_Key", bound=tuple[int, int])
 
 class HorizonTable:

@@ -1,8 +1,9 @@
 """The replay of replay.py for caches of one layer each, all layers and several sizes at once.
 
 Possible for a policy whose scores do not depend on what is resident: it sees each decode token's
-experts of all layers in one call, and numpy evicts in all caches together. tests/test_replay.py holds the
-counters equal to replay.py's.
+experts of all layers in one call, and numpy evicts in all caches together. Of those that look at what is
+resident, least_stale's arrivals and moe_infinity's stretches are kept for all caches here, and ARC's lists
+natively (csrc/planning/arc_replay.h). tests/test_replay.py holds the counters equal to replay.py's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload._native import arc_replay
 from moe_offload.planning.eviction import EvictionPolicy, EwmaPolicy, LruPolicy
+from moe_offload.planning.policies.arc import ArcPolicy, FatePolicy
 from moe_offload.planning.policies.belady import NEVER, BeladyPolicy
+from moe_offload.planning.policies.passes import LeastStalePolicy, MoeInfinityPolicy
 from moe_offload.planning.policies.table import FloatArray, TablePolicy, Weights
 from moe_offload.stats import OffloadStats
 from moe_offload.trace import RoutingTrace
@@ -22,12 +26,22 @@ from moe_offload.trace import RoutingTrace
 Ids = NDArray[np.intp]
 
 
-def scorer_of(policy: EvictionPolicy, trace: RoutingTrace) -> TablePolicy | None:
-    """Return a TablePolicy with the order of ``policy``, fit for ``replay_layers``; None if there is none."""
+class _Arc:
+    """Stands for ARC, whose order is in no table of scores."""
+
+
+def scorer_of(policy: EvictionPolicy, trace: RoutingTrace) -> TablePolicy | _Arc | None:
+    """Return what gives the order of ``policy`` to ``replay_layers``; None if there is nothing."""
     if type(policy) is LruPolicy:
         scorer: TablePolicy = _LruScores()
     elif type(policy) is EwmaPolicy:
         scorer = _EwmaScores(policy.alpha)
+    elif type(policy) in (ArcPolicy, FatePolicy):
+        return _Arc()  # in a pool of one layer the two are the same
+    elif type(policy) is LeastStalePolicy:
+        scorer = _LeastStaleScores()
+    elif type(policy) is MoeInfinityPolicy:
+        scorer = _MoeInfinityScores(policy)
     elif isinstance(policy, TablePolicy) and not policy.scores_know_residents:
         scorer = policy
     else:
@@ -41,7 +55,7 @@ def scorer_of(policy: EvictionPolicy, trace: RoutingTrace) -> TablePolicy | None
 
 def replay_layers(
     trace: RoutingTrace,
-    scorer: TablePolicy,
+    scorer: TablePolicy | _Arc,
     residents_per_layer: Sequence[int],
     expert_bytes: Mapping[int, int],
     on_progress: Callable[[int], None] | None = None,
@@ -54,43 +68,56 @@ def replay_layers(
         on_progress: called now and then with the tokens done.
     """
     assert (trace.step_tokens == 1).all(), "replay_layers takes single-token steps"
-    num_layers, top_k = len(trace.layers), trace.top_k
-    sizes = np.minimum(np.asarray(residents_per_layer), trace.num_experts)[:, None]  # (S, 1)
-    resident = np.zeros((len(sizes), num_layers, trace.num_experts), np.bool_)
-    hits = np.zeros((len(sizes), num_layers), np.int64)
-    evictions = np.zeros(len(sizes), np.int64)
-    rows = np.arange(num_layers)[:, None]
+    sizes = np.minimum(np.asarray(residents_per_layer), trace.num_experts)
     order = np.argsort(trace.experts, axis=2, kind="stable")
-    experts = np.take_along_axis(trace.experts, order, axis=2).astype(np.intp)
+    experts = np.take_along_axis(trace.experts, order, axis=2)  # (T, L, K) ascending
+    if isinstance(scorer, _Arc):
+        hits, evictions = arc_replay(experts.astype(np.uint16), trace.num_experts, sizes.tolist())
+        return _stats(trace, hits, evictions, expert_bytes)
+    num_layers, top_k = len(trace.layers), trace.top_k
     weights: NDArray[Any] | None = None
     if trace.weights is not None:
         weights = np.take_along_axis(trace.weights, order, axis=2).astype(np.float32).astype(np.float64)
     equal: Weights = np.full((num_layers, top_k), 1.0 / top_k)
+    rows = np.arange(num_layers)[:, None]
+    resident = np.zeros((len(sizes), num_layers, trace.num_experts), np.bool_)
     counts = np.zeros((len(sizes), num_layers), np.int64)
-    for token, ids in enumerate(experts):
-        found = resident[:, rows, ids].sum(axis=2)
+    hits, evicted = np.zeros_like(counts), np.zeros(len(sizes), np.int64)
+    come = getattr(scorer, "come", None)
+    for token, ids in enumerate(experts.astype(np.intp)):
+        was_resident = resident[:, rows, ids]  # (S, L, K)
+        found = was_resident.sum(axis=2)
         hits += found
         resident[:, rows, ids] = True
         counts += top_k - found
         scorer.pass_count += 1
         scorer.clock += 1.0
+        if come is not None:
+            come(rows, ids, ~was_resident)
         scorer.observe(rows, ids, equal if weights is None else weights[token])
-        excess = counts - sizes
+        excess = counts - sizes[:, None]
         if excess.max() > 0:
-            evictions += _evict(resident, np.maximum(excess, 0), scorer.scores())
-            np.minimum(counts, sizes, out=counts)
+            evicted += _evict(resident, np.maximum(excess, 0), scorer.scores())
+            np.minimum(counts, sizes[:, None], out=counts)
         if on_progress is not None and token % 512 == 0:
             on_progress(token)
-    total = trace.num_tokens * top_k
+    return _stats(trace, hits, evicted.tolist(), expert_bytes)
+
+
+def _stats(
+    trace: RoutingTrace, hits: NDArray[np.int64], evictions: Sequence[int], expert_bytes: Mapping[int, int]
+) -> list[OffloadStats]:
+    """(S, L) hits and (S) evictions -> the counters of each size."""
+    total = trace.num_tokens * trace.top_k
     layer_bytes = np.array([expert_bytes[layer_idx] for layer_idx in trace.layers], np.int64)
     return [
         OffloadStats(
-            hits=int(hits[i].sum()),
-            misses=int((total - hits[i]).sum()),
-            demand_bytes=int(((total - hits[i]) * layer_bytes).sum()),
-            evictions=int(evictions[i]),
+            hits=int(layer_hits.sum()),
+            misses=int((total - layer_hits).sum()),
+            demand_bytes=int(((total - layer_hits) * layer_bytes).sum()),
+            evictions=int(gone),
         )
-        for i in range(len(sizes))
+        for layer_hits, gone in zip(hits, evictions, strict=True)
     ]
 
 
@@ -157,3 +184,69 @@ class _EwmaScores(TablePolicy):
 
     def scores(self) -> FloatArray:
         return self.score
+
+
+class _LeastStaleScores(TablePolicy):
+    """LeastStalePolicy's order in caches of one layer: arrivals differ from size to size, passes do not."""
+
+    name = "least_stale"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrival: FloatArray = np.zeros((0, 0, 0))  # (S, L, E): when an expert came, in order
+
+    def come(self, rows: Ids, ids: Ids, is_new: NDArray[np.bool_]) -> None:
+        """Note who came with this token: (L, 1), (L, K), (S, L, K)."""
+        if not self._arrival.size:
+            self._arrival = np.zeros((len(is_new), *self._resident.shape))
+        num_experts = self._resident.shape[1]
+        arrived = self.pass_count * num_experts + ids  # a token's come in ascending order
+        self._arrival[:, rows, ids] = np.where(is_new, arrived, self._arrival[:, rows, ids])
+
+    def observe(self, row: Any, expert_ids: Any, weights: Weights) -> None:
+        self._current = (row, expert_ids)
+
+    def scores(self) -> FloatArray:
+        scores = self._arrival.copy()
+        row, expert_ids = self._current
+        scores[:, row, expert_ids] += (self.pass_count + 1) * self._resident.shape[1]  # not stale: last
+        return scores
+
+
+class _MoeInfinityScores(TablePolicy):
+    """MoeInfinityPolicy in pools of one layer: every layer matches its own stretches."""
+
+    name = "moe_infinity"
+    fields: ClassVar[dict[str, float]] = {"counts": 0.0, "predicted": 0.0}
+    counts: FloatArray
+    predicted: FloatArray
+
+    def __init__(self, policy: MoeInfinityPolicy) -> None:
+        super().__init__()
+        self._policy = policy
+        self._collection: list[FloatArray] = []
+        self._stretch_start = self._matched_at = 1
+
+    def observe(self, row: Any, expert_ids: Any, weights: Weights) -> None:
+        if self.pass_count - self._stretch_start >= self._policy.stretch_passes:
+            self._collection = [*self._collection, self.counts.copy()][-self._policy.collection_size :]
+            self.counts[:] = 0.0
+            self._stretch_start = self.pass_count
+        if self.pass_count - self._matched_at >= self._policy.match_passes:
+            self._matched_at = self.pass_count
+            self._match()
+        self.counts[row, expert_ids] += 1.0
+
+    def _match(self) -> None:
+        if not self._collection or not self.counts.any():
+            return
+        stack = np.stack(self._collection)  # (stretches, L, E)
+        lengths = np.linalg.norm(stack, axis=2) * np.linalg.norm(self.counts, axis=1)
+        cosines = (stack * self.counts).sum(axis=2) / np.maximum(lengths, 1e-12)
+        self.predicted[:] = stack[cosines.argmax(axis=0), np.arange(stack.shape[1])]
+
+    def scores(self) -> FloatArray:
+        share = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1.0)
+        predicted = self.predicted / np.maximum(self.predicted.sum(axis=1, keepdims=True), 1.0)
+        priorities: FloatArray = (predicted + 1e-6) * (share + 1e-6)
+        return priorities

@@ -13,7 +13,7 @@ from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 import moe_offload
 from moe_offload.config import PoolPlan
 from moe_offload.errors import CheckpointError
-from moe_offload.planning.eviction import ORACLES, POLICIES, make_policy
+from moe_offload.planning.eviction import ORACLES, POLICIES, LruPolicy, make_policy
 from moe_offload.replay import events, foresee, layer_pools, replay
 from moe_offload.replay_layers import replay_layers, scorer_of
 from moe_offload.residency.expert_cache import ExpertCache
@@ -24,7 +24,6 @@ from moe_offload.trace import make_trace
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 7, 2
 COUNTERS = ("hits", "misses", "demand_bytes", "stream_bytes", "evictions")
 ALL_POLICIES = [*POLICIES, *ORACLES]
-LOOK_AT_RESIDENTS = {"arc", "fate", "least_stale", "moe_infinity"}
 
 
 def random_trace(seed, step_tokens, *, with_weights=True, num_experts=NUM_EXPERTS):
@@ -106,7 +105,7 @@ def test_a_replay_counts_what_the_cache_counts(policy_name, seed, step_tokens, s
     assert counters(replayed) == counters(run_through_the_cache(trace, layouts, pools, policy_name))
 
 
-@pytest.mark.parametrize("policy_name", sorted(set(ALL_POLICIES) - LOOK_AT_RESIDENTS))
+@pytest.mark.parametrize("policy_name", ALL_POLICIES)
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), with_weights=st.booleans(), num_experts=st.sampled_from([7, 40]))
 def test_all_layers_at_once_count_as_one_after_the_other(policy_name, seed, with_weights, num_experts):
@@ -122,9 +121,22 @@ def test_all_layers_at_once_count_as_one_after_the_other(policy_name, seed, with
         assert counters(stats) == counters(plain), size
 
 
-@pytest.mark.parametrize("policy_name", sorted(LOOK_AT_RESIDENTS))
-def test_a_policy_that_looks_at_residents_is_left_to_the_plain_engine(policy_name):
-    assert scorer_of(make_policy(policy_name), random_trace(0, [1])) is None
+def test_all_layers_at_once_match_stretches_as_one_after_the_other():
+    """Long enough for moe_infinity to have stretches to match."""
+    trace = random_trace(3, [1] * 400, num_experts=12)
+    name, expert_bytes = "moe_infinity", dict.fromkeys(trace.layers, 1)
+    quick = replay_layers(trace, scorer_of(make_policy(name), trace), [3, 6], expert_bytes)
+    for size, stats in zip([3, 6], quick, strict=True):
+        pools = layer_pools(trace, size, shared=False)
+        assert counters(stats) == counters(replay(trace, pools, lambda: make_policy(name), expert_bytes))
+
+
+class TheirOwn(LruPolicy):
+    """A policy that only its own methods know."""
+
+
+def test_a_policy_that_nothing_is_known_of_is_left_to_the_plain_engine():
+    assert scorer_of(TheirOwn(), random_trace(0, [1])) is None
 
 
 def brute_force_hits(choices, size):

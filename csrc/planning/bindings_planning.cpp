@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "planning/arc_replay.h"
 #include "planning/gate_chances.h"
 #include "planning/horizon.h"
 
@@ -164,12 +165,39 @@ Floats gate_chances(uintptr_t hidden, const Floats& weight, const std::optional<
     return out;
 }
 
+// experts: (T, L, K) uint16; returns hits (S, L) and evictions (S).
+py::tuple arc_replay(const py::array_t<uint16_t, py::array::c_style>& experts, int64_t num_experts,
+                     const std::vector<int64_t>& sizes) {
+    if (experts.ndim() != 3) throw py::value_error("arc_replay: experts (T, L, K) wanted");
+    const int64_t tokens = experts.shape(0), layers = experts.shape(1), top_k = experts.shape(2);
+    const uint16_t* ids = experts.data();
+    for (int64_t i = 0; i < experts.size(); ++i) {
+        const bool ascends = i % top_k == 0 || ids[i - 1] < ids[i];
+        if (!ascends || ids[i] >= num_experts) {
+            throw py::value_error("arc_replay: a token's ids must ascend and be below num_experts");
+        }
+    }
+    if (sizes.empty() || *std::min_element(sizes.begin(), sizes.end()) < 1) {
+        throw py::value_error("arc_replay: sizes of at least one expert wanted");
+    }
+    moe::ArcCounts counts;
+    {
+        py::gil_scoped_release release;
+        counts = moe::arc_replay(ids, tokens, layers, top_k, num_experts, sizes);
+    }
+    py::array_t<int64_t> hits({static_cast<int64_t>(sizes.size()), layers});
+    std::copy(counts.hits.begin(), counts.hits.end(), hits.mutable_data());
+    return py::make_tuple(hits, counts.evictions);
+}
+
 }  // namespace
 
 void register_planning(py::module_& m) {
     m.def("gate_chances", &gate_chances, py::arg("hidden"), py::arg("weight").noconvert(), py::arg("bias"),
           py::arg("top_k"), py::arg("slope"), py::arg("offset"),
           "Probabilities (E) that a router chooses each expert for one token.");
+    m.def("arc_replay", &arc_replay, py::arg("experts").noconvert(), py::arg("num_experts"), py::arg("sizes"),
+          "Hits (S, L) and evictions (S) of a decode trace in caches of one layer each, under ARC.");
     py::class_<HorizonForecast, std::shared_ptr<HorizonForecast>>(m, "HorizonForecast")
         .def(py::init(&make_horizon_forecast), py::arg("own"), py::arg("rates"), py::arg("before"),
              py::arg("constant"))
