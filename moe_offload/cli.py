@@ -143,22 +143,33 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     group.add_argument(
         "--policy",
-        default="horizon",
         metavar="NAME",
-        help="eviction policy: horizon (default), ewma, lru, ...: docs/POLICIES.md",
+        help="eviction policy: horizon (default, unless tuned), ewma, lru, ...: docs/POLICIES.md",
     )
     group.add_argument(
         "--predictor",
-        default="auto",
         metavar="NAME",
         help="what guesses the next experts: auto (a fit of this checkpoint, or else cross_layer_gate), ...: "
         "docs/PREDICTORS.md",
     )
-    group.add_argument("--no-prefetch", action="store_true", help="read experts only when they are needed")
+    group.add_argument(
+        "--prefetch",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="read experts before they are needed, or not; default: yes, unless tuned",
+    )
+    group.add_argument(
+        "--profile",
+        default="auto",
+        metavar="NAME|FILE|none",
+        help="this machine's figures and settings; auto: what tune kept, or a first look of a second or two",
+    )
     group.add_argument(
         "--no-warm-start", action="store_true", help="forget what earlier runs used, and keep nothing"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads; default: cores that may be used")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="default: cores that may be used, unless tuned"
+    )
     group.add_argument("--stats", action="store_true", help="print all counters to stderr at the end")
     lossy = parser.add_argument_group("fewer bits (this changes the tokens)")
     lossy.add_argument(

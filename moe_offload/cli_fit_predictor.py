@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     fitted, held_out = fit_recording.split_documents(documents, HELD_OUT_SHARE, args.seed)
     checkpoint = open_checkpoint(args.model or DEMO_MODEL)
     output = args.output or fit_path(checkpoint)
-    args.no_prefetch, args.no_warm_start, args.context = True, True, fit_recording.WINDOW_TOKENS
+    args.prefetch, args.no_warm_start, args.context = False, True, fit_recording.WINDOW_TOKENS
     tokenizer = cli_session.load_tokenizer(args)
     with cli_session.loaded_model(args, tokenizer) as loaded:
         model = loaded.model

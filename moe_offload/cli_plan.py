@@ -26,6 +26,7 @@ from moe_offload.errors import BudgetError
 from moe_offload.header_costs import bytes_per_token, dense_weights, fixed_costs, place, resolve_context
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
+from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import (
     MachineSpeed,
     Speed,
@@ -37,7 +38,6 @@ from moe_offload.residency.memory import auto_ram_bytes
 from moe_offload.storage.checkpoint import Checkpoint
 
 SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a browser
-SUSTAINED_SHARE = 0.75  # of a data sheet's bandwidth that reads reach; a measured figure counts whole
 STEPS_BYTES = (GIB, 2 * GIB, 4 * GIB, 8 * GIB)
 GAIN_WORTH_TELLING = 1.05
 
@@ -136,21 +136,6 @@ def _planner(path: Path, profile: DeviceProfile | None, args: argparse.Namespace
     from moe_offload.measure import measure_machine  # imports torch
 
     return Planner(checkpoint, measure_machine(checkpoint), context_tokens)
-
-
-def profile_speed(profile: DeviceProfile) -> MachineSpeed:
-    """Return what a profile's machine gives; data-sheet bandwidths count for three quarters."""
-
-    def sustained(section: str, name: str) -> float:
-        figure = profile.figures[section][name]
-        return figure.value * (SUSTAINED_SHARE if figure.source == "datasheet" else 1.0)
-
-    throughput = profile.figures["cpu"].get("int8_throughput")
-    return MachineSpeed(
-        ram_bytes_per_s=sustained("ram", "read_bandwidth"),
-        disk_bytes_per_s=sustained("disk", "read_bandwidth"),
-        macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
-    )
 
 
 def _ram_bytes(asked: str, profile: DeviceProfile | None) -> int:

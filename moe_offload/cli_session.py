@@ -75,9 +75,10 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             context=args.context,
             policy=args.policy,
             predictor=args.predictor,
-            prefetch=not args.no_prefetch,
+            prefetch=args.prefetch,
             warm_start=not args.no_warm_start,
             num_threads=args.threads,
+            profile=args.profile,
             allow_dense=args.allow_dense,
             quant=args.quant,
             kv=args.kv,
@@ -86,7 +87,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
         )
     try:
         plan = model.offload.plan
-        warning = cold_cache_warning(plan, model.offload.spec, args.policy)
+        warning = cold_cache_warning(plan, model.offload.spec, model.offload.policy)
         if warning:
             print(f"moe-offload: note: {warning}", file=sys.stderr)
         yield Loaded(path, model, tokenizer, time.perf_counter() - started)
@@ -137,7 +138,11 @@ def report(args: argparse.Namespace, result: GenerationResult, offload: Any) -> 
     stats = result.stats
     if args.stats:
         now = offload.stats(belady=True)
-        for name, value in [*now.as_dict().items(), ("prefetch_state", now.prefetch_state)]:
+        for name, value in [
+            *now.as_dict().items(),
+            ("prefetch_state", now.prefetch_state),
+            ("profile", now.profile),
+        ]:
             print(
                 f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}",
                 file=sys.stderr,

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     with Progress("asking Belady", sys.stderr):
         most = belady_hit_rate(trace, pools, expert_bytes)
     print(
-        f"hit rate {trace.metadata['stats']['hit_rate']:.4f} (policy {args.policy}); with the same slots and "
-        f"no prefetch at most {most:.4f} (Belady)"
+        f"hit rate {trace.metadata['stats']['hit_rate']:.4f} (policy {trace.metadata['policy']}); "
+        f"with the same slots and no prefetch at most {most:.4f} (Belady)"
     )
     return 0
 

@@ -106,6 +106,7 @@ class RuntimeConfig:
     policy: str = "horizon"
     predictor: str = "auto"
     prefetch: bool = True
+    prefetch_depth: int | None = None  # layers ahead; None: the predictor's own
     num_threads: int | None = None
     allow_dense: bool = False
     warm_start: bool = True

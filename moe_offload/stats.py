@@ -35,6 +35,7 @@ class OffloadStats:
     window_hit_rate: float | None = None  # residents alone, over the last events that are kept
     belady_hit_rate: float | None = None  # what no eviction policy could exceed there, without prefetch
     prefetch_state: str = ""  # what the prefetcher does, and why
+    profile: str = ""  # which figures and settings of the machine are in use
     peak_bytes: int = 0
     ram_bytes: int = 0
 

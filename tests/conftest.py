@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from moe_offload import profile_store
+from moe_offload.planning.roofline import MachineSpeed
 from moe_offload.residency import warm_start
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch
@@ -18,6 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports t
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moe_offload_tests_")
 
 warm_start.enabled = False
+
+# No test waits for a first look at the machine; test_machine_profile.py asks for it.
+profile_store.keep(profile_store.quick_profile(MachineSpeed(20e9, 1e9, 1e11), num_threads=2), None)
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=5_000)  # make fuzz

@@ -28,6 +28,7 @@ READING_ORDER = [
     ("residency",),
     ("replay", "replay_layers"),
     ("header_costs",),
+    ("profile_store",),
     ("ops",),
     ("measure", "expert_bench", "measure_tiers"),
     ("predictors",),
@@ -62,6 +63,7 @@ WITHOUT_TORCH = {
     "storage",
     "residency",
     "header_costs",
+    "profile_store",
     "replay",
     "replay_layers",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -91,5 +92,7 @@ def test_quotas_are_seen(tmp_path: Path, files: dict[str, str], quota: float, li
 def test_a_machine_keeps_its_name_and_another_has_another(tmp_path: Path) -> None:
     one = machine(tmp_path / "one", {"proc/cpuinfo": "model name\t: Fast 9000"})
     two = machine(tmp_path / "two", {"proc/cpuinfo": "model name\t: Slow 1"})
-    assert machine_key(4, one) == machine_key(4, one) != machine_key(2, one)
-    assert machine_key(4, one) != machine_key(4, two)
+    name = machine_key(one)
+    assert machine_key(one) == name != machine_key(two)
+    quota = {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "100000 100000"}
+    assert machine_key(machine(tmp_path / "one", quota)) != name or os.cpu_count() == 1

@@ -103,10 +103,13 @@ def test_a_correction_starts_at_what_was_expected_and_follows_what_is_measured()
     assert running.get("disk") == pytest.approx(50.0) and running.factor("disk") == pytest.approx(0.5)
     assert running.corrected("disk", 10.0) == pytest.approx(5.0) and running.corrected("layer", 3.0) == 3.0
     assert running.measure("layer", 7.0) == 7.0
-    assert running.measured() == {
-        "disk": (pytest.approx(50.0), 100.0, 200),
-        "layer": (7.0, None, 1),
+    assert running.as_dict()["disk"] == {
+        "expected": 100.0,
+        "estimate": pytest.approx(50.0),
+        "measurements": 200,
     }
+    running.note("layer", 9.0)
+    assert running.as_dict()["layer"] == {"expected": None, "estimate": 9.0, "measurements": 2}
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=20))

@@ -38,6 +38,12 @@ class RunningCorrection:
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._now[name]
 
+    def note(self, name: str, estimate: float) -> None:
+        """Take an estimate that the caller has smoothed itself."""
+        if _is_usable(estimate):
+            self._now[name] = estimate
+            self._counts[name] = self._counts.get(name, 0) + 1
+
     def get(self, name: str, otherwise: float = math.inf) -> float:
         """Return the estimate now; ``otherwise`` where nothing was expected or measured."""
         return self._now.get(name, otherwise)
@@ -51,9 +57,16 @@ class RunningCorrection:
         """Return a figure of the cost model, scaled as the measured ones of its kind were."""
         return modelled * self.factor(name)
 
-    def measured(self) -> dict[str, tuple[float, float | None, int]]:
-        """Return (estimate, expectation, measurements) of every name that was measured."""
-        return {name: (self._now[name], self._expected.get(name), n) for name, n in self._counts.items()}
+    def as_dict(self) -> dict[str, dict[str, float | int | None]]:
+        """Return of every name what is expected and estimated, and from how many measurements, for JSON."""
+        return {
+            name: {
+                "expected": self._expected.get(name),
+                "estimate": now,
+                "measurements": self._counts.get(name, 0),
+            }
+            for name, now in self._now.items()
+        }
 
 
 def _is_usable(value: float) -> bool:

@@ -363,6 +363,26 @@ class ExpertCache:
                 pool.policy = self._policy_factory()
             raise
 
+    def use_policy(
+        self,
+        policy_factory: Callable[[], EvictionPolicy],
+        states: Sequence[Mapping[str, NDArray[Any]]] = (),
+    ) -> None:
+        """Go on with other policies, between steps; the residents stay, and the new policies learn of them.
+
+        Args:
+            states: what earlier policies of the kind had learned (``policy_states``).
+        """
+        assert self._open is None, "a policy is changed between steps"
+        self._policy_factory = policy_factory
+        for number, pool in enumerate(self._pools):
+            policy = policy_factory()
+            if number < len(states) and states[number]:
+                policy.restore(states[number])  # type: ignore[attr-defined]
+            for key in pool.residents:
+                policy.on_insert(key)
+            pool.policy = policy
+
     # Memory.
 
     @property

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_offload import _native
 from moe_offload.config import GIB
 from moe_offload.residency.memory import ROOT, UNLIMITED_BYTES, cgroup_limits, system_memory
 
 POWER = Path("sys/class/power_supply")
 THERMAL = Path("sys/class/thermal")
 CPUS = Path("sys/devices/system/cpu")
+SWITCHES = ("MOE_OFFLOAD_IO", "MOE_OFFLOAD_ISA")
 HOTTEST_CELSIUS = 150.0  # a sensor that says more is not one
 
 
@@ -69,14 +71,16 @@ def machine_state(root: Path = ROOT) -> MachineState:
     )
 
 
-def machine_key(usable_cores: int, root: Path = ROOT) -> str:
+def machine_key(root: Path = ROOT) -> str:
     """Return a short name of the machine for files: its processor, cores and memory; not its host name.
 
-    Args:
-        usable_cores: of this process; a container with another share of the machine is another machine.
+    Cores are those that the process may use: a container with another share of the machine is another one,
+    and so is the machine under a switch that makes it slower.
     """
     total_bytes, _ = system_memory(root)
-    facts = (cpu_name(root), os.cpu_count(), usable_cores, round(total_bytes / GIB))
+    cores = os.cpu_count(), _native.usable_cores(str(root))
+    switches = [os.environ.get(name, "") for name in SWITCHES]
+    facts = (cpu_name(root), cores, round(total_bytes / GIB), *switches)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Forecast, Predictor
 from moe_offload.planning.prefetch_plan import (
@@ -50,6 +51,8 @@ class Prefetcher:
     Args:
         link: of the reader; None: guesses are admitted by probability alone.
         switch: None: always on.
+        speeds: what to expect of the link ("disk_bytes_per_s") and of a layer ("layer_s") until they are
+            measured, and where the measurements go.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Prefetcher:
         enabled: bool = True,
         link: LinkCounters | None = None,
         switch: GainSwitch | None = None,
+        speeds: RunningCorrection | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._cache, self._predictor = cache, predictor
@@ -70,8 +74,9 @@ class Prefetcher:
         self._steps_without_need = 0
         self._needs_seen = -1
         self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
-        self._window_s = math.inf  # a layer's compute time
-        self._bytes_per_s = math.inf
+        self._speeds = speeds or RunningCorrection()
+        self._window_s = self._speeds.get("layer_s")  # a layer's compute time; inf: not known
+        self._bytes_per_s = self._speeds.get("disk_bytes_per_s")
         self._read_s = math.inf  # an expert's read, as they come
         self._link_seen = (0, 0.0)
         self._steps = 0
@@ -85,6 +90,11 @@ class Prefetcher:
     def is_on(self) -> bool:
         """Whether the next step prefetches: enabled, and not switched off by what was measured."""
         return self.enabled and (self.switch is None or self.switch.is_on)
+
+    @property
+    def link(self) -> LinkCounters | None:
+        """The counters of the reader that guesses are read by."""
+        return self._link
 
     def describe(self) -> str:
         """Return in a few words what it does and why, for stats."""
@@ -107,7 +117,7 @@ class Prefetcher:
         """Go on with another predictor and its state: benchmarks compare several on one model."""
         self._predictor, self.enabled = predictor, predictor is not None
         self.switch, self.threshold = switch, threshold or Threshold()
-        self._link, self._bytes_per_s = link, math.inf
+        self._link, self._bytes_per_s = link, self._speeds.get("disk_bytes_per_s")
         self._set_depth_limit()
 
     def begin_step(self, token_ids: NDArray[np.int64] | None) -> None:
@@ -220,6 +230,7 @@ class Prefetcher:
             window_s = max(1e-6, now - self._last_look[0] - (stall_s - self._last_look[1]))
             known = self._window_s < math.inf
             self._window_s = self._window_s + SMOOTHING * (window_s - self._window_s) if known else window_s
+            self._speeds.note("layer_s", self._window_s)
         self._last_look = (now, stall_s)
         self._steps += 1
         if self._link is not None and self._steps % MEASURE_EVERY_STEPS == 0:
@@ -234,6 +245,7 @@ class Prefetcher:
         speed = new_bytes / new_s
         best = self._bytes_per_s * BEST_SPEED_KEPT
         self._bytes_per_s = speed if best == math.inf else max(speed, best)
+        self._speeds.note("disk_bytes_per_s", self._bytes_per_s)
         stats = self._cache.stats
         self._read_s = read_s = self._cache.largest_expert_bytes / speed
         self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, SUBMIT_S))

@@ -32,10 +32,11 @@ from moe_offload.planning.cost_model import state_tokens
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Predictor
+from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.runtime import quantized, skeleton
+from moe_offload.runtime import machine_profile, quantized, skeleton
 from moe_offload.runtime.arguments import loading_info, read_arguments
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
 from moe_offload.runtime.footprint import release_weights, trim_heap
@@ -67,10 +68,11 @@ def from_pretrained(
     ram: str | int = "auto",
     experts: str | int | None = None,
     context: int | None = None,
-    policy: str = "horizon",
-    predictor: str = "auto",
-    prefetch: bool = True,
+    policy: str | None = None,
+    predictor: str | None = None,
+    prefetch: bool | None = None,
     num_threads: int | None = None,
+    profile: str | Path | None = "auto",
     allow_dense: bool = False,
     warm_start: bool = True,
     quant: str | None = None,
@@ -88,11 +90,14 @@ def from_pretrained(
             its cgroup have free; it prints what it took to stderr.
         experts: cap on experts in memory: "25%", a number, or "all".
         context: tokens of key/value cache, over the whole batch; default 4096 or the model's maximum.
-        policy: eviction policy by name or import path.
+        policy: eviction policy by name or import path; default what was tuned, else "horizon".
         predictor: what guesses the next layers' experts: "auto" is the fit of this checkpoint where
             `moe-offload fit-predictor` made one, else "cross_layer_gate"; others: docs/PREDICTORS.md.
-        prefetch: read predicted experts early; changes time, never tokens.
-        num_threads: native threads; default from affinity, cgroup quota and cores.
+        prefetch: read predicted experts early; changes time, never tokens; default what was tuned, else True.
+        num_threads: native threads; default what was tuned, else from affinity, cgroup quota and cores.
+        profile: figures of this machine, and settings for what is not given here: "auto" is what
+            `moe-offload tune` kept for the checkpoint, or for the machine; where there is nothing, the
+            machine is measured (at most two seconds, once). Or a profile's name or file, or "none".
         allow_dense: load a model without experts wholly into memory.
         warm_start: begin with what earlier runs of the checkpoint used most, and keep what this one uses,
             in a small file below XDG_CACHE_HOME (~/.cache); changes time, never tokens.
@@ -122,9 +127,9 @@ def from_pretrained(
         ram_bytes=None if ram == "auto" else parse_bytes(ram),
         experts=experts,
         context_tokens=context,
-        policy=policy,
-        predictor=predictor,
-        prefetch=prefetch,
+        policy="horizon" if policy is None else policy,
+        predictor="auto" if predictor is None else predictor,
+        prefetch=prefetch is not False,
         num_threads=num_threads,
         allow_dense=allow_dense,
         warm_start=warm_start,
@@ -135,8 +140,12 @@ def from_pretrained(
     for note in checkpoint.notes:
         _say(note)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
+    found = machine_profile.find_profile(profile, checkpoint)
+    chosen = {"policy": policy, "predictor": predictor, "prefetch": prefetch, "num_threads": num_threads}
+    given = [name for name, value in chosen.items() if value is not None]
+    config = machine_profile.with_settings(config, found, given)
     make_policy(config.policy)  # a wrong name is an error before anything is read
-    choice = choose_predictor(predictor if prefetch else "none", checkpoint)
+    choice = choose_predictor(config.predictor if config.prefetch else "none", checkpoint)
     if config.num_threads is not None:
         ops.set_num_threads(config.num_threads)
     _warm_up(compute_dtype)
@@ -147,7 +156,8 @@ def from_pretrained(
     plan = _plan(model, checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
-    model = _load(model, checkpoint, config, plan, choice, progress)
+    found = machine_profile.choose(found, profile, checkpoint, plan, _say)
+    model = _load(model, checkpoint, config, plan, choice, progress, found)
     if arguments.generation_config is not None:
         model.generation_config = copy.deepcopy(arguments.generation_config)
         model.generation_config.disable_compile = True
@@ -226,6 +236,7 @@ def _load(
     plan: PlacementPlan,
     choice: PredictorChoice,
     progress: Callable[[int, int], None] | None,
+    found: ProfileInUse | None,
 ) -> PreTrainedModel:
     reader = open_reader()
     arena = Arena(max(plan.expert_bytes, 4096))
@@ -243,7 +254,7 @@ def _load(
             stats,
             top_k=checkpoint.spec.top_k,
         )
-        _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena)
+        _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena, found)
         if config.warm_start:
             start_warm(model.offload, cache, checkpoint, config.policy)
     except BaseException:
@@ -263,6 +274,7 @@ def _attach(
     stats: OffloadStats,
     store: ExpertStore,
     arena: Arena,
+    found: ProfileInUse | None,
 ) -> None:
     """Give the model its class, every experts module its executor, and the handle its resources."""
 
@@ -289,11 +301,14 @@ def _attach(
         checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv
     )
     modules = skeleton.experts_modules(model)
+    handle.policy = config.policy
+    handle.profile, handle.speeds = found, machine_profile.expectations(found, checkpoint)
     prefetcher = Prefetcher(
         cache,
-        _make_predictor(choice, model, sorted(modules)),
+        _make_predictor(choice, model, sorted(modules), config.prefetch_depth),
         link=partial(_link_counters, store.reader),
         switch=GainSwitch(),
+        speeds=handle.speeds,
     )
     handle.prefetcher = prefetcher
     executors: dict[int, ExpertExecutor] = {}
@@ -327,10 +342,12 @@ def _link_counters(reader: DirectReader) -> tuple[int, float]:
     return int(counters["bytes_read"]), counters["busy_seconds"]
 
 
-def _make_predictor(choice: PredictorChoice, model: PreTrainedModel, layers: list[int]) -> Predictor | None:
+def _make_predictor(
+    choice: PredictorChoice, model: PreTrainedModel, layers: list[int], depth: int | None
+) -> Predictor | None:
     """Return the predictor; the default goes without where a family's routers cannot be asked."""
     try:
-        return make_predictor(choice, model, layers)
+        return make_predictor(choice, model, layers, depth=depth)
     except CheckpointError as error:
         print(f"moe-offload: nothing is read ahead: {error}", file=sys.stderr)
         return None

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
 from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.planning.correction import RunningCorrection
+from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
@@ -43,6 +45,7 @@ class OffloadHandle:
         plan: where the budget went.
         spec: the checkpoint's shape.
         on_prefill: called with (tokens done, tokens in all) while a prompt runs.
+        profile: of the machine, and how it was found.
     """
 
     def __init__(
@@ -74,6 +77,9 @@ class OffloadHandle:
         self.prefetcher: Prefetcher | None = None
         self.before_close: Callable[[], None] | None = None  # keeps what the run has learned
         self.started_warm = False
+        self.policy = ""  # of eviction, by name
+        self.profile: ProfileInUse | None = None
+        self.speeds = RunningCorrection()  # what is expected of disk and layers, and what was measured since
         live_handles.add(self)
 
     @property
@@ -96,6 +102,7 @@ class OffloadHandle:
         self._stats.peak_bytes = peak_bytes()
         if self.prefetcher is not None:
             self._stats.prefetch_state = self.prefetcher.describe()
+        self._stats.profile = "none" if self.profile is None else self.profile.describe()
         if belady and self.cache is not None:
             rates = belady_window(self.cache, self.plan.pools, self.spec.num_experts)
             self._stats.window_hit_rate, self._stats.belady_hit_rate = rates
@@ -106,6 +113,8 @@ class OffloadHandle:
         return {
             **choices,
             "warm_start": self.started_warm,
+            "profile": "none" if self.profile is None else self.profile.describe(),
+            "speeds": self.speeds.as_dict(),
             "plan": asdict(self.plan),
             "stats": self.stats().as_dict(),
         }

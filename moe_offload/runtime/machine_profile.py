@@ -1,0 +1,102 @@
+"""Which profile a model is loaded with, and what of it counts: figures, and settings nobody gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+from moe_offload import ops, profile_store
+from moe_offload.config import MIB, PlacementPlan, RuntimeConfig
+from moe_offload.device import load_profile
+from moe_offload.errors import CheckpointError
+from moe_offload.header_costs import bytes_per_token
+from moe_offload.measure import WEIGHTS_BYTES, measure_machine
+from moe_offload.planning.correction import RunningCorrection
+from moe_offload.planning.profile_speed import profile_speed
+from moe_offload.profile_store import GIVEN, MEASURED_NOW, TUNED_MACHINE, TUNED_MODEL, ProfileInUse
+from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.storage.checkpoint_key import checkpoint_key
+
+DISK, LAYER = "disk_bytes_per_s", "layer_s"  # names in a RunningCorrection
+LEAST_WEIGHTS_BYTES = 4 * MIB
+SETTINGS = ("num_threads", "policy", "predictor", "prefetch", "prefetch_depth")
+
+
+def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInUse | None:
+    """Return the profile to load with; None: there is none yet, or none is wanted.
+
+    Args:
+        asked: "auto": what was kept for the checkpoint, or else for the machine; "none"; or a name or file.
+
+    Raises:
+        ConfigError: no such profile, or it is damaged.
+    """
+    if str(asked) == "none" or not checkpoint.experts.layouts:
+        return None
+    if str(asked) == "auto":
+        return profile_store.stored_profile(checkpoint_key(checkpoint))
+    assert asked is not None, "an argument that was not given is 'auto'"
+    return ProfileInUse(load_profile(asked), GIVEN, Path(asked))
+
+
+def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Collection[str]) -> RuntimeConfig:
+    """Return ``config`` with what was tuned in place of defaults; what the caller gave stays.
+
+    Args:
+        given: names of the arguments that the caller chose.
+    """
+    if found is None:
+        return config
+    tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
+    if "predictor" in given or "prefetch" in given:  # one question in three parts
+        tuned = {name: value for name, value in tuned.items() if name in ("num_threads", "policy")}
+    return replace(config, **{name: value for name, value in tuned.items() if name not in given})
+
+
+def measure_once(checkpoint: Checkpoint, plan: PlacementPlan, say: Callable[[str], None]) -> ProfileInUse:
+    """Look at the machine for the first time and keep what was seen.
+
+    Takes only memory that the plan has for what is not loaded yet, so that the budget holds here, too.
+    """
+    room_bytes = (plan.total_bytes - plan.base_bytes) // 2
+    weights_bytes = max(LEAST_WEIGHTS_BYTES, min(WEIGHTS_BYTES, room_bytes))
+    profile = profile_store.quick_profile(measure_machine(checkpoint, weights_bytes), ops.num_threads())
+    found = ProfileInUse(profile, MEASURED_NOW, profile_store.keep(profile, None))
+    speed = profile_speed(profile)
+    say(
+        f"first load on this machine: weights from RAM at {speed.ram_bytes_per_s / 1e9:.1f} GB/s, experts "
+        f"from disk at {speed.disk_bytes_per_s / 1e9:.2f} GB/s; `moe-offload tune` finds the best settings"
+    )
+    return found
+
+
+def choose(
+    found: ProfileInUse | None,
+    asked: str | Path | None,
+    checkpoint: Checkpoint,
+    plan: PlacementPlan,
+    say: Callable[[str], None],
+) -> ProfileInUse | None:
+    """Return ``found``, or what a first look at the machine gives where that is wanted; say which."""
+    if found is not None:
+        if found.kind in (TUNED_MODEL, TUNED_MACHINE, GIVEN):
+            say(f"profile: {found.describe()}")
+        return found
+    if str(asked) != "auto" or not plan.pools:
+        return None
+    try:
+        return measure_once(checkpoint, plan, say)
+    except CheckpointError:
+        return None  # what cannot be read now cannot be loaded either: loading says so, with the tensor
+
+
+def expectations(found: ProfileInUse | None, checkpoint: Checkpoint) -> RunningCorrection:
+    """Return what the run expects of disk and layers, for its measurements to correct."""
+    if found is None:
+        return RunningCorrection()
+    layers = max(1, checkpoint.spec.num_hidden_layers)
+    speed = profile_speed(found.profile, layers)
+    token_s = bytes_per_token(checkpoint, 0).total_bytes / speed.ram_bytes_per_s + speed.token_overhead_s
+    disk = found.profile.get("disk", "read_bandwidth_busy") or speed.disk_bytes_per_s
+    return RunningCorrection({DISK: disk, LAYER: token_s / layers})
