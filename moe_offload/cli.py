@@ -92,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(fit)
     plan = commands.add_parser("plan", help="foretell memory and speed from headers", description=_PLAN)
     _add_plan(plan)
+    tune = commands.add_parser("tune", help="measure this machine and choose settings", description=_TUNE)
+    _add_path(tune)
+    _add_tune(tune)
     info = commands.add_parser("info", help="show this machine and what is used of it", description=_INFO)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -116,6 +119,11 @@ paste it into a bug report."""
 
 _PLAN = """Say for each model whether it fits, the hit rate and tokens per second to expect, which wall binds
 and what would change it. Reads headers; the speed is modelled from what this machine, or a profile, gives."""
+
+
+_TUNE = """Measure memory, disk and kernels for a model, alone and at once; let a cost model rank settings;
+verify the best and its neighbours against the plain defaults in real runs. What was faster beyond noise, or
+the defaults, is kept for this machine and model and used from then on; it changes the time, never a token."""
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +226,20 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     _add_kv(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed by budget; needs matplotlib")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="half a minute instead of two and a half")
+    parser.add_argument("--seconds", type=float, metavar="S", help="end after about S seconds")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="PROFILE.toml", help="write the profile there, too"
+    )
+    parser.add_argument(
+        "--ram", default="auto", metavar="SIZE", help="the budget to choose for: 2GiB, 500MB, auto"
+    )
+    parser.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -130,6 +130,7 @@ NOTES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "verdict": str,
         "speedup": (int, float),
         "speedup_low": (int, float),
+        "speedup_high": (int, float),
         "rounds": int,
         "tokens": int,
         "seconds": (int, float),

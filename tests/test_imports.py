@@ -33,6 +33,9 @@ READING_ORDER = [
     ("measure", "expert_bench", "measure_tiers"),
     ("predictors",),
     ("runtime",),
+    ("tune_tiers",),
+    ("tune",),
+    ("tune_profile",),
     (
         "terminal",
         "plan_plot",
@@ -45,6 +48,7 @@ READING_ORDER = [
         "cli_plan",
         "cli_session",
         "cli_trace",
+        "cli_tune",
         "__main__",
     ),
 ]

@@ -41,7 +41,8 @@ class Choice:
     def describe(self) -> str:
         """Return it in a few words."""
         ahead = f"{self.predictor} {self.prefetch_depth} ahead" if self.prefetch else "no prefetch"
-        return f"{self.num_threads} threads, {self.policy}, {ahead}"
+        threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
+        return f"{threads}, {self.policy}, {ahead}"
 
 
 @dataclass(frozen=True)

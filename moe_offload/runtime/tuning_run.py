@@ -1,0 +1,217 @@
+"""One loaded model, the same tokens again and again, under one choice of settings after the other.
+
+The text is the model's own: it begins with its first token and samples with a fixed seed, so that no
+tokenizer and no file is needed. Whatever the settings, the tokens are forced to be the same, which makes
+the runs comparable token by token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_offload import ops
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.prediction import Predictor
+from moe_offload.planning.prefetch_plan import Threshold
+from moe_offload.planning.time_budget import Clock, TimeBudget
+from moe_offload.planning.tuning import Choice, Predictability
+from moe_offload.predictors.evaluate import evaluate
+from moe_offload.predictors.fit import Recording
+from moe_offload.runtime import skeleton
+from moe_offload.runtime.predictor_choice import GATE_DEPTH, choose_predictor, make_predictor
+from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.trace import RoutingTrace
+
+SEED = 0
+MOST_TOKENS, LEAST_TOKENS = 256, 16
+MOST_RECORDED = 128  # tokens whose routing is kept
+WARM_SHARE = 0.25  # of a run's tokens, the first ones: they find what the run before left behind
+MOST_DEPTH = 2
+HISTORIES = ("previous_token", "frequency")  # predictors of every model, beside "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What the model wrote, (1, T) int64, and the seconds of its T - 1 steps."""
+
+    token_ids: torch.Tensor
+    step_s: Sequence[float]
+
+
+@dataclass
+class _State:
+    """What a candidate keeps between its runs."""
+
+    predictor: Predictor | None
+    switch: GainSwitch
+    threshold: Threshold
+    policy_states: Sequence[Mapping[str, NDArray[Any]]] = field(default=())
+
+
+class TuningRun:
+    """Runs of ``model`` under choices; ``model.offload.close()`` stays the caller's."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, clock: Clock) -> None:
+        self.model, self.checkpoint, self.clock = model, checkpoint, clock
+        self._link = model.offload.prefetcher.link
+        self._states: dict[Choice, _State] = {}
+        self.stall_s = 0.0  # of the last run, a token
+
+    def write(self, num_tokens: int, budget: TimeBudget) -> Text:
+        """Let the model write; fewer tokens than asked for where the budget ends, LEAST_TOKENS at least."""
+        chooser = torch.Generator().manual_seed(SEED)
+        ids, seconds = [_first_token(self.checkpoint)], []
+        cache = self.model.offload.new_cache(num_tokens)
+        with torch.no_grad():
+            while len(ids) < num_tokens and (len(ids) < LEAST_TOKENS or not budget.is_over):
+                started = self.clock()
+                token = torch.tensor([ids[-1:]])
+                out = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+                seconds.append(self.clock() - started)
+                chances = out.logits[0, -1].float().softmax(-1)
+                ids.append(int(torch.multinomial(chances, 1, generator=chooser)))
+        return Text(torch.tensor([ids]), seconds)
+
+    def record(self, text: Text, budget: TimeBudget) -> RoutingTrace:
+        """Return the routing of the text's first tokens, with router inputs."""
+        ids = text.token_ids[:, :MOST_RECORDED]
+        cache, done = self.model.offload.new_cache(ids.shape[1]), 0
+        with torch.no_grad(), self.model.offload.trace(router_inputs=True) as recorder:
+            while done < ids.shape[1] and (done < LEAST_TOKENS or not budget.is_over):
+                token = ids[:, done : done + 1]
+                self.model(input_ids=token, past_key_values=cache, use_cache=True)
+                done += 1
+            trace: RoutingTrace = recorder.trace()
+        return trace
+
+    def run(self, choice: Choice, text: Text, num_tokens: int) -> float:
+        """Decode the text's first tokens under ``choice``; return the seconds of those that count."""
+        self.apply(choice)
+        offload, ids = self.model.offload, text.token_ids[:, :num_tokens]
+        cache, warm = offload.new_cache(ids.shape[1]), max(1, int(WARM_SHARE * ids.shape[1]))
+        started, stall_s = self.clock(), 0.0
+        with torch.no_grad():
+            for position in range(ids.shape[1]):
+                if position == warm:
+                    started, stall_s = self.clock(), offload.stats().stall_s
+                token = ids[:, position : position + 1]
+                self.model(input_ids=token, past_key_values=cache, use_cache=True)
+        seconds = self.clock() - started
+        self.stall_s = (offload.stats().stall_s - stall_s) / max(1, ids.shape[1] - warm)
+        self._states[choice].policy_states = offload.cache.policy_states()
+        return seconds
+
+    def counted_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens of a run's ``num_tokens`` are in its seconds."""
+        return num_tokens - max(1, int(WARM_SHARE * num_tokens))
+
+    def apply(self, choice: Choice) -> None:
+        """Make the model run as ``choice`` says, with what the choice had learned in its last run."""
+        state = self._states.get(choice)
+        if state is None:
+            predictor = self.predictor(choice.predictor, choice.prefetch_depth) if choice.prefetch else None
+            state = self._states[choice] = _State(predictor, GainSwitch(), Threshold())
+        offload = self.model.offload
+        ops.set_num_threads(choice.num_threads)
+        offload.cache.use_policy(lambda: make_policy(choice.policy), state.policy_states)
+        if state.predictor is None:
+            offload.prefetcher.use(None, switch=None)
+        else:
+            state.predictor.new_sequence()
+            offload.prefetcher.use(
+                state.predictor, switch=state.switch, threshold=state.threshold, link=self._link
+            )
+
+    def predictor(self, name: str, depth: int) -> Predictor | None:
+        """Return a predictor of this model by name, as from_pretrained would make it."""
+        choice = choose_predictor(name, self.checkpoint)
+        return make_predictor(choice, self.model, sorted(skeleton.experts_modules(self.model)), depth=depth)
+
+    def predictability(
+        self, names: Iterable[str], text: Text, trace: RoutingTrace
+    ) -> dict[str, Predictability]:
+        """Return what predictors find of the recorded choices, and what asking them takes."""
+        recording = _recording(text, trace)
+        result = {}
+        for name in names:
+            recall: dict[int, float] = {}
+            predict_s = 0.0
+            for depth in range(GATE_DEPTH, MOST_DEPTH + 1):
+                predictor = self.predictor(name, depth)
+                if predictor is None:
+                    break
+                evaluation = evaluate(predictor, recording, trace.num_experts)
+                found = evaluation.recall(depth, trace.top_k)
+                if found is None:
+                    break
+                recall[depth] = found
+                if depth == GATE_DEPTH:
+                    predict_s = statistics.median(evaluation.predict_s)
+            if recall:
+                result[name] = Predictability(recall, predict_s)
+        return result
+
+
+def _first_token(checkpoint: Checkpoint) -> int:
+    """Return a token that texts of the model begin with, or one of its vocabulary."""
+    sources = (checkpoint.generation_config or {}, checkpoint.config)
+    for name in ("bos_token_id", "eos_token_id"):
+        for source in sources:
+            ids = source.get(name)
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            if isinstance(first, int) and 0 <= first < checkpoint.spec.vocab_size:
+                return first
+    return 0
+
+
+def _recording(text: Text, trace: RoutingTrace) -> Recording:
+    assert trace.router_inputs is not None and trace.weights is not None, "recorded with inputs"
+    return Recording(
+        layers=trace.layers,
+        router_inputs=trace.router_inputs,
+        experts=trace.experts.astype(np.int64),
+        weights=trace.weights.astype(np.float32),
+        seq_len=np.array([trace.num_tokens], np.int64),
+        token_ids=text.token_ids[0, : trace.num_tokens].numpy(),
+        embeddings=None,
+        residual_rms={},
+    )
+
+
+Rounds = dict[Choice, list[float]]
+
+
+def take_turns(
+    run: Callable[[Choice], float],
+    choices: Sequence[Choice],
+    rounds: int,
+    budget: TimeBudget,
+    clock: Clock,
+    round_s: float,
+) -> Rounds:
+    """Run every choice once a round, each round in another order; only whole rounds count.
+
+    A round that would end after the budget is not begun, as far as the slowest so far tells.
+
+    Args:
+        round_s: what the first one should take.
+    """
+    times: Rounds = {choice: [] for choice in choices}
+    for number in range(rounds):
+        if round_s > budget.left_s:
+            break
+        started, order = clock(), list(choices)
+        order = order[number % len(order) :] + order[: number % len(order)]
+        done = {choice: run(choice) for choice in order}
+        for choice, seconds in done.items():
+            times[choice].append(seconds)
+        round_s = max(round_s, clock() - started)
+    return times

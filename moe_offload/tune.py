@@ -1,0 +1,297 @@
+"""`tune`: measure the machine, let the cost model rank settings, and let real runs decide.
+
+What is written was faster than the plain defaults in runs that took turns with them, beyond the noise of
+those runs, or it is the defaults.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_offload import ops
+from moe_offload.header_costs import bytes_per_token
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.time_budget import Clock, TimeBudget
+from moe_offload.planning.tuning import (
+    NO_PREDICTOR,
+    Choice,
+    Gain,
+    TuningFacts,
+    paired_gain,
+    ranked,
+    thread_counts,
+    to_verify,
+    token_s,
+    worth_a_duel,
+)
+from moe_offload.replay import replay
+from moe_offload.runtime.model import from_pretrained
+from moe_offload.runtime.predictor_choice import GATE_DEPTH, NEEDS_FIT, choose_predictor
+from moe_offload.runtime.tuning_run import (
+    HISTORIES,
+    MOST_DEPTH,
+    MOST_TOKENS,
+    Rounds,
+    Text,
+    TuningRun,
+    take_turns,
+)
+from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.trace import RoutingTrace
+from moe_offload.tune_tiers import Tiers
+
+POLICIES = ("horizon", "ewma", "lru", "lfu", "class_lru", "least_stale")
+TIGHT = "25%"  # where every expert fits, what is kept and read ahead is judged with a quarter of them
+MOST_CANDIDATES, SCREEN_ROUNDS, DUEL_ROUNDS, LEAST_DUEL_ROUNDS = 6, 3, 12, 3
+SCREEN_SHARE, WRITE_SHARE, RECORD_SHARE = 0.45, 0.12, 0.12  # of a stage's time
+FIRST_SHARE = 0.4  # of the time, for threads alone where every expert fits
+LEAST_RUN_TOKENS = 12
+DEFAULT_POLICY, DEFAULT_PREDICTOR = "horizon", "auto"
+
+Say = Callable[[str, float], None]  # what is being done, and the share that is done
+
+
+@dataclass
+class Stage:
+    """What real runs under one budget showed.
+
+    Attributes:
+        name: which experts fit, in words.
+        choice: what is to be used.
+        gain: of the duel; None: nothing was worth one.
+    """
+
+    name: str
+    defaults: Choice
+    choice: Choice
+    gain: Gain | None = None
+    verdict: str = ""
+    rounds: int = 0
+    tokens: int = 0
+    layer_overhead_s: float = 0.0
+    ram_bytes: int = 0
+    slots: int = 0
+    slower: list[Choice] = field(default_factory=list)  # than the defaults, beyond noise
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One load of the model: its cap on experts, and the settings that are open in it."""
+
+    name: str
+    experts: str | int | None
+    threads: bool
+    cache: bool
+
+
+def default_choice(checkpoint: Checkpoint) -> Choice:
+    """Return what from_pretrained does without a profile."""
+    found = choose_predictor(DEFAULT_PREDICTOR, checkpoint)
+    depth = found.fit.depth if found.fit is not None and found.name in NEEDS_FIT else GATE_DEPTH
+    return Choice(ops.usable_cores(), DEFAULT_POLICY, DEFAULT_PREDICTOR, depth)
+
+
+class Tuner:
+    """Verifies settings on one checkpoint.
+
+    Args:
+        load: further arguments of from_pretrained: ram, experts, context.
+        budget: of all stages together.
+        say: told what is being done.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        path: Path,
+        tiers: Tiers,
+        budget: TimeBudget,
+        load: dict[str, Any],
+        *,
+        say: Say = lambda what, share: None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.checkpoint, self.path, self.tiers, self.budget = checkpoint, path, tiers, budget
+        self.load, self.say, self.clock = load, say, clock
+
+    def stages(self) -> list[Stage]:
+        """Verify settings in the caller's budget, and where all experts fit into it, in a tight one, too."""
+        first = self._stage(Plan("as the budget has it", self.load.get("experts"), True, True), self.budget)
+        if not first.slots_hold_all:
+            return [first.stage]
+        tight = Plan(f"with {TIGHT} of the experts in memory", TIGHT, False, True)
+        second = self._stage(tight, self.budget, threads=first.stage.choice.num_threads)
+        return [first.stage, second.stage]
+
+    def _stage(self, plan: Plan, budget: TimeBudget, threads: int | None = None) -> _Result:
+        self.say(f"loading the model, {plan.name}", 0.0)
+        model = from_pretrained(
+            self.path,
+            **{**self.load, "experts": plan.experts},
+            policy=DEFAULT_POLICY,
+            predictor=DEFAULT_PREDICTOR,
+            prefetch=True,
+            num_threads=ops.usable_cores(),
+            profile="none",
+            warm_start=False,
+        )
+        try:
+            holds_all = all(pool.num_staging == 0 for pool in model.offload.plan.pools)
+            share = FIRST_SHARE if holds_all else 1.0  # the rest is for the tight budget
+            run = TuningRun(model, self.checkpoint, self.clock)
+            part = TimeBudget(share * budget.left_s, self.clock)
+            stage = self._verify(run, replace(plan, cache=plan.cache and not holds_all), part, threads)
+            stage.ram_bytes = model.offload.plan.ram_bytes
+            stage.slots = sum(pool.num_slots for pool in model.offload.plan.pools)
+            return _Result(stage, holds_all)
+        finally:
+            model.offload.close()
+
+    def _verify(self, run: TuningRun, plan: Plan, budget: TimeBudget, threads: int | None) -> Stage:
+        defaults = default_choice(self.checkpoint)
+        stage = Stage(plan.name, defaults, defaults)
+        self.say(f"recording {plan.name}", 0.0)
+        text = run.write(MOST_TOKENS, budget.share(WRITE_SHARE))
+        trace = run.record(text, budget.share(RECORD_SHARE))
+        facts = self._facts(run, text, trace, plan)
+        counts = [threads] if threads else thread_counts(ops.usable_cores()) if plan.threads else []
+        ranking = ranked(facts, counts, range(GATE_DEPTH, MOST_DEPTH + 1))
+        if not plan.cache:
+            ranking = [replace(defaults, num_threads=count) for count in counts]
+        candidates = to_verify(defaults, ranking, MOST_CANDIDATES)
+        if threads and threads != defaults.num_threads:
+            candidates = list(dict.fromkeys([defaults, replace(defaults, num_threads=threads), *candidates]))
+        self._decide(run, text, stage, candidates, facts, budget)
+        return stage
+
+    def _facts(self, run: TuningRun, text: Text, trace: RoutingTrace, plan: Plan) -> TuningFacts:
+        """Return what the cost model ranks candidates by: hit rates and recall on the model's own text."""
+        offload, checkpoint = run.model.offload, self.checkpoint
+        hit_rate, predictors = {DEFAULT_POLICY: 1.0}, {}
+        if plan.cache:
+            sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
+            self.say("replaying eviction policies", 0.0)
+            for policy in POLICIES:
+                pools, maker = offload.plan.pools, partial(make_policy, policy)
+                hit_rate[policy] = replay(trace, pools, maker, sizes).hit_rate
+            self.say("asking predictors", 0.0)
+            predictors = run.predictability((DEFAULT_PREDICTOR, *HISTORIES), text, trace)
+        return TuningFacts(
+            token=bytes_per_token(checkpoint, 0),
+            num_layers=checkpoint.spec.num_hidden_layers,
+            ram_bytes_per_s=self.tiers.kernel_by_threads,
+            disk_bytes_per_s=self.tiers.disk_busy or self.tiers.disk,
+            hit_rate=hit_rate,
+            predictors=predictors,
+        )
+
+    def _decide(
+        self,
+        run: TuningRun,
+        text: Text,
+        stage: Stage,
+        candidates: list[Choice],
+        facts: TuningFacts,
+        budget: TimeBudget,
+    ) -> None:
+        """Let all candidates take turns, then the best of them and the defaults alone; the duel decides."""
+        defaults = stage.defaults
+        step_s = statistics.median(text.step_s)
+        turns = SCREEN_ROUNDS * len(candidates) + 2 * DUEL_ROUNDS
+        most = text.token_ids.shape[1]
+        stage.tokens = max(min(LEAST_RUN_TOKENS, most), min(most, int(budget.left_s / turns / step_s)))
+        run_s = stage.tokens * step_s
+
+        def decode(choice: Choice) -> float:
+            return run.run(choice, text, stage.tokens)
+
+        self.say(f"verifying {len(candidates)} candidates {stage.name}", 0.0)
+        screen = budget.share(SCREEN_SHARE)
+        times = take_turns(decode, candidates, SCREEN_ROUNDS, screen, self.clock, run_s * len(candidates))
+        self._note(stage, "screen", times, facts, run)
+        rival = worth_a_duel(times, defaults)
+        stage.layer_overhead_s = self._layer_overhead(run, times[defaults], facts, stage.tokens)
+        if rival is None:
+            stage.verdict = _no_rival(len(candidates), times[defaults])
+            return
+        self.say(f"a duel of the defaults and {rival.describe()}", 0.5)
+        duel = take_turns(decode, [defaults, rival], DUEL_ROUNDS, budget, self.clock, 2 * run_s)
+        self._note(stage, "duel", duel, facts, run)
+        stage.rounds = len(duel[defaults])
+        if stage.rounds < LEAST_DUEL_ROUNDS:
+            stage.verdict = f"the defaults: no time for {LEAST_DUEL_ROUNDS} rounds against {rival.describe()}"
+            return
+        stage.gain = paired_gain(duel[defaults], duel[rival])
+        if stage.gain.is_clear:
+            stage.choice = rival
+            stage.verdict = f"{rival.describe()}: faster than the defaults beyond noise"
+        else:
+            stage.verdict = f"the defaults: {rival.describe()} is not faster beyond noise"
+
+    def _note(self, stage: Stage, name: str, times: Rounds, facts: TuningFacts, run: TuningRun) -> None:
+        """Keep what each candidate did as evidence."""
+        base = times[stage.defaults]
+        tokens = run.counted_tokens(stage.tokens)
+        for choice, seconds in times.items():
+            if not seconds:
+                continue
+            entry: dict[str, Any] = {
+                "settings": "defaults" if choice == stage.defaults else choice.describe(),
+                "stage": f"{name} {stage.name}",
+                "tokens_per_s": tokens / statistics.median(seconds),
+            }
+            if choice.policy in facts.hit_rate and (
+                choice.predictor in facts.predictors or choice.predictor == NO_PREDICTOR
+            ):
+                entry["modelled_tokens_per_s"] = 1 / token_s(choice, facts)
+            if choice != stage.defaults:
+                gain = paired_gain(base, seconds)
+                entry["against_defaults"] = gain.speedup
+                if len(seconds) > 1:
+                    entry |= {"low": gain.low, "high": gain.high}
+                    stage.slower += [choice] if gain.high < 1.0 else []
+            stage.runs.append(entry)
+
+    def _layer_overhead(
+        self, run: TuningRun, seconds: list[float], facts: TuningFacts, num_tokens: int
+    ) -> float:
+        """Return what a layer costs beside bytes and waiting for them, in the defaults' runs."""
+        if not seconds:
+            return 0.0
+        bytes_s = facts.token.total_bytes / facts.ram_bytes_per_s[default_choice(self.checkpoint).num_threads]
+        step_s = statistics.median(seconds) / run.counted_tokens(num_tokens)
+        return max(0.0, step_s - run.stall_s - bytes_s) / max(1, facts.num_layers)
+
+
+@dataclass(frozen=True)
+class _Result:
+    stage: Stage
+    slots_hold_all: bool
+
+
+def _no_rival(candidates: int, seconds: list[float]) -> str:
+    if not seconds:
+        return "the defaults: no time for a round of runs"
+    return f"the defaults: none of {candidates - 1} others was faster"
+
+
+def combined(stages: list[Stage]) -> tuple[Choice, Stage]:
+    """Return the settings that hold in every stage, and the stage that gained most.
+
+    The first stage decides the threads, the last one what is kept and read ahead; what is clearly slower than
+    the defaults in either is not taken.
+    """
+    choice = stages[0].choice
+    if len(stages) > 1 and stages[-1].choice != stages[-1].defaults:
+        choice = stages[-1].choice
+    elif len(stages) > 1 and choice in stages[-1].slower:
+        choice = stages[-1].defaults
+    best = max(stages, key=lambda stage: stage.gain.speedup if stage.gain and stage.gain.is_clear else 0.0)
+    return choice, best

@@ -1,0 +1,77 @@
+"""What `tune` writes: figures, settings, evidence; for the model, and figures alone for the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_offload import ops, profile_store
+from moe_offload.planning.tuning import Choice
+from moe_offload.profile_schema import DeviceProfile, Figure
+from moe_offload.residency.machine_state import cpu_name, machine_key
+from moe_offload.tune import Stage, combined
+from moe_offload.tune_tiers import Tiers
+
+
+def assemble(
+    name: str, command: str, checkpoint: str, tiers: Tiers, stages: list[Stage], seconds: float
+) -> DeviceProfile:
+    """Return the profile: what was measured, what was chosen, and the evidence.
+
+    Args:
+        checkpoint: its key.
+    """
+    choice, best = combined(stages)
+    overhead_s = stages[0].layer_overhead_s
+    note = f"beside bytes and waiting, {stages[0].name}"
+    tiers.figures["model"]["layer_overhead"] = Figure(overhead_s, "measured", note)
+    evidence: dict[str, Any] = {
+        "verdict": "; ".join(f"{stage.name}: {stage.verdict}" for stage in stages),
+        "seconds": round(seconds, 1),
+        "rounds": best.rounds,
+        "tokens": best.tokens,
+        "ram_bytes": stages[0].ram_bytes,
+        "run": [run for stage in stages for run in stage.runs],
+    }
+    if best.gain is not None and best.gain.is_clear:
+        evidence |= {"speedup": best.gain.speedup}
+        evidence |= {"speedup_low": best.gain.low, "speedup_high": best.gain.high}
+    return DeviceProfile(
+        name=name,
+        description=f"{cpu_name() or 'this machine'}, {ops.usable_cores()} cores, as {command} saw it",
+        unified_memory=False,
+        measured=profile_store.measured_now(command),
+        figures=tiers.figures,
+        curves=tiers.curves,
+        expert_times=tiers.expert_times,
+        notes={
+            "machine": {"key": machine_key(), "device": "cpu"},
+            "state": profile_store.state_notes(),
+            "checkpoint": {"key": checkpoint},
+            "settings": as_settings(choice, stages[0].slots),
+            "evidence": evidence,
+        },
+    )
+
+
+def as_settings(choice: Choice, slots: int) -> dict[str, Any]:
+    """Return a choice as [settings] of a profile; without prefetch there is nothing to say of predictors."""
+    settings: dict[str, Any] = {
+        "num_threads": choice.num_threads,
+        "policy": choice.policy,
+        "prefetch": choice.prefetch,
+        "ram_slots": slots,
+    }
+    if choice.prefetch:
+        settings |= {"predictor": choice.predictor, "prefetch_depth": choice.prefetch_depth}
+    return settings
+
+
+def keep(profile: DeviceProfile, checkpoint: str) -> Path | None:
+    """Keep the profile for this checkpoint, and its figures for all others on this machine."""
+    figures = {name: section for name, section in profile.figures.items() if name != "model"}
+    notes = {name: notes for name, notes in profile.notes.items() if name in ("machine", "state")}
+    machine = replace(profile, name=machine_key(), figures=figures, notes=notes)
+    profile_store.keep(machine, None)
+    return profile_store.keep(profile, checkpoint)

@@ -1,0 +1,261 @@
+"""`moe-offload tune`: defaults unless real runs say otherwise, a budget that is kept, nothing half done."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_offload
+from moe_offload import cli, cli_tune, ops, profile_store, tune, tune_profile, tune_tiers
+from moe_offload.device import load_profile
+from moe_offload.planning.time_budget import TimeBudget
+from moe_offload.planning.tuning import NO_PREDICTOR, Choice
+from moe_offload.profile_schema import Curve, Figure
+from moe_offload.residency.machine_state import machine_key
+from moe_offload.runtime import offload
+from moe_offload.runtime.tuning_run import TuningRun
+from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.checkpoint_key import checkpoint_key
+
+EIGHT_OF_16 = {"ram": "4GiB", "experts": 8, "context": None}
+
+
+class Clock:
+    """Whoever looks at it has taken a millisecond: budgets end, and nobody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def tiers() -> tune_tiers.Tiers:
+    cores = ops.usable_cores()
+    measured = {name: Figure(value, "measured") for name, value in (("a", 2e9), ("b", 1e9), ("c", 4.0))}
+    return tune_tiers.Tiers(
+        figures={
+            "cpu": {"physical_cores": measured["c"]},
+            "ram": {
+                "capacity": Figure(2.0**34, "measured"),
+                "read_bandwidth": measured["a"],
+                "kernel_bandwidth": measured["a"],
+                "kernel_bandwidth_busy": measured["b"],
+            },
+            "disk": {"read_bandwidth": measured["a"], "read_bandwidth_busy": measured["b"]},
+            "model": {"expert_size": Figure(1e4, "measured")},
+        },
+        curves={"ram": {"read_bandwidth_by_threads": Curve(((1.0, 1e9),), "measured")}},
+        kernel_by_threads={count: 1e9 * count for count in range(1, cores + 1)},
+    )
+
+
+def tuner(path: Path, seconds: float = 60.0, load: dict[str, Any] = EIGHT_OF_16) -> tune.Tuner:
+    clock = Clock()
+    budget = TimeBudget(seconds, clock)
+    return tune.Tuner(open_checkpoint(path), path, tiers(), budget, load, clock=clock)
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch, seconds_of: Any) -> list[Choice]:
+    """Let every run take what ``seconds_of`` says of its choice and number; return the choices that ran."""
+    ran: list[Choice] = []
+
+    def run(self: TuningRun, choice: Choice, text: Any, num_tokens: int) -> float:
+        ran.append(choice)
+        return float(seconds_of(choice, ran.count(choice)))
+
+    monkeypatch.setattr(TuningRun, "run", run)
+    return ran
+
+
+def test_equal_runs_leave_the_defaults(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = fake_runs(monkeypatch, lambda choice, number: 1.0)
+    (stage,) = tuner(tiny_moe).stages()
+    assert stage.choice == stage.defaults == tune.default_choice(open_checkpoint(tiny_moe))
+    assert "none of" in stage.verdict and len(set(ran)) >= 4
+
+
+def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds_of(choice: Choice, number: int) -> float:
+        return (0.8 if choice.predictor == NO_PREDICTOR else 1.0) * (1.0 + 0.01 * (number % 3))
+
+    fake_runs(monkeypatch, seconds_of)
+    (stage,) = tuner(tiny_moe).stages()
+    assert not stage.choice.prefetch and stage.gain is not None and stage.gain.low > 1.2
+    profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
+    assert profile.settings["prefetch"] is False and "predictor" not in profile.settings
+    evidence = profile.notes["evidence"]
+    assert evidence["speedup"] == pytest.approx(1.25) and evidence["rounds"] == tune.DUEL_ROUNDS
+    settings = {run["settings"] for run in evidence["run"] if run["stage"].startswith("duel")}
+    assert settings == {"defaults", stage.choice.describe()}
+
+
+def test_luck_in_the_first_rounds_does_not_survive_the_duel(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds_of(choice: Choice, number: int) -> float:
+        lucky = choice.predictor == NO_PREDICTOR and number <= tune.SCREEN_ROUNDS
+        return 0.5 if lucky else 1.0 + 0.01 * (number % 2)
+
+    fake_runs(monkeypatch, seconds_of)
+    (stage,) = tuner(tiny_moe).stages()
+    assert stage.choice == stage.defaults and "not faster beyond noise" in stage.verdict
+
+
+def test_without_time_for_runs_the_defaults_stay(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stage,) = tuner(tiny_moe, seconds=0.0).stages()
+    assert stage.choice == stage.defaults and "no time" in stage.verdict
+
+
+def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) -> None:
+    threads, alive = ops.num_threads(), len(offload.live_handles)
+    subject = tuner(tiny_moe, seconds=1.0)
+    (stage,) = subject.stages()
+    assert stage.runs and subject.budget.spent_s < 1.5
+    assert len(offload.live_handles) == alive
+    ops.set_num_threads(threads)
+
+
+def test_where_all_fit_threads_and_caches_are_judged_apart(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = fake_runs(monkeypatch, lambda choice, number: 1.0)
+    first, second = tuner(tiny_moe, load={"ram": "4GiB", "experts": None, "context": None}).stages()
+    assert "25%" in second.name and first.slots == 16 and second.slots < 16
+    assert {choice.policy for choice in ran[:2]} == {"horizon"}
+
+
+DEFAULTS, THREADS, POLICY = (
+    Choice(2, "horizon", "auto"),
+    Choice(1, "horizon", "auto"),
+    Choice(1, "lru", NO_PREDICTOR),
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "slower", "expected"),
+    [
+        (DEFAULTS, DEFAULTS, [], DEFAULTS),
+        (THREADS, DEFAULTS, [], THREADS),
+        (THREADS, DEFAULTS, [THREADS], DEFAULTS),
+        (THREADS, POLICY, [], POLICY),
+    ],
+)
+def test_settings_hold_in_both_stages(
+    first: Choice, second: Choice, slower: list[Choice], expected: Choice
+) -> None:
+    stages = [tune.Stage("all", DEFAULTS, first), tune.Stage("tight", DEFAULTS, second, slower=slower)]
+    assert tune.combined(stages)[0] == expected
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moe_offload" / "profiles"
+
+
+def test_the_command_keeps_what_the_next_load_uses(
+    cache: Path, tiny_moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads, output = ops.num_threads(), tmp_path / "my-machine.toml"
+    arguments = [
+        "tune",
+        "--model",
+        str(tiny_moe),
+        "--ram",
+        "4GiB",
+        "--seconds",
+        "3",
+        "-o",
+        str(output),
+        "--json",
+    ]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert shown.err == "", "no noise where stderr is no terminal"
+    assert report["checkpoint"]["key"] == checkpoint_key(open_checkpoint(tiny_moe))
+    assert report["figures"]["disk"]["read_bandwidth_busy"] > 0 and report["evidence"]["verdict"]
+    profile = load_profile(output)
+    assert profile.name == "my-machine" and profile.measured["command"] == "moe-offload tune"
+    assert {time.busy for time in profile.expert_times} == {False, True}
+    assert str(tmp_path) not in output.read_text(), "no paths"
+    names = {path.name for path in cache.iterdir()}
+    assert names == {f"{machine_key()}.toml", f"{machine_key()}-{report['checkpoint']['key']}.toml"}
+    assert not load_profile(cache / f"{machine_key()}.toml").settings
+    model = moe_offload.from_pretrained(tiny_moe, ram="4GiB")
+    try:
+        assert model.offload.profile.kind == profile_store.TUNED_MODEL
+    finally:
+        model.offload.close()
+        ops.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("where", ["measure_all", "run", "write_profile"])
+def test_ctrl_c_leaves_nothing_behind(
+    where: str, cache: Path, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    owner = {"measure_all": tune_tiers, "run": TuningRun, "write_profile": profile_store}[where]
+    monkeypatch.setattr(owner, where, interrupt)
+    threads, alive = ops.num_threads(), len(offload.live_handles)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    output = tmp_path / "out" / "p.toml"
+    output.parent.mkdir()
+    try:
+        arguments = ["tune", "--model", str(tiny_moe), "--ram", "4GiB", "--seconds", "2", "-o", str(output)]
+        assert cli.main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        ops.set_num_threads(threads)
+    assert list(output.parent.iterdir()) == [] and not (cache.is_dir() and list(cache.iterdir()))
+    assert len(offload.live_handles) == alive
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "0"], "--seconds must be a positive number"),
+        (["-o", "nowhere/p.toml"], "give a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_report_for_people_names_runs_and_verdict() -> None:
+    stage = tune.Stage("all", DEFAULTS, DEFAULTS, verdict="the defaults: nothing was faster")
+    stage.runs = [
+        {"settings": "defaults", "stage": "duel all", "tokens_per_s": 10.0},
+        {
+            "settings": "x",
+            "stage": "duel all",
+            "tokens_per_s": 9.0,
+            "against_defaults": 0.9,
+            "low": 0.8,
+            "high": 1.0,
+        },
+    ]
+    profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 12.0)
+    text = cli_tune.as_text(profile, Path("p.toml"))
+    assert "nothing was faster" in text and "0.900 times the defaults (0.800 to 1.000)" in text
+    assert tomllib.loads(tune_profile_toml(profile))["evidence"]["run"][1]["low"] == 0.8
+
+
+def tune_profile_toml(profile: Any) -> str:
+    from moe_offload.profile_write import as_toml
+
+    return as_toml(profile)
