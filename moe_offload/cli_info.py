@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
         "memory": _try(_memory),
         "io": _try(_io),
         "cuda": _try(cuda.describe),
-        "profile": {"in_use": None, "reason": "this version measures nothing before it runs"},
+        "profile": _try(_profile),
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
@@ -137,6 +137,33 @@ def _cuda_line(report: dict[str, Any]) -> str:
     return f"on: {cards}; built with CUDA {report['built_with']}, driver runs {report['driver']}"
 
 
+def _profile() -> dict[str, Any]:
+    """Return the profile that a load of the demo model would find, and for how many models there is one."""
+    from moe_offload.config import DEMO_MODEL
+    from moe_offload.profile_store import stored_path, stored_profile
+    from moe_offload.storage.checkpoint import open_checkpoint
+    from moe_offload.storage.checkpoint_key import checkpoint_key
+
+    own = stored_path()
+    tuned = len(list(own.parent.glob(f"{own.stem}-*.toml"))) if own.parent.is_dir() else 0
+    found = stored_profile(checkpoint_key(open_checkpoint(DEMO_MODEL))) if tuned else stored_profile(None)
+    if found is None:
+        reason = "nothing was measured yet: the first load will, `moe-offload tune` does it thoroughly"
+        return {"in_use": None, "reason": reason, "tuned_models": tuned}
+    return {
+        "in_use": found.describe(),
+        "reason": "",
+        "tuned_models": tuned,
+        "figures": {
+            name: found.profile.get(*figure)
+            for name, figure in (
+                ("ram_bytes_per_s", ("ram", "kernel_bandwidth", "read_bandwidth")),
+                ("disk_bytes_per_s", ("disk", "read_bandwidth")),
+            )
+        },
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -158,7 +185,7 @@ def as_text(report: dict[str, Any]) -> str:
         "disk reads": _line(report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk")
         + (f" ({report['io']['reason']})" if report["io"].get("reason") else ""),
         "CUDA": _cuda_line(report["cuda"]),
-        "profile": report["profile"]["in_use"] or f"none: {report['profile']['reason']}",
+        "profile": _profile_line(report["profile"]),
         "packages": _listed({name: found or "missing" for name, found in report["packages"].items()}, " "),
         "environment": _listed(report["environment"], "=") or "nothing set that matters here",
     }
@@ -167,6 +194,13 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _line(part: dict[str, Any], template: str) -> str:
     return f"not available: {part['error']}" if "error" in part else template.format(**part)
+
+
+def _profile_line(profile: dict[str, Any]) -> str:
+    if profile.get("in_use") is None:
+        return _line(profile, "none: {reason}")
+    rates = " and ".join(f"{value / 1e9:.2f} GB/s" for value in profile["figures"].values() if value)
+    return f"{profile['in_use']}; weights and experts at {rates}; {profile['tuned_models']} models tuned"
 
 
 def _sizes(memory: dict[str, Any]) -> str:
