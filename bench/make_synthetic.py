@@ -51,6 +51,7 @@ class Shape:
 
 SHAPES = {
     "qwen3-30b-a3b": Shape(2048, 48, 128, 8, 768, 32, 4, 128, 151936),
+    "gpt-oss-20b": Shape(2880, 24, 32, 4, 2880, 64, 8, 64, 201088),  # its sizes; the architecture is Qwen3's
     "small": Shape(1024, 24, 64, 8, 512, 16, 4, 64, 4096),
     "toy": Shape(256, 2, 8, 2, 256, 4, 2, 64, 512),
 }

@@ -225,6 +225,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     _add_kv(parser)
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="routing of the model (moe-offload trace): its hit rate"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed by budget; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

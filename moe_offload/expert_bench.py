@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_offload.config import MIB
 from moe_offload.planning.time_budget import Clock, TimeBudget
@@ -57,6 +58,17 @@ class ExpertBench:
         for layout in self.checkpoint.experts.layouts.values():
             found.setdefault((format_name(layout), layout.hidden_size, layout.moe_intermediate_size), layout)
         return found
+
+    def load(self, layout: ExpertLayout, most: int) -> list[NDArray[np.uint64]]:
+        """Read experts of a layout's shape into the first slots; return the addresses of their matrices."""
+        layouts = self.checkpoint.experts.layouts
+        same = [key for key in self.keys if layouts[key.layer_idx].matrices == layout.matrices]
+        for number, key in enumerate(same[: max(1, most)]):
+            self.store.wait(self.store.read(key, self.slot(number), speculative=False))
+        return [
+            np.array([self.store.addresses(key, self.slot(number))], np.uint64)
+            for number, key in enumerate(same[: max(1, most)])
+        ]
 
     def next_key(self) -> ExpertKey:
         """Return experts in an order that no cache or read-ahead knows."""

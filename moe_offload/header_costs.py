@@ -31,7 +31,7 @@ from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_byte
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.dense_tensor import TensorInfo
-from moe_offload.storage.expert_format import GgmlType, row_bytes
+from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 from moe_offload.storage.io import BOUNCE_BYTES
 
 # Interpreter, torch and transformers before a model is loaded, x86-64 Linux, torch 2.13: 354 MiB with the
@@ -226,6 +226,14 @@ def dense_read_bytes(checkpoint: Checkpoint) -> int:
 def dense_weights(checkpoint: Checkpoint) -> int:
     """Return how many dense weights a token is multiplied with."""
     return sum(info.num_elements for info in _multiplied(checkpoint))
+
+
+def multiplied_bytes_by_type(checkpoint: Checkpoint) -> dict[WeightType, int]:
+    """Return the bytes of ``dense_read_bytes`` by format, most first."""
+    sizes: dict[WeightType, int] = {}
+    for info in _multiplied(checkpoint):
+        sizes[info.ggml_type] = sizes.get(info.ggml_type, 0) + info.span.num_bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _multiplied(checkpoint: Checkpoint) -> list[TensorInfo]:

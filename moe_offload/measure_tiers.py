@@ -174,7 +174,7 @@ def _expert_curve(
     bench: ExpertBench, layout: ExpertLayout, counts: Sequence[int], shares: Iterator[TimeBudget], busy: bool
 ) -> Curve:
     kernel = ops.ExpertKernel(layout, ops.Activation())
-    resident = _load_experts(bench, layout, bench.num_slots - (READ_DEPTH if busy else 0))
+    resident = bench.load(layout, bench.num_slots - (READ_DEPTH if busy else 0))
     turn = 0
     points = []
     for count in counts:
@@ -195,21 +195,6 @@ def _expert_curve(
             points.append((float(count), median_of(timed(run, keep_reading), next(shares))))
     note = f"{ops.num_threads()} threads" + (", while experts were read from the disk" if busy else "")
     return Curve(tuple(points), "measured", note)
-
-
-def _load_experts(bench: ExpertBench, layout: ExpertLayout, most: int) -> list[NDArray[np.uint64]]:
-    """Read experts of a layout's shape into the first slots; return the addresses of each one's matrices."""
-    same = [
-        key
-        for key in bench.keys
-        if bench.checkpoint.experts.layouts[key.layer_idx].matrices == layout.matrices
-    ][: max(1, most)]
-    for number, key in enumerate(same):
-        bench.store.wait(bench.store.read(key, bench.slot(number), speculative=False))
-    return [
-        np.array([bench.store.addresses(key, bench.slot(number))], np.uint64)
-        for number, key in enumerate(same)
-    ]
 
 
 def together(bench: ExpertBench, weights: torch.Tensor, budget: TimeBudget) -> tuple[float, float]:

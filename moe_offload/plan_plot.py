@@ -9,7 +9,7 @@ from moe_offload.config import GIB
 from moe_offload.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moe_offload.cli_plan import Planner
+    from moe_offload.outlook import Planner
 
 POINTS = 60
 

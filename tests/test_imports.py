@@ -30,7 +30,7 @@ READING_ORDER = [
     ("header_costs",),
     ("profile_store",),
     ("ops",),
-    ("measure", "expert_bench", "measure_tiers"),
+    ("measure", "expert_bench", "measure_tiers", "measure_steps"),
     ("predictors",),
     ("runtime",),
     ("tune_tiers",),
@@ -38,6 +38,7 @@ READING_ORDER = [
     ("tune_profile",),
     (
         "terminal",
+        "outlook",
         "plan_plot",
         "cli",
         "cli_chat",

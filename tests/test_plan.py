@@ -6,69 +6,107 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_models import save_toy_model
 
 import moe_offload
-from moe_offload import cli, cli_plan
-from moe_offload.config import DEMO_MODEL, MIB
-from moe_offload.errors import BudgetError
-from moe_offload.header_costs import dense_read_bytes, dense_weights
+import moe_offload.runtime.model as runtime
+from moe_offload import cli
+from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
+from moe_offload.errors import BudgetError, CheckpointError, ConfigError
+from moe_offload.header_costs import Process, dense_read_bytes, dense_weights
+from moe_offload.outlook import Planner, replayed_hit_rates
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
-from moe_offload.planning.roofline import MachineSpeed, decode_speed, prefill_speed
+from moe_offload.planning.roofline import (
+    DecoderShape,
+    MachineSpeed,
+    Overheads,
+    decode_speed,
+    prefill_speed,
+)
 from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.trace import make_trace
 
 TOKEN = TokenBytes(dense_bytes=200, expert_bytes=600, kv_bytes=200)
 MACHINE = MachineSpeed(ram_bytes_per_s=1000.0, disk_bytes_per_s=100.0, macs_per_s=1e6)
+SHAPE = DecoderShape(num_layers=1, moe_layers=1, top_k=1, num_experts=4)
 
 
 def test_with_everything_resident_ram_is_the_wall() -> None:
-    speed = decode_speed(TOKEN, MACHINE, hit_rate=1.0)
+    speed = decode_speed(TOKEN, MACHINE, SHAPE, hit_rate=1.0)
     assert speed.tokens_per_s == pytest.approx(1.0)  # 1000 bytes at 1000 bytes/s
     assert speed.binding == "RAM"
 
 
-def test_misses_overlap_with_the_experts_at_hand() -> None:
-    speed = decode_speed(TOKEN, MACHINE, hit_rate=0.5)
-    # 300 bytes at 100 bytes/s are 3 s, of which the 300 bytes at hand hide 0.3.
-    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 3.0 - 0.3))
+def test_a_miss_is_waited_for_unless_experts_at_hand_hide_it() -> None:
+    speed = decode_speed(TOKEN, MACHINE, SHAPE, hit_rate=0.0)
+    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 6.0))  # 600 bytes at 100 bytes/s, nothing beside it
     assert speed.binding == "disk"
+    two = replace(SHAPE, top_k=2)
+    speed = decode_speed(TOKEN, MACHINE, two, hit_rate=0.5)
+    # A quarter of the tokens misses both (6 s), a half one (3 s, of which the other's 0.3 s are hidden).
+    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 6.0 / 4 + 2.7 / 2))
+    slow = replace(MACHINE, disk_latency_s=1.0)
+    speed = decode_speed(TOKEN, slow, two, hit_rate=0.5)
+    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 7.0 / 4 + 3.7 / 2))
 
 
-def test_predicted_misses_hide_behind_everything_but_the_disk_itself() -> None:
-    speed = decode_speed(TOKEN, MACHINE, hit_rate=0.5, predicted_share=1.0)
-    assert speed.tokens_per_s == pytest.approx(1 / 3.0)
+def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
+    overheads = Overheads(
+        native_layer_s=0.1, python_layer_s=0.2, modules_layer_s=0.4, miss_s=2.0, token_s=0.05
+    )
+    machine = replace(MACHINE, overheads=overheads)
+    for change, expected_s in (
+        ({"all_resident": True}, 0.1),
+        ({}, 0.2),
+        ({"is_native": False}, 0.4),
+        ({"is_native": False, "all_resident": True}, 0.4),
+    ):
+        shape = replace(SHAPE, num_layers=3, **change)
+        speed = decode_speed(TOKEN, machine, shape, hit_rate=1.0)
+        assert 1 / speed.tokens_per_s == pytest.approx(1.0 + 3 * expected_s + 0.05)
+    missing = decode_speed(TOKEN, machine, SHAPE, hit_rate=0.0)
+    assert 1 / missing.tokens_per_s == pytest.approx(1.0 + 6.0 + 0.2 + 0.05 + 2.0)
 
 
 @given(
-    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(1, 1e4), st.floats(1, 1e4), st.floats(0, 10)
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 9),
+    st.floats(1, 1e4),
+    st.floats(1, 1e4),
+    st.floats(0, 10),
 )
-def test_more_hits_or_more_foresight_are_never_slower_and_no_wall_is_passed(
-    hit_rate: float, more: float, predicted: float, ram: float, disk: float, overhead: float
+def test_more_hits_are_never_slower_and_no_wall_is_passed(
+    hit_rate: float, more: float, top_k: int, ram: float, disk: float, overhead: float
 ) -> None:
-    machine = MachineSpeed(ram, disk, token_overhead_s=overhead)
-    speed = decode_speed(TOKEN, machine, hit_rate=hit_rate, predicted_share=predicted)
+    overheads = Overheads(python_layer_s=overhead, miss_s=overhead)
+    machine = MachineSpeed(ram, disk, disk_latency_s=overhead, overheads=overheads)
+    shape = replace(SHAPE, top_k=top_k)
+    speed = decode_speed(TOKEN, machine, shape, hit_rate=hit_rate)
     assert 1 / speed.tokens_per_s >= max(speed.walls_s.values()) * (1 - 1e-9)
-    better = decode_speed(TOKEN, machine, hit_rate=max(hit_rate, more), predicted_share=predicted)
+    better = decode_speed(TOKEN, machine, shape, hit_rate=max(hit_rate, more))
     assert better.tokens_per_s >= speed.tokens_per_s * (1 - 1e-9)
-    foreseen = decode_speed(TOKEN, machine, hit_rate=hit_rate, predicted_share=1.0)
-    assert foreseen.tokens_per_s >= speed.tokens_per_s * (1 - 1e-9)
 
 
 def test_a_prompt_is_bound_by_its_slowest_wall() -> None:
-    speed = prefill_speed(
-        MACHINE, macs_per_token=1000, dense_bytes=200, expert_bytes=1000, resident_share=0.5, num_tokens=512
-    )
+    sizes = {"dense_macs": 500, "expert_macs": 500, "dense_bytes": 200, "expert_bytes": 1000}
+    speed = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=512)
     assert speed is not None and speed.binding == "disk"
-    assert speed.tokens_per_s == pytest.approx(512 / 5.0)
-    assert (
-        prefill_speed(MachineSpeed(1, 1), macs_per_token=1, dense_bytes=1, expert_bytes=1, resident_share=0)
-        is None
-    )
+    assert speed.tokens_per_s == pytest.approx(512 / 10.0)  # nothing is in memory yet
+    longer = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1024)
+    assert longer is not None and longer.tokens_per_s == pytest.approx(1024 / 15.0)
+    one = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1)
+    assert one is not None and one.walls_s["disk"] == pytest.approx(2.5)  # one of four experts
+    assert prefill_speed(MachineSpeed(1, 1), SHAPE, **sizes, resident_share=0) is None
 
 
 @pytest.mark.parametrize("name", sorted(CURVES))
@@ -96,8 +134,9 @@ def test_the_input_embedding_is_not_read_unless_it_is_the_head() -> None:
     assert dense_weights(checkpoint) > 0
 
 
-def planner() -> cli_plan.Planner:
-    return cli_plan.Planner(open_checkpoint(DEMO_MODEL), MachineSpeed(20e9, 1e9, 1e11), 1024)
+def planner(**kwargs: Any) -> Planner:
+    config = RuntimeConfig(context_tokens=1024)
+    return Planner(open_checkpoint(DEMO_MODEL), MachineSpeed(20e9, 1e9, 1e11), config, **kwargs)
 
 
 def test_what_does_not_fit_says_why_and_what_would() -> None:
@@ -118,7 +157,7 @@ def test_more_memory_is_never_slower_and_all_of_it_hits() -> None:
 def test_what_would_change_it_gains_at_least_five_percent_each() -> None:
     plan = planner()
     now = plan.outlook(plan.smallest_ram_bytes)
-    changes = cli_plan.what_would_change_it(plan, now)
+    changes = plan.changes(now)
     assert changes and now.decode
     rates = [now.decode.tokens_per_s, *(change.decode.tokens_per_s for change in changes if change.decode)]
     assert all(later >= 1.05 * earlier for earlier, later in itertools.pairwise(rates))
@@ -136,6 +175,8 @@ def test_plan_as_json_measures_this_machine(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["plan", "--json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
     assert model["fits"] and model["machine"]["disk_bytes_per_s"] > 0
+    overheads = model["machine"]["overheads"]
+    assert overheads["modules_layer_s"] > overheads["native_layer_s"]  # a hundred operations, one by one
     assert model["decode"]["tokens_per_s"] > 0 and model["prefill"]["binding"] in ("RAM", "disk", "compute")
 
 
@@ -156,17 +197,71 @@ def test_without_measuring_no_torch_is_imported() -> None:
     assert done.stderr.strip() == "False"
 
 
-def test_the_runtime_runs_the_least_budget_that_plan_names() -> None:
-    """The estimate of the libraries may be off either way; the division of the rest is the same code."""
+@pytest.mark.parametrize("kv", [None, "q8_0"])
+@pytest.mark.parametrize("context", [16, 1000])
+def test_plan_and_loader_agree_on_every_budget(kv: str | None, context: int, monkeypatch: Any) -> None:
+    """The same verdict, the same slots, the same refusal: bytes around the least, and some above it."""
+    libraries = 300 * MIB
+    monkeypatch.setattr(runtime, "base_bytes", lambda: libraries)
+    monkeypatch.setattr(runtime, "tokenizer_was_loaded", lambda path: False)
+    process = Process(base_bytes=libraries, bytes_per_element=4, stores_scores=False)
+    config = RuntimeConfig(context_tokens=context, kv=kv)
+    plan = Planner(open_checkpoint(DEMO_MODEL), MachineSpeed(20e9, 1e9, 1e11), config, process=process)
+    least = plan.smallest_ram_bytes
+    verdicts = []
+    for ram_bytes in (MIB, least - 1, least, least + MIB, least + 9 * MIB, plan.whole_ram_bytes, GIB):
+        outlook = plan.outlook(ram_bytes)
+        verdicts.append(outlook.fits)
+        try:
+            model = moe_offload.from_pretrained(DEMO_MODEL, ram=ram_bytes, context=context, kv=kv)
+        except BudgetError as error:
+            assert not outlook.fits and outlook.reason == str(error)
+            continue
+        try:
+            assert outlook.placement == model.offload.plan
+        finally:
+            model.offload.close()
+    assert verdicts == [False, False, True, True, True, True, True]
+
+
+def test_what_the_runtime_refuses_by_name_the_plan_refuses_too(tmp_path: Path) -> None:
+    folder = save_toy_model("mixtral", tmp_path)  # head_dim 16
+    config = RuntimeConfig(kv="q8_0")
+    with pytest.raises(ConfigError, match="head_dim=16"):
+        Planner(open_checkpoint(folder), MACHINE, config).outlook(GIB)
+    assert cli.main(["plan", "--model", str(folder), "--kv", "q8_0", "--profile", "cpu-laptop-16gb"]) == 2
+
+
+def recorded_trace(num_experts: int = 32, layers: int = 12) -> Any:
+    """A token's experts are those of one of four topics, which last 40 tokens each."""
+    chooser = np.random.default_rng(3)
+    topics = chooser.permuted(np.tile(np.arange(num_experts), (4, layers, 1)), axis=2)[:, :, :8]
+    chosen = [
+        [chooser.choice(topics[token // 40 % 4, layer], 4, replace=False) for layer in range(layers)]
+        for token in range(400)
+    ]
+    return make_trace(np.array(chosen, np.uint8), num_experts=num_experts)
+
+
+def test_a_trace_is_replayed_at_the_plans_slots() -> None:
+    trace = recorded_trace()
+    plan = planner(trace=trace)
+    plain = planner()
+    ram_bytes = plan.smallest_ram_bytes + 8 * MIB
+    outlook = plan.outlook(ram_bytes)
+    assert outlook.placement is not None and "400 tokens of a trace" in outlook.hit_source
+    first, later = replayed_hit_rates(plan.checkpoint, outlook.placement, trace, "horizon")
+    assert outlook.hit_rate == later and 0 < first < 1
+    assert outlook.hit_rate != plain.outlook(ram_bytes).hit_rate
+    assert plan.outlook(plan.whole_ram_bytes).hit_rate == 1.0
+    with pytest.raises(CheckpointError, match="32 experts in each of 3 layers"):
+        planner(trace=recorded_trace(layers=3))
+
+
+def test_walls_that_move_away_are_never_slower() -> None:
     plan = planner()
-    model = moe_offload.from_pretrained(DEMO_MODEL, context=1024, ram="4GiB")
-    try:
-        placement = model.offload.plan
-        room = placement.base_bytes - plan.fixed.base_bytes
-        assert (
-            placement.dense_bytes + placement.kv_bytes <= plan.fixed.dense_bytes + plan.fixed.kv_bytes + MIB
-        )
-    finally:
-        model.offload.close()
-    with pytest.raises(BudgetError):
-        moe_offload.from_pretrained(DEMO_MODEL, context=1024, ram=plan.smallest_ram_bytes + room - 64 * MIB)
+    now = plan.outlook(plan.smallest_ram_bytes)
+    assert now.decode
+    relieved = plan.relieved(now)
+    assert relieved["disk bandwidth"] > 1.3 * now.decode.tokens_per_s
+    assert relieved["RAM bandwidth"] >= now.decode.tokens_per_s

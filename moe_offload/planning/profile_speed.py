@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from moe_offload.planning.roofline import MachineSpeed
+from dataclasses import replace
+
+from moe_offload.planning.roofline import MachineSpeed, Overheads
 from moe_offload.profile_schema import DeviceProfile
 
 SUSTAINED_SHARE = 0.75  # of a data sheet's peak
 
 
-def profile_speed(profile: DeviceProfile, num_layers: int = 0) -> MachineSpeed:
+# What a step costs beside bytes where a profile does not say: measured on 2 cores of an AVX-512 server by
+# runtime/yardstick.py, rounded.
+TYPICAL_OVERHEADS = Overheads(
+    native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, miss_s=100e-6, token_s=100e-6,
+    chunk_layer_s=1.1e-3, chunk_expert_s=150e-6,
+)  # fmt: skip
+
+
+def profile_speed(profile: DeviceProfile) -> MachineSpeed:
     """Return what a profile's machine gives; data-sheet bandwidths count for three quarters.
 
     The decode kernels' own rate goes before what memory gives to plain reading.
-
-    Args:
-        num_layers: of the model whose ``layer_overhead`` the profile may have.
     """
     throughput = profile.figures["cpu"].get("int8_throughput")
     ram = "kernel_bandwidth" if "kernel_bandwidth" in profile.figures["ram"] else "read_bandwidth"
@@ -22,8 +29,16 @@ def profile_speed(profile: DeviceProfile, num_layers: int = 0) -> MachineSpeed:
         ram_bytes_per_s=_sustained(profile, "ram", ram),
         disk_bytes_per_s=_sustained(profile, "disk", "read_bandwidth"),
         macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
-        token_overhead_s=num_layers * (profile.get("model", "layer_overhead") or 0.0),
+        disk_latency_s=profile.get("disk", "latency") or 0.0,
+        overheads=_overheads(profile.get("model", "layer_overhead")),
     )
+
+
+def _overheads(layer_s: float | None) -> Overheads:
+    """Return the typical ones, with a layer's of the native step as it was measured."""
+    if layer_s is None:
+        return TYPICAL_OVERHEADS
+    return replace(TYPICAL_OVERHEADS, native_layer_s=layer_s, python_layer_s=layer_s)
 
 
 def _sustained(profile: DeviceProfile, section: str, name: str) -> float:

@@ -96,7 +96,8 @@ def expectations(found: ProfileInUse | None, checkpoint: Checkpoint) -> RunningC
     if found is None:
         return RunningCorrection()
     layers = max(1, checkpoint.spec.num_hidden_layers)
-    speed = profile_speed(found.profile, layers)
-    token_s = bytes_per_token(checkpoint, 0).total_bytes / speed.ram_bytes_per_s + speed.token_overhead_s
+    speed = profile_speed(found.profile)
+    overhead_s = layers * (found.profile.get("model", "layer_overhead") or 0.0)
+    token_s = bytes_per_token(checkpoint, 0).total_bytes / speed.ram_bytes_per_s + overhead_s
     disk = found.profile.get("disk", "read_bandwidth_busy") or speed.disk_bytes_per_s
     return RunningCorrection({DISK: disk, LAYER: token_s / layers})

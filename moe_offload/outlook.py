@@ -1,0 +1,220 @@
+"""What would happen: one checkpoint on one machine under any budget, from headers and figures.
+
+The bytes are those of ``header_costs.place``, the function that ``from_pretrained`` plans with, so that
+nothing is called runnable that would be refused. The speed is planning/roofline.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from moe_offload.config import PREFILL_CHUNK_TOKENS, PlacementPlan, RuntimeConfig
+from moe_offload.errors import BudgetError, CheckpointError
+from moe_offload.header_costs import (
+    Process,
+    bytes_per_token,
+    dense_weights,
+    fixed_costs,
+    fresh_process,
+    place,
+    resolve_context,
+)
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.hit_curves import expected_hit_rate
+from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
+from moe_offload.planning.roofline import (
+    DecoderShape,
+    MachineSpeed,
+    Speed,
+    active_expert_macs,
+    decode_speed,
+    prefill_speed,
+)
+from moe_offload.replay import replay
+from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.trace import RoutingTrace
+
+STEPS_BYTES = tuple(gibs << 30 for gibs in (1, 2, 4, 8))
+GAIN_WORTH_TELLING = 1.05
+TRACE_TOKENS = 2000  # of a trace; replaying them takes a second or two
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one checkpoint would do under one budget; speeds are None when it does not fit."""
+
+    ram_bytes: int
+    fits: bool
+    reason: str
+    placement: PlacementPlan | None = None
+    resident_share: float = 0.0
+    hit_rate: float = 0.0
+    hit_source: str = ""
+    decode: Speed | None = None
+    prefill: Speed | None = None
+
+
+class Planner:
+    """One checkpoint on one machine, for any budget.
+
+    Args:
+        config: what the user chose; its budget is not looked at.
+        process: of the process that would load; the estimate for a new one otherwise.
+        trace: routing of the model, replayed for the hit rate; the family's curve otherwise.
+        prompt_tokens: of the prompt that ``prefill`` is about.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        machine: MachineSpeed,
+        config: RuntimeConfig,
+        *,
+        process: Process | None = None,
+        trace: RoutingTrace | None = None,
+        prompt_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> None:
+        self.checkpoint, self.machine, self.config = checkpoint, machine, config
+        self.process = process or fresh_process(checkpoint)
+        self.context_tokens = resolve_context(checkpoint, config.context_tokens)
+        self.prompt_tokens = min(prompt_tokens, self.context_tokens)
+        self.token = bytes_per_token(checkpoint, self.context_tokens, config.kv)
+        self._trace = None if trace is None else _checked(trace, checkpoint)
+        self._replayed = lru_cache(maxsize=64)(self._replay)
+
+    @property
+    def fixed(self) -> FixedCosts:
+        """Everything in memory that is not an expert."""
+        return fixed_costs(self.checkpoint, self.context_tokens, kv=self.config.kv, process=self.process)
+
+    @property
+    def smallest_ram_bytes(self) -> int:
+        spec = self.checkpoint.spec
+        return smallest_ram_bytes(self.fixed, self.checkpoint.experts.layouts, spec.top_k)
+
+    @property
+    def whole_ram_bytes(self) -> int:
+        """The budget at which every expert has a slot of its own."""
+        layouts = self.checkpoint.experts.layouts.values()
+        return self.fixed.total_bytes + sum(layout.slot_bytes * layout.num_experts for layout in layouts)
+
+    def outlook(self, ram_bytes: int) -> Outlook:
+        """Return what would happen under ``ram_bytes``."""
+        try:
+            placement = place(self.checkpoint, self.config, ram_bytes=ram_bytes, process=self.process)
+        except BudgetError as error:
+            return Outlook(ram_bytes, False, str(error))
+        share = resident_share(placement)
+        hit_rate, source = self._hit_rate(placement, share)
+        shape = self.shape(placement)
+        decode = decode_speed(self.token, self.machine, shape, hit_rate=hit_rate)
+        prefill = self._prefill(shape, share)
+        return Outlook(ram_bytes, True, "", placement, share, hit_rate, source, decode, prefill)
+
+    def _hit_rate(self, placement: PlacementPlan, share: float) -> tuple[float, str]:
+        if self._trace is not None and share < 1:
+            return self._replayed(placement), f"{self._trace.num_tokens} tokens of a trace replayed"
+        rate, curve = expected_hit_rate(self.checkpoint.spec.model_type, share)
+        return rate, f"curve {curve!r}"
+
+    def _replay(self, placement: PlacementPlan) -> float:
+        assert self._trace is not None
+        return replayed_hit_rates(self.checkpoint, placement, self._trace, self.config.policy)[1]
+
+    def shape(self, placement: PlacementPlan) -> DecoderShape:
+        """Return what of model and placement costs a step beside bytes."""
+        spec = self.checkpoint.spec
+        return DecoderShape(
+            num_layers=spec.num_hidden_layers,
+            moe_layers=len(spec.moe_layers),
+            top_k=spec.top_k,
+            num_experts=spec.num_experts,
+            is_native=native_step_reason(self.checkpoint.config) is None,
+            all_resident=all(pool.num_slots >= pool.num_experts for pool in placement.pools),
+        )
+
+    def _prefill(self, shape: DecoderShape, share: float) -> Speed | None:
+        return prefill_speed(
+            self.machine,
+            shape,
+            dense_macs=dense_weights(self.checkpoint),
+            expert_macs=active_expert_macs(self.checkpoint.spec, self.checkpoint.experts.layouts),
+            dense_bytes=self.token.dense_bytes,
+            expert_bytes=self.checkpoint.experts.total_bytes,
+            resident_share=share,
+            num_tokens=self.prompt_tokens,
+        )
+
+    def changes(self, outlook: Outlook) -> list[Outlook]:
+        """Return the outlooks of more RAM that would be at least 5% faster, each than the one before."""
+        if outlook.decode is None:
+            return []
+        found, best = [], outlook.decode.tokens_per_s
+        for step in STEPS_BYTES:
+            more = self.outlook(outlook.ram_bytes + step)
+            if more.decode and more.decode.tokens_per_s >= best * GAIN_WORTH_TELLING:
+                found.append(more)
+                best = more.decode.tokens_per_s
+        return found
+
+    def relieved(self, outlook: Outlook) -> dict[str, float]:
+        """Return tokens per second if one wall were twice as far away, for each wall of decoding."""
+        assert outlook.placement is not None
+        shape = self.shape(outlook.placement)
+        machines = {
+            "RAM bandwidth": _faster(self.machine, "ram_bytes_per_s", "expert_bytes_per_s"),
+            "disk bandwidth": _faster(self.machine, "disk_bytes_per_s"),
+        }
+        return {
+            name: decode_speed(self.token, machine, shape, hit_rate=outlook.hit_rate).tokens_per_s
+            for name, machine in machines.items()
+        }
+
+
+def replayed_hit_rates(
+    checkpoint: Checkpoint, placement: PlacementPlan, trace: RoutingTrace, policy: str, split: int = 0
+) -> tuple[float, float]:
+    """Return the hit rates of a trace's tokens before and after ``split``, from a cold cache.
+
+    Args:
+        split: number of tokens; 0 is half of them.
+    """
+    expert_bytes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
+    first, whole = (
+        replay(part, placement.pools, lambda: make_policy(policy), expert_bytes)
+        for part in (trace.head(split or trace.num_tokens // 2), trace)
+    )
+    later_hits, later_misses = whole.hits - first.hits, whole.misses - first.misses
+    return first.hit_rate, later_hits / max(1, later_hits + later_misses)
+
+
+def _faster(machine: MachineSpeed, *names: str) -> MachineSpeed:
+    given: Mapping[str, float | None] = {name: getattr(machine, name) for name in names}
+    doubled = {name: 2 * value for name, value in given.items() if value is not None}
+    return replace(machine, **doubled)  # type: ignore[arg-type]
+
+
+def _checked(trace: RoutingTrace, checkpoint: Checkpoint) -> RoutingTrace:
+    """Return the trace's first tokens.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    spec = checkpoint.spec
+    if (trace.num_experts, tuple(trace.layers)) != (spec.num_experts, tuple(spec.moe_layers)):
+        raise CheckpointError(
+            f"the trace has {trace.num_experts} experts in each of {len(trace.layers)} layers, "
+            f"{checkpoint.path} {spec.num_experts} in each of {len(spec.moe_layers)}; record one of this "
+            "model with moe-offload trace"
+        )
+    return trace.head(min(TRACE_TOKENS, trace.num_tokens))
+
+
+def resident_share(placement: PlacementPlan) -> float:
+    """Return resident experts over all, staging left out; 1 for a dense model."""
+    experts = sum(pool.num_experts for pool in placement.pools)
+    residents = sum(pool.num_slots - pool.num_staging for pool in placement.pools)
+    return residents / experts if experts else 1.0
