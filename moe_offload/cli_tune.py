@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress("measuring", sys.stderr) as progress, contextlib.redirect_stderr(io.StringIO()):
         tiers, stages = _measure(args, checkpoint, budget, progress)
     name = args.output.stem if args.output is not None else key
-    command = f"moe-offload tune{' --quick' if args.quick else ''}"
-    profile = tune_profile.assemble(name, command, key, tiers, stages, budget.spent_s)
+    profile = tune_profile.assemble(name, _command(args), key, tiers, stages, budget.spent_s)
     kept = tune_profile.keep(profile, key)
     if args.output is not None:
         _write(args.output, profile)
@@ -76,6 +75,19 @@ def _seconds(args: argparse.Namespace) -> float:
     if not 0 < given < float("inf"):
         raise ConfigError(f"--seconds must be a positive number, got {given:g}")
     return given
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Return what was asked for, without paths: a profile may be passed on."""
+    given = {
+        "--seconds": args.seconds,
+        "--ram": args.ram,
+        "--experts": args.experts,
+        "--context": args.context,
+    }
+    words = ["moe-offload tune", *(["--quick"] if args.quick else [])]
+    words += [f"{flag} {value}" for flag, value in given.items() if value not in (None, "auto")]
+    return " ".join(words)
 
 
 def _check_output(path: Path | None) -> None:

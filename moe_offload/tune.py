@@ -19,11 +19,14 @@ from moe_offload.header_costs import bytes_per_token
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.planning.tuning import (
+    DUEL_ROUNDS,
+    LEAST_DUEL_ROUNDS,
     NO_PREDICTOR,
     Choice,
     Gain,
     TuningFacts,
     paired_gain,
+    plan_runs,
     ranked,
     thread_counts,
     to_verify,
@@ -48,10 +51,9 @@ from moe_offload.tune_tiers import Tiers
 
 POLICIES = ("horizon", "ewma", "lru", "lfu", "class_lru", "least_stale")
 TIGHT = "25%"  # where every expert fits, what is kept and read ahead is judged with a quarter of them
-MOST_CANDIDATES, SCREEN_ROUNDS, DUEL_ROUNDS, LEAST_DUEL_ROUNDS = 6, 3, 12, 3
+MOST_CANDIDATES = 6
 SCREEN_SHARE, WRITE_SHARE, RECORD_SHARE = 0.45, 0.12, 0.12  # of a stage's time
 FIRST_SHARE = 0.4  # of the time, for threads alone where every expert fits
-LEAST_RUN_TOKENS = 12
 DEFAULT_POLICY, DEFAULT_PREDICTOR = "horizon", "auto"
 
 Say = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -204,22 +206,31 @@ class Tuner:
         """Let all candidates take turns, then the best of them and the defaults alone; the duel decides."""
         defaults = stage.defaults
         step_s = statistics.median(text.step_s)
-        turns = SCREEN_ROUNDS * len(candidates) + 2 * DUEL_ROUNDS
-        most = text.token_ids.shape[1]
-        stage.tokens = max(min(LEAST_RUN_TOKENS, most), min(most, int(budget.left_s / turns / step_s)))
-        run_s = stage.tokens * step_s
+        plan = plan_runs(
+            step_s=step_s,
+            left_s=budget.left_s,
+            most_tokens=text.token_ids.shape[1],
+            most_candidates=len(candidates),
+        )
+        stage.tokens, run_s = plan.tokens, plan.tokens * step_s
 
         def decode(choice: Choice) -> float:
             return run.run(choice, text, stage.tokens)
 
-        self.say(f"verifying {len(candidates)} candidates {stage.name}", 0.0)
-        screen = budget.share(SCREEN_SHARE)
-        times = take_turns(decode, candidates, SCREEN_ROUNDS, screen, self.clock, run_s * len(candidates))
-        self._note(stage, "screen", times, facts, run)
-        rival = worth_a_duel(times, defaults)
-        stage.layer_overhead_s = self._layer_overhead(run, times[defaults], facts, stage.tokens)
+        if not plan.candidates:
+            stage.verdict = "the defaults: no time for rounds of runs"
+            return
+        decode(defaults)  # counts nothing: whoever goes first would read what all others find
+        rival: Choice | None = candidates[1]
+        if plan.screen_rounds:
+            tried = candidates[: plan.candidates]
+            self.say(f"verifying {len(tried)} candidates {stage.name}", 0.0)
+            share, first_s = budget.share(SCREEN_SHARE), run_s * len(tried)
+            times = take_turns(decode, tried, plan.screen_rounds, share, self.clock, first_s)
+            self._note(stage, "screen", times, facts, run)
+            rival = worth_a_duel(times, defaults)
         if rival is None:
-            stage.verdict = _no_rival(len(candidates), times[defaults])
+            stage.verdict = f"the defaults: none of {plan.candidates - 1} others was faster"
             return
         self.say(f"a duel of the defaults and {rival.describe()}", 0.5)
         duel = take_turns(decode, [defaults, rival], DUEL_ROUNDS, budget, self.clock, 2 * run_s)
@@ -239,6 +250,8 @@ class Tuner:
         """Keep what each candidate did as evidence."""
         base = times[stage.defaults]
         tokens = run.counted_tokens(stage.tokens)
+        if base and not stage.runs:
+            stage.layer_overhead_s = self._layer_overhead(run, base, facts, stage.tokens)
         for choice, seconds in times.items():
             if not seconds:
                 continue
@@ -263,8 +276,6 @@ class Tuner:
         self, run: TuningRun, seconds: list[float], facts: TuningFacts, num_tokens: int
     ) -> float:
         """Return what a layer costs beside bytes and waiting for them, in the defaults' runs."""
-        if not seconds:
-            return 0.0
         bytes_s = facts.token.total_bytes / facts.ram_bytes_per_s[default_choice(self.checkpoint).num_threads]
         step_s = statistics.median(seconds) / run.counted_tokens(num_tokens)
         return max(0.0, step_s - run.stall_s - bytes_s) / max(1, facts.num_layers)
@@ -274,12 +285,6 @@ class Tuner:
 class _Result:
     stage: Stage
     slots_hold_all: bool
-
-
-def _no_rival(candidates: int, seconds: list[float]) -> str:
-    if not seconds:
-        return "the defaults: no time for a round of runs"
-    return f"the defaults: none of {candidates - 1} others was faster"
 
 
 def combined(stages: list[Stage]) -> tuple[Choice, Stage]:

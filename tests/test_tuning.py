@@ -15,8 +15,10 @@ from moe_offload.planning.tuning import (
     NO_PREDICTOR,
     Choice,
     Predictability,
+    RunPlan,
     TuningFacts,
     paired_gain,
+    plan_runs,
     ranked,
     thread_counts,
     to_verify,
@@ -89,6 +91,21 @@ def test_who_goes_into_the_duel() -> None:
     assert worth_a_duel(times, DEFAULTS) == fast
     assert worth_a_duel({DEFAULTS: [2.0], slow: [2.5]}, DEFAULTS) is None
     assert worth_a_duel({DEFAULTS: [2.0]}, DEFAULTS) is None
+
+
+@pytest.mark.parametrize(
+    ("left_s", "plan"),
+    [
+        (1.0, RunPlan(8, 0, 0)),  # a run of 8 tokens takes 0.8 s
+        (5.0, RunPlan(8, 2, 0)),  # six runs: the duel at once
+        (12.0, RunPlan(8, 3, 3)),  # fifteen: three candidates in three rounds, and the duel
+        (42.0, RunPlan(10, 6, 3)),
+        (1e6, RunPlan(64, 6, 3)),
+    ],
+)
+def test_runs_are_planned_by_the_time_there_is(left_s: float, plan: RunPlan) -> None:
+    assert plan_runs(step_s=0.1, left_s=left_s, most_tokens=64, most_candidates=6) == plan
+    assert plan_runs(step_s=0.1, left_s=left_s, most_tokens=64, most_candidates=1).candidates == 0
 
 
 def test_threads_worth_measuring() -> None:

@@ -15,6 +15,8 @@ from moe_offload.planning.cost_model import TokenBytes
 
 NO_PREDICTOR = "none"
 MARGIN = 0.01  # a gain below this is none
+SCREEN_ROUNDS, DUEL_ROUNDS, LEAST_DUEL_ROUNDS = 3, 12, 3
+LEAST_RUN_TOKENS = 8
 # Student's t, two-sided 95%, by degrees of freedom; the normal's value beyond.
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 NORMAL_T = 1.96
@@ -178,6 +180,41 @@ def paired_gain(defaults_s: Sequence[float], candidate_s: Sequence[float]) -> Ga
     factor = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL_T
     half = factor * statistics.stdev(logs) / math.sqrt(len(logs))
     return Gain(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How real runs spend a time.
+
+    Attributes:
+        tokens: of a run.
+        candidates: that take turns, defaults among them; 2: the duel comes at once; 0: there is no time.
+        screen_rounds: of their turns.
+    """
+
+    tokens: int
+    candidates: int
+    screen_rounds: int
+
+
+def plan_runs(*, step_s: float, left_s: float, most_tokens: int, most_candidates: int) -> RunPlan:
+    """Return what fits into ``left_s``: a screen of candidates and a duel, the duel alone, or nothing.
+
+    Args:
+        step_s: of a token, as the model was just seen to write.
+    """
+    least_tokens = min(LEAST_RUN_TOKENS, most_tokens)
+    runs = left_s / (least_tokens * step_s)
+    if runs < 2 * LEAST_DUEL_ROUNDS or most_candidates < 2:
+        return RunPlan(least_tokens, 0, 0)
+    for rounds in range(SCREEN_ROUNDS, 1, -1):
+        candidates = min(most_candidates, int((runs - 2 * LEAST_DUEL_ROUNDS) // rounds))
+        if candidates > 2:
+            turns = rounds * candidates + 2 * DUEL_ROUNDS
+            tokens = int(left_s / turns / step_s)
+            return RunPlan(max(least_tokens, min(most_tokens, tokens)), candidates, rounds)
+    tokens = int(left_s / (2 * DUEL_ROUNDS) / step_s)
+    return RunPlan(max(least_tokens, min(most_tokens, tokens)), 2, 0)
 
 
 def worth_a_duel(times_s: Mapping[Choice, Sequence[float]], defaults: Choice) -> Choice | None:
