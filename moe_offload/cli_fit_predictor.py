@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.15
 HELD_OUT_TOKENS = 3000
 MEMORY_SHARE = 0.3  # of what the machine has free, for a recording
-MIN_GAIN = 0.002  # of recall, for which a network is worth its cost
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,6 +73,7 @@ def make_fitter(model: Any, recording: Recording, depth: int, key: str) -> Fitte
 
 def report(model: Any, fit: PredictorFit, held_out: Recording, expert_bytes: float) -> None:
     """Measure the gate and the fitted predictors on held-out text; put it into ``fit.report``."""
+    from moe_offload.planning.predictor_worth import best_predictor
     from moe_offload.predictors.evaluate import evaluate, summarize
     from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
 
@@ -85,15 +85,7 @@ def report(model: Any, fit: PredictorFit, held_out: Recording, expert_bytes: flo
             evaluation = evaluate(predictor, held_out, fit.num_experts, progress.update)
         results[name] = summarize(evaluation, fit.top_k, expert_bytes, fit.depth)
     fit.report["held_out"] = {"tokens": held_out.num_tokens, "expert_bytes": expert_bytes, **results}
-    fit.report["best"] = _best(results)
-
-
-def _best(results: dict[str, Any]) -> str:
-    """Return "learned" where its network finds more than the linear one, one layer ahead."""
-    if "learned" not in results:
-        return "hybrid"
-    recall = {name: results[name]["ahead"]["1"]["recall"] for name in ("hybrid", "learned")}
-    return "learned" if recall["learned"] > recall["hybrid"] + MIN_GAIN else "hybrid"
+    fit.report["best"] = best_predictor(fit.report["held_out"], fit.top_k, ("hybrid", "learned"))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -120,10 +120,16 @@ class Prefetcher:
         self._link, self._bytes_per_s = link, self._speeds.get("disk_bytes_per_s")
         self._set_depth_limit()
 
-    def begin_step(self, token_ids: NDArray[np.int64] | None) -> None:
-        """Start a forward pass: read what its tokens alone say of the first layers."""
+    def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
+        """Start a forward pass: read what its tokens alone say of the first layers.
+
+        Args:
+            is_new_text: nothing came before these tokens.
+        """
         if self._predictor is None or not self.enabled:
             return
+        if is_new_text:
+            self._predictor.new_sequence()
         self._last_look = None
         self._last_layer = -1
         if not self.is_on:

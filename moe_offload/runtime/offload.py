@@ -253,13 +253,16 @@ class OffloadHandle:
             yield
 
     @contextmanager
-    def step(self, num_tokens: int, token_ids: Tensor | None = None) -> Iterator[None]:
+    def step(
+        self, num_tokens: int, token_ids: Tensor | None = None, *, is_new_text: bool = False
+    ) -> Iterator[None]:
         """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
         decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
         if self.cache is not None and self.cache.is_warming:
             self.cache.absorb()
         if self.prefetcher is not None:
-            self.prefetcher.begin_step(None if token_ids is None else token_ids.reshape(-1).numpy())
+            ids = None if token_ids is None else token_ids.reshape(-1).numpy()
+            self.prefetcher.begin_step(ids, is_new_text=is_new_text)
         torch_threads = torch.get_num_threads()
         if decoding and torch_threads > 1:
             torch.set_num_threads(1)

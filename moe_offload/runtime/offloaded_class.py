@@ -67,7 +67,8 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
         cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)
     handle.check_room(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
-    with handle.step(batch_size * num_tokens, inputs.get("input_ids")):
+    is_new_text = cache is None or cache.get_seq_length() == 0
+    with handle.step(batch_size * num_tokens, inputs.get("input_ids"), is_new_text=is_new_text):
         if handle.native_step is not None and handle.native_step.serves(inputs):
             return handle.native_step.run(inputs)
         if not in_chunks:

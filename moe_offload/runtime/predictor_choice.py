@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.prediction import Predictor
+from moe_offload.planning.predictor_worth import best_predictor
 from moe_offload.predictors import fit_file, history, learned, residual_gate
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.predictors.exact import TokenLookahead, token_tables
@@ -46,6 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "hybrid": ("hybrid", "first", "curve.hybrid", "curve.first"),
     "learned": ("network", "first", "curve.learned", "curve.first"),
 }
+FITTED = ("hybrid", "learned")  # of which "fitted" is one
 NEEDS_FIT = frozenset(name for name, groups in GROUPS.items() if groups) - {"residual_gate"}
 NAMES = ("auto", "none", "fitted", *GROUPS)
 
@@ -69,8 +71,8 @@ def fit_path(checkpoint: Checkpoint) -> Path:
 def choose_predictor(name: str, checkpoint: Checkpoint) -> PredictorChoice:
     """Resolve "auto", "fitted" and "NAME=FILE"; read what the predictor needs of a fit.
 
-    "auto" is the fit of this checkpoint where there is one, else the cross-layer gate. "fitted" is the
-    predictor that its report found best.
+    "auto" is what saves most by the report of this checkpoint's fit, its own cost taken off (the gate
+    may be that), and the cross-layer gate where there is no fit. "fitted" insists on a fitted one.
 
     Raises:
         ConfigError: no such predictor, or it needs a fit and there is none.
@@ -95,10 +97,12 @@ def choose_predictor(name: str, checkpoint: Checkpoint) -> PredictorChoice:
 
 
 def _best(path: Path, *, required: bool) -> str:
-    """Return the name that the fit's report found best; without a fit the gate, unless one is required."""
+    """Return what saves most by the fit's report; without a fit the gate, unless one is required."""
     if not path.is_file() and not required:
         return "cross_layer_gate"
-    best = str(fit_file.read_fit(path, ()).report.get("best", "hybrid"))
+    fit = fit_file.read_fit(path, ())
+    names = FITTED if required else (*FITTED, "cross_layer_gate")
+    best = best_predictor(fit.report.get("held_out", {}), fit.top_k, names) or "hybrid"
     if best == "learned" and not learned.is_available():
         print(
             "moe-offload: note: onnxruntime is not installed, so the fit's linear predictor is used; "
