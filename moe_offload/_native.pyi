@@ -172,7 +172,7 @@ class DecodeStep:
 
 def gate_chances(
     hidden: int,
-    weight: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
     bias: npt.NDArray[np.float32] | None,
     top_k: int,
     slope: float,

@@ -15,7 +15,7 @@ from moe_offload.predictors.routers import Curve, RouterScores
 
 
 class NativeGate:
-    """``routers.probabilities`` of a router's scores for one token, for float32 routers that rank by logits.
+    """``routers.probabilities`` of a router's scores for one token, for routers that rank by logits.
 
     The weights are the router's own, not copied.
     """
@@ -26,7 +26,7 @@ class NativeGate:
         self._hidden_size = router.hidden_size
         self._chances = partial(
             gate_chances,
-            weight=weight.numpy(),
+            weight=weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy(),
             bias=None if bias is None else bias.float().numpy(),
             top_k=router.top_k,
             slope=curve.slope,
@@ -39,7 +39,7 @@ class NativeGate:
         weight: Any = router.linear_weight
         return (
             weight is not None
-            and weight.dtype == torch.float32
+            and weight.dtype in (torch.float32, torch.bfloat16)
             and weight.is_contiguous()
             and router.top_k < router.num_experts
         )

@@ -1,6 +1,7 @@
 #include "planning/gate_chances.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -17,25 +18,43 @@ namespace {
 
 constexpr int64_t kLanes = 32;  // sums of their own, so that the compiler may keep them side by side
 
-MOE_WIDE float dot(const float* a, const float* b, int64_t count) {
+inline float widened(float value) {
+    return value;
+}
+inline float widened(uint16_t bfloat16) {
+    return std::bit_cast<float>(uint32_t{bfloat16} << 16);
+}
+
+template <class Weight>
+inline __attribute__((always_inline)) float dot_of(const float* a, const Weight* b, int64_t count) {
     float sums[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * widened(b[i + lane]);
     }
     float sum = 0.0f;
     for (const float lane : sums) sum += lane;
-    for (; i < count; ++i) sum += a[i] * b[i];
+    for (; i < count; ++i) sum += a[i] * widened(b[i]);
     return sum;
+}
+
+MOE_WIDE float dot(const float* a, const float* b, int64_t count) {
+    return dot_of(a, b, count);
+}
+MOE_WIDE float dot_bfloat16(const float* a, const uint16_t* b, int64_t count) {
+    return dot_of(a, b, count);
 }
 
 }  // namespace
 
-void gate_chances(const float* hidden, const float* weight, const float* bias, int64_t num_experts,
+void gate_chances(const float* hidden, const GateWeight& weight, const float* bias, int64_t num_experts,
                   int64_t hidden_size, int64_t top_k, float slope, float offset, float* out) {
     double sum = 0.0, squares = 0.0;
     for (int64_t i = 0; i < num_experts; ++i) {
-        out[i] = dot(hidden, weight + i * hidden_size, hidden_size) + (bias ? bias[i] : 0.0f);
+        const int64_t row = i * hidden_size;
+        out[i] = weight.floats != nullptr ? dot(hidden, weight.floats + row, hidden_size)
+                                          : dot_bfloat16(hidden, weight.bfloat16s + row, hidden_size);
+        if (bias != nullptr) out[i] += bias[i];
         sum += out[i];
     }
     const double mean = sum / static_cast<double>(num_experts);

@@ -6,11 +6,17 @@
 
 namespace moe {
 
+// (num_experts, hidden_size): one of the two.
+struct GateWeight {
+    const float* floats = nullptr;
+    const uint16_t* bfloat16s = nullptr;
+};
+
 // 1 / (1 + exp(-(slope * far + offset))), where far is how many standard deviations of the scores an expert's
 // score is above the middle between the top_k-th and the next one.
 void gate_chances(const float* hidden,  // (hidden_size)
-                  const float* weight,  // (num_experts, hidden_size)
-                  const float* bias,    // (num_experts) or null
+                  const GateWeight& weight,
+                  const float* bias,  // (num_experts) or null
                   int64_t num_experts, int64_t hidden_size, int64_t top_k, float slope, float offset,
                   float* out);  // (num_experts)
 
