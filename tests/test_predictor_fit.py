@@ -262,7 +262,7 @@ def test_the_command_fits_reports_and_keeps(tiny_moe, tmp_path, monkeypatch, cap
     output = capsys.readouterr().out
     kept = fit_path(open_checkpoint(tiny_moe))
     assert kept.is_file() and str(kept) in output and "the best is hybrid" in output
-    assert choose_predictor("auto", open_checkpoint(tiny_moe)).name == "hybrid"
+    assert choose_predictor("fitted", open_checkpoint(tiny_moe)).name == "hybrid"
     held_out = read_fit(kept, ()).report["held_out"]
     assert held_out["hybrid"]["ahead"]["1"]["recall"] > held_out["cross_layer_gate"]["ahead"]["1"]["recall"]
 

@@ -1,21 +1,32 @@
-"""Does something pay? Switch it on and off by turns, compare step times, and keep what is faster.
+"""Does something pay? Compare steps with and without it, pair by pair, and keep what is faster.
 
-A trial is a few rounds of on, off, off, on (the order cancels a drift), ``BLOCK_STEPS`` steps each, the first
-of each block left out since it inherits the other's state. It ends as soon as the difference is clear. Then
-the faster one stays for a while, longer each time that a trial agrees with the last one.
+A probe is two neighbouring blocks of a few steps, one with it and one without, in an order that alternates;
+the first step of a block is left out since it inherits the other's state. A step that missed more takes
+longer, whether it prefetches or not, so what a miss costs is estimated from all steps and taken off. Each
+probe gives one difference; their mean and its confidence interval decide. While they agree with what is
+done, probes become rarer; when they do not, they follow one another until the interval is clear of zero.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
-BLOCK_STEPS = 4
-ORDER = (True, False, False, True)
-LEAST_ROUNDS, MOST_ROUNDS = 1, 6
-CLEAR = 2.5  # standard errors
-MARGIN = 0.01  # of a step's time: what is off must gain this much to be switched on; what is on may lose none
-SHORTEST_STAY_STEPS, LONGEST_STAY_STEPS = 64, 1024
+BLOCK_STEPS = 5
+LEAST_PROBES, MOST_PROBES = 4, 12  # before a decision; the last MOST_PROBES count
+CLEAR = 2.0  # standard errors
+SWITCH_ON, SWITCH_OFF = 0.015, -0.005  # mean gain where the interval does not decide
+FIRST_REST_STEPS, LONGEST_REST_STEPS = 48, 256
+REMEMBERED_STEPS = 256  # for what a miss costs
+
+
+class Timed(NamedTuple):
+    """A step's time and how many experts it needed that were not resident."""
+
+    seconds: float
+    needs: int
 
 
 class GainSwitch:
@@ -23,58 +34,93 @@ class GainSwitch:
 
     Attributes:
         is_on: for the next step.
-        gain: share of a step's time that it saved in the last trial; None before the first one ended.
-        decision: what the last trial decided.
+        decision: what is done between probes; on at first.
+        gain: share of a step's time that it saves by the last probes; None before the first decision.
     """
 
     def __init__(self) -> None:
-        self.is_on = True
+        self.is_on = self.decision = True
         self.gain: float | None = None
-        self.decision = True
-        self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._step = 0
-        self._stay_steps = SHORTEST_STAY_STEPS
-        self._staying = 0  # steps left before the next trial
+        self._blocks: dict[bool, list[Timed]] = {True: [], False: []}  # of the probe under way
+        self._probes: deque[tuple[list[Timed], list[Timed]]] = deque(maxlen=MOST_PROBES)  # on, off
+        self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_STEPS)  # see _miss_s
+        self._step = 0  # of the probe
+        self._num_probes = 0
+        self._resting = 0  # steps left before the next probe
+        self._rest_steps = FIRST_REST_STEPS
 
-    def record(self, seconds: float) -> None:
+    def record(self, seconds: float, needs: int = 0) -> None:
         """Take note of the step that was done with ``is_on`` as it is, and set it for the next one."""
-        if self._staying:
-            self._staying -= 1
-            if not self._staying:
-                self.is_on = ORDER[0]
-            return
-        if self._step % BLOCK_STEPS:
-            self._times[self.is_on].append(seconds)
-        self._step += 1
-        rounds, rest = divmod(self._step, BLOCK_STEPS * len(ORDER))
-        if rest == 0 and rounds >= LEAST_ROUNDS and self._is_decided(rounds):
-            self._settle()
+        if self._resting:
+            self._resting -= 1
         else:
-            self.is_on = ORDER[self._step // BLOCK_STEPS % len(ORDER)]
+            if self._step % BLOCK_STEPS:
+                self._blocks[self.is_on].append(Timed(seconds, needs))
+            self._step += 1
+            if self._step == 2 * BLOCK_STEPS:
+                self._end_probe()
+        self.is_on = self.decision if self._resting else self._is_on_in_probe()
 
-    def _is_decided(self, rounds: int) -> bool:
-        on, off = self._times[True], self._times[False]
-        error = (_variance_of_mean(on) + _variance_of_mean(off)) ** 0.5
-        difference = abs(statistics.fmean(_trimmed(on)) - statistics.fmean(_trimmed(off)))
-        return rounds >= MOST_ROUNDS or difference > CLEAR * error
+    def _is_on_in_probe(self) -> bool:
+        first = self._num_probes % 2 == 0
+        return first if self._step < BLOCK_STEPS else not first
 
-    def _settle(self) -> None:
-        on, off = (statistics.fmean(_trimmed(self._times[which])) for which in (True, False))
-        self.gain = 1.0 - on / off if off > 0 else 0.0
-        decision = self.gain > (0.0 if self.decision else MARGIN)
-        agrees = decision == self.decision
-        self._stay_steps = min(2 * self._stay_steps, LONGEST_STAY_STEPS) if agrees else SHORTEST_STAY_STEPS
-        self.decision = self.is_on = decision
-        self._staying = self._stay_steps
-        self._times = {True: [], False: []}
+    def _end_probe(self) -> None:
+        on, off = self._blocks[True], self._blocks[False]
+        for block in (on, off):
+            mean_s, mean_needs = _means(block)
+            self._recent.extend((step.seconds - mean_s, step.needs - mean_needs) for step in block)
+        self._probes.append((on, off))
+        self._blocks = {True: [], False: []}
         self._step = 0
+        self._num_probes += 1
+        if len(self._probes) >= LEAST_PROBES:
+            self._decide()
+
+    def _decide(self) -> None:
+        """Bring decision and gain up to date; rest, unless it takes more probes to change it."""
+        gain, error = self._estimate()
+        clear = abs(gain) > CLEAR * error
+        decision = gain > (0.0 if clear else SWITCH_OFF if self.decision else SWITCH_ON)
+        contradicts = decision != self.decision
+        if contradicts and not clear and len(self._probes) < MOST_PROBES:
+            return
+        agreed_before = self.gain is not None and not contradicts
+        self._rest_steps = min(2 * self._rest_steps, LONGEST_REST_STEPS) if agreed_before else FIRST_REST_STEPS
+        if contradicts:
+            self._probes.clear()
+        self.decision, self.gain = decision, gain
+        self._resting = self._rest_steps
+
+    def _estimate(self) -> tuple[float, float]:
+        """Return the mean gain of the probes as a share of a step without it, and its standard error."""
+        miss_s = self._miss_s()
+        differences, without = [], []
+        for on, off in self._probes:
+            (on_s, on_needs), (off_s, off_needs) = _means(on), _means(off)
+            differences.append(off_s - on_s - miss_s * (off_needs - on_needs))
+            without.append(off_s)
+        kept = _without_extremes(differences)
+        step_s = statistics.median(without)
+        if step_s <= 0.0:
+            return 0.0, 0.0
+        spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
+        return statistics.fmean(kept) / step_s, spread / len(kept) ** 0.5 / step_s
+
+    def _miss_s(self) -> float:
+        """Return the seconds that a miss more takes, by least squares within the blocks; none below 0."""
+        squares = sum(needs * needs for _, needs in self._recent)
+        products = sum(seconds * needs for seconds, needs in self._recent)
+        return max(0.0, products / squares) if squares > 0.0 else 0.0
 
 
-def _trimmed(times: Sequence[float]) -> Sequence[float]:
-    """Leave out the slowest quarter: what else the machine did."""
-    return sorted(times)[: max(1, 3 * len(times) // 4)]
+def _means(block: Sequence[Timed]) -> tuple[float, float]:
+    """Return the means of times and needs, the slowest step left out: what else the machine did."""
+    kept = sorted(block)[: max(1, len(block) - 1)]
+    return statistics.fmean(step.seconds for step in kept), statistics.fmean(step.needs for step in kept)
 
 
-def _variance_of_mean(times: Sequence[float]) -> float:
-    kept = _trimmed(times)
-    return statistics.pvariance(kept) / len(kept)
+def _without_extremes(values: Sequence[float]) -> list[float]:
+    """Leave out an eighth at either end."""
+    cut = len(values) // 8
+    return sorted(values)[cut : len(values) - cut]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moe_offload.storage.expert_format import ExpertKey
 
-WASTE_TARGET = 0.10  # of all bytes read
+WASTE_TARGET = 0.13  # of all bytes read
 LOWEST, HIGHEST = 0.10, 0.95  # of the threshold on a guess's probability
 UP, DOWN = 0.08, 0.03  # its steps
 READERS = 4  # reads under way at the same time
@@ -39,7 +39,8 @@ def plan_reads(
     """Return what to read, in order: by deadline, then the more probable first.
 
     Args:
-        queued_bytes: reads that go before, demands among them.
+        queued_bytes: guesses that go before. Demands do too, but the step waits for those: they put off the
+            deadline by as much as they take.
         window_bytes: measured link speed times a layer's measured compute time; may be infinite.
         threshold: least probability.
     """

@@ -277,9 +277,9 @@ class ExpertCache:
         row = self._pool_of[layer_idx].table[layer_idx]
         return [expert_id for expert_id in expert_ids if row[expert_id] is None]
 
-    def queued_bytes(self, layer_idx: int) -> int:
-        """Return the bytes being read or about to be, for the pool of a layer."""
-        return self._pool_of[layer_idx].queued_bytes()
+    def guessed_bytes(self, layer_idx: int) -> int:
+        """Return the bytes of guesses being read or about to be, for the pool of a layer."""
+        return self._pool_of[layer_idx].guessed_bytes()
 
     def expert_bytes(self, layer_idx: int) -> int:
         """Return the bytes of an expert of a layer in the file."""

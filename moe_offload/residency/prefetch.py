@@ -34,7 +34,7 @@ MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters
 SMOOTHING = 0.2  # of measured windows
 BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 PARALLEL_BYTES = READERS * (64 << 10)  # small reads under way together take hardly longer than one
-SUBMIT_S = 2e-5  # compute time that asking for a read takes
+SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measured
 EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
 PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
 
@@ -73,6 +73,7 @@ class Prefetcher:
         self._link, self._clock = link, clock
         self._steps_without_need = 0
         self._needs_seen = -1
+        self._needs_before_step = 0
         self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
         self._speeds = speeds or RunningCorrection()
         self._window_s = self._speeds.get("layer_s")  # a layer's compute time; inf: not known
@@ -83,7 +84,9 @@ class Prefetcher:
         self._needs: dict[int, float] = {}  # by layer: experts of a step that are not resident, smoothed
         self._next_layer: dict[int, int] = {}  # as steps have shown
         self._last_layer = -1
-        self._predict_s = 0.0  # a prediction's time, smoothed
+        self._predict_s = 0.0  # a prediction's time and that of planning its reads, smoothed
+        self._submit_s = SUBMIT_S  # and that of asking for one, which takes the processor from computing
+        self._submitting_s = 0.0  # in the prediction under way
         self._set_depth_limit()
 
     @property
@@ -141,8 +144,10 @@ class Prefetcher:
 
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time; a step's prefetching is switched as a whole."""
+        needs = self._cache.needs_not_resident
+        step_needs, self._needs_before_step = needs - self._needs_before_step, needs
         if self.enabled and self.switch is not None and not self._cache.has_every_expert:
-            self.switch.record(seconds)
+            self.switch.record(seconds, step_needs)
 
     def routed(
         self,
@@ -175,13 +180,15 @@ class Prefetcher:
             return
         assert self._predictor is not None
         started = self._measure()
-        queued_bytes = self._cache.queued_bytes(layer_idx) - PARALLEL_BYTES
+        queued_bytes = self._cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
         if self._is_link_full(queued_bytes) or not self._is_worth_predicting(layer_idx):
             return
+        self._submitting_s = 0.0
         forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
-        self._predict_s += SMOOTHING * (self._clock() - started - self._predict_s)
         if forecasts:
             self._read(forecasts, queued_bytes)
+        predict_s = self._clock() - started - self._submitting_s
+        self._predict_s += SMOOTHING * (predict_s - self._predict_s)
 
     def _read(self, forecasts: Sequence[Forecast], queued_bytes: int = -PARALLEL_BYTES) -> None:
         threshold = self.threshold.value
@@ -198,7 +205,12 @@ class Prefetcher:
             window_bytes=self._window_s * self._bytes_per_s,
             threshold=threshold,
         )
-        self._cache.prefetch(keys)
+        if keys:
+            started = self._clock()
+            self._cache.prefetch(keys)
+            submit_s = (self._clock() - started) / len(keys)
+            self._submit_s += SMOOTHING * (submit_s - self._submit_s)
+            self._submitting_s = submit_s * len(keys)
 
     def _absent(self, forecast: Forecast, windows: int, threshold: float) -> list[Guess]:
         """Return a layer's likely experts that have no slot."""
@@ -214,7 +226,7 @@ class Prefetcher:
         ]
 
     def _is_link_full(self, queued_bytes: int) -> bool:
-        """Whether demands alone keep the link busy for as long as a prediction reaches."""
+        """Whether guesses keep the link busy for as long as a prediction reaches."""
         reach_bytes = self._most_depth * self._window_s * self._bytes_per_s
         return queued_bytes + 0.5 * self._cache.largest_expert_bytes > reach_bytes
 
@@ -223,7 +235,8 @@ class Prefetcher:
         needs = self._needs.get(self._next_layer.get(layer_idx, -1))
         if needs is None or self._steps % PROBE_EVERY == 0:
             return True
-        return EXPECTED_RECALL * needs * self._read_s > self._predict_s
+        saved_s = self._read_s - self._submit_s
+        return EXPECTED_RECALL * needs * saved_s > self._predict_s
 
     def _measure(self) -> float:
         """Bring the window's compute time up to date; now and then the link's speed and what follows.
@@ -254,7 +267,7 @@ class Prefetcher:
         self._speeds.note("disk_bytes_per_s", self._bytes_per_s)
         stats = self._cache.stats
         self._read_s = read_s = self._cache.largest_expert_bytes / speed
-        self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, SUBMIT_S))
+        self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, self._submit_s))
         self._set_depth()
 
     def _set_depth_limit(self) -> None:

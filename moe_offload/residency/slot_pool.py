@@ -285,12 +285,10 @@ class SlotPool:
         """Return how far ahead a layer is: those up to ``after_layer`` come again with the next token."""
         return layer_idx if layer_idx > after_layer else layer_idx + self._layers_end
 
-    def queued_bytes(self) -> int:
-        """Return the bytes of reads that have not finished."""
-        entries = [entry for entry in self.staged.values() if entry.state is SlotState.IN_FLIGHT]
-        return (
-            sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket)) if entries else 0
-        )
+    def guessed_bytes(self) -> int:
+        """Return the bytes of speculative reads that no step has claimed and that have not finished."""
+        entries = [e for e in self.staged.values() if e.unclaimed and e.state is SlotState.IN_FLIGHT]
+        return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
 
     def preload(self, keys: Iterable[ExpertKey]) -> None:
         """Queue the reads of experts that shall become residents: as many as there is room for."""

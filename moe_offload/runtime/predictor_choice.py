@@ -29,7 +29,7 @@ from moe_offload.runtime import skeleton
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key
 
-GATE_DEPTH = 1
+GATE_DEPTH = 2  # at most: the prefetcher looks as far as reading takes
 NORM_NAMES = ("post_attention_layernorm", "ffn_norm", "pre_feedforward_layernorm")
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 
