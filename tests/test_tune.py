@@ -187,7 +187,7 @@ def test_the_command_keeps_what_the_next_load_uses(
     profile = load_profile(output)
     assert (
         profile.name == "my-machine"
-        and profile.measured["command"] == "moe-offload tune --seconds 2.0 --ram 4GiB"
+        and profile.measured["command"] == "moe-offload tune --seconds 3.0 --ram 4GiB"
     )
     assert {time.busy for time in profile.expert_times} == {False, True}
     assert str(tmp_path) not in output.read_text(), "no paths"
