@@ -12,13 +12,23 @@ from reference import SCALE_PLACES
 from torch import Tensor
 
 from moe_offload.ops import ActivationKind
-from moe_offload.storage.expert_format import BLOCK_SIZES, FLOAT_TYPES, GgmlType, RowOrder, row_bytes
+from moe_offload.storage.expert_format import (
+    BLOCK_SIZES,
+    FLOAT_TYPES,
+    GgmlType,
+    OwnType,
+    RowOrder,
+    WeightType,
+    row_bytes,
+)
 
 FLOAT_COLS = 1031  # no multiple of anything
 
 
-def cols_of(ggml_type: GgmlType) -> int:
+def cols_of(ggml_type: WeightType) -> int:
     """Return an odd number of blocks: superblocks of 8 are left incomplete."""
+    if isinstance(ggml_type, OwnType):
+        return 3 * 128
     return (
         FLOAT_COLS
         if ggml_type in FLOAT_TYPES
@@ -146,9 +156,11 @@ def activations(tokens: int, cols: int, seed: int) -> Tensor:
     return torch.from_numpy(x)
 
 
-def packed_weight(ggml_type: GgmlType, rows: int, cols: int, seed: int) -> NDArray[np.uint8]:
+def packed_weight(ggml_type: WeightType, rows: int, cols: int, seed: int) -> NDArray[np.uint8]:
     """Return (rows, row bytes): quantized by gguf-py where it can, else random blocks of finite scales."""
     rng = np.random.default_rng(seed)
+    if isinstance(ggml_type, OwnType):
+        return random_f8(rows, cols, rng)
     values = rng.standard_normal((rows, cols)).astype(np.float32)
     try:
         packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType(int(ggml_type)))
@@ -171,6 +183,14 @@ def random_blocks(ggml_type: GgmlType, rows: int, cols: int, rng: np.random.Gene
         blocks[:, place.d : place.d + 2] = scales[:, :1].copy().view(np.uint8)
         if place.minimum is not None:
             blocks[:, place.minimum : place.minimum + 2] = scales[:, 1:].copy().view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def random_f8(rows: int, cols: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return blocks of a float32 scale and 128 codes, none of them NaN."""
+    blocks = rng.integers(0, 0x7F, (rows * cols // 128, 132), np.uint8)
+    blocks[:, 4:] |= rng.integers(0, 2, (len(blocks), 128), np.uint8) << 7
+    blocks[:, :4] = rng.uniform(0.001, 0.02, (len(blocks), 1)).astype(np.float32).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 

@@ -19,7 +19,10 @@ from moe_offload.storage.expert_format import GgmlType
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = np.load(ROOT / "tests" / "golden" / "ops.npz")
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
+QUANTIZED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+)
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 120)
 # The flags that keep the bits: no contraction, subnormals, IEEE division.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-ftz=false", "-prec-div=true"]

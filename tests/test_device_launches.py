@@ -22,6 +22,8 @@ PLAIN = next(case for case in EXPERT_CASES if not case.bias)
 class OnDevice:
     """A layer's experts, one slot each on a device, and a step's pairs of all of them."""
 
+    slot_bytes = SLOT
+
     def __init__(self, device: _native.Device, layer: Layer, num_tokens: int) -> None:
         self.device, self.layer, self.kernel = device, layer, layer.kernel()
         self.native = device.make_kernel(self.kernel.native)
@@ -35,7 +37,7 @@ class OnDevice:
     def address(self, expert_id: int, matrix: int) -> int:
         """Of a matrix in its expert's slot, unaligned as in a file."""
         before = sum(part.nbytes for part in self.layer.memory[expert_id][:matrix])
-        return self.device.address + expert_id * SLOT + 13 + before
+        return self.device.address + expert_id * self.slot_bytes + 13 + before
 
     def copy(self, expert_id: int) -> int:
         parts = self.layer.memory[expert_id]

@@ -15,15 +15,15 @@ struct Eight {
     float dmin = 0;
 };
 
-// kElements consecutive weights take kBytes bytes.
+// kElements consecutive weights take kBytes bytes; kHalves: scales and mins belong to 16 weights, not 32.
 struct BlockFormat {
     static constexpr int kElements = 32;
-    static constexpr bool kMins = false;
+    static constexpr bool kMins = false, kHalves = false;
 };
 
 struct SuperblockFormat {
     static constexpr int kElements = 256;
-    static constexpr bool kMins = false;
+    static constexpr bool kMins = false, kHalves = false;
 };
 
 // Codes of weights 8 * k ..: nibbles of 16 bytes, low ones first.
@@ -39,11 +39,21 @@ MOE_HD uint32_t spread4(uint32_t bits, uint32_t value) {
     return bytes;
 }
 
-// table[nibble] in each byte.
-MOE_HD int32_t look_up4(const int8_t (&table)[16], uint32_t nibbles) {
-    uint32_t found = 0;
-    for (int i = 0; i < 4; ++i) found |= uint32_t(uint8_t(table[nibbles >> (8 * i) & 15])) << (8 * i);
-    return int32_t(found);
+// Sixteen int8 levels in four words.
+struct Levels {
+    uint32_t words[4];
+    MOE_HD constexpr explicit Levels(const int8_t (&levels)[16]) : words{} {
+        for (int i = 0; i < 16; ++i) words[i / 4] |= uint32_t(uint8_t(levels[i])) << (i % 4 * 8);
+    }
+};
+
+// levels[nibble] in each byte, in registers: a table in memory would be read once for each nibble.
+MOE_HD int32_t look_up4(const Levels& levels, uint32_t nibbles) {
+    const uint32_t low3 = nibbles & 0x07070707u;
+    const uint32_t selector = (low3 & 7) | (low3 >> 4 & 0x70) | (low3 >> 8 & 0x700) | (low3 >> 12 & 0x7000);
+    const uint32_t upper = (nibbles >> 3 & 0x01010101u) * 255;
+    return int32_t((pick_bytes(levels.words[0], levels.words[1], selector) & ~upper) |
+                   (pick_bytes(levels.words[2], levels.words[3], selector) & upper));
 }
 
 struct FormatQ4_0 : BlockFormat {
@@ -118,15 +128,17 @@ struct FormatQ8_0 : BlockFormat {
     }
 };
 
+MOE_HD int32_t nonlinear_levels(uint32_t nibbles) {
+    constexpr Levels kLevels({-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113});
+    return look_up4(kLevels, nibbles);
+}
+
 struct FormatIQ4_NL : BlockFormat {
     static constexpr int kBytes = 18;
     MOE_HD static Eight load(const uint8_t* superblock, int c, int k) {
-        constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                        1,    13,   25,  38,  53,  69,  89,  113};
         const uint8_t* block = superblock + c * kBytes;
         Eight e;
-        for (int half = 0; half < 2; ++half)
-            e.codes[half] = look_up4(kLevels, nibbles_of(block + 2, k, half));
+        for (int half = 0; half < 2; ++half) e.codes[half] = nonlinear_levels(nibbles_of(block + 2, k, half));
         e.d = load_half(block);
         return e;
     }
@@ -136,12 +148,61 @@ struct FormatIQ4_NL : BlockFormat {
 struct FormatMXFP4 : BlockFormat {
     static constexpr int kBytes = 17;
     MOE_HD static Eight load(const uint8_t* superblock, int c, int k) {
-        constexpr int8_t kLevels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+        constexpr Levels kLevels({0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12});
         const uint8_t* block = superblock + c * kBytes;
         Eight e;
         for (int half = 0; half < 2; ++half)
             e.codes[half] = look_up4(kLevels, nibbles_of(block + 1, k, half));
         e.d = as_float(block[0] < 2 ? 0x00200000u << block[0] : uint32_t(block[0] - 1) << 23);
+        return e;
+    }
+};
+
+struct FormatIQ4_XS : SuperblockFormat {
+    static constexpr int kBytes = 136;  // d, 8 x 2 high scale bits, 8 x 4 low ones, codes[128]
+    MOE_HD static Eight load(const uint8_t* p, int c, int k) {
+        Eight e;
+        for (int half = 0; half < 2; ++half)
+            e.codes[half] = nonlinear_levels(nibbles_of(p + 8 + 16 * c, k, half));
+        const int low = p[4 + c / 2] >> (c % 2 * 4) & 15, high = load16(p + 2) >> (2 * c) & 3;
+        e.scale = (low | high << 4) - 32;
+        e.d = load_half(p);
+        return e;
+    }
+};
+
+// Two bits of weights 8 * k .. of block c: 32 bytes hold those of four blocks, lowest bits first.
+MOE_HD uint32_t two_bits_of(const uint8_t* p, int c, int k, int half) {
+    return load32(p + c / 4 * 32 + 8 * k + 4 * half) >> (2 * (c % 4)) & 0x03030303u;
+}
+
+struct FormatQ2_K : SuperblockFormat {
+    static constexpr int kBytes = 84;  // scales and mins[16], codes[64], d, dmin
+    static constexpr bool kMins = true, kHalves = true;
+    MOE_HD static Eight load(const uint8_t* p, int c, int k) {
+        Eight e;
+        for (int half = 0; half < 2; ++half) e.codes[half] = int32_t(two_bits_of(p + 16, c, k, half));
+        e.scale = p[2 * c + k / 2] & 15;
+        e.min = p[2 * c + k / 2] >> 4;
+        e.d = load_half(p + 80);
+        e.dmin = load_half(p + 82);
+        return e;
+    }
+};
+
+struct FormatQ3_K : SuperblockFormat {
+    static constexpr int kBytes = 110;  // high bits[32], codes[64], scales[12], d
+    static constexpr bool kHalves = true;
+    MOE_HD static Eight load(const uint8_t* p, int c, int k) {
+        Eight e;
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t high = load32(p + 8 * k + 4 * half) >> c & 0x01010101u;
+            e.codes[half] = subtract4(two_bits_of(p + 32, c, k, half) | high << 2, 4);
+        }
+        const int j = 2 * c + k / 2;  // of 16 scales: low nibbles first, then two bits of each
+        const int low = p[96 + j % 8] >> (j / 8 * 4) & 15, high = p[104 + j % 4] >> (2 * (j / 4)) & 3;
+        e.scale = (low | high << 4) - 32;
+        e.d = load_half(p + 108);
         return e;
     }
 };
@@ -194,6 +255,7 @@ struct FormatQ5_K : SuperblockFormat {
 
 struct FormatQ6_K : SuperblockFormat {
     static constexpr int kBytes = 210;  // low nibbles[128], high bits[64], scales[16], d
+    static constexpr bool kHalves = true;
     MOE_HD static Eight load(const uint8_t* p, int c, int k) {
         const int upper = c / 4, part = c % 4;  // 128 weights each, in four parts of 32
         Eight e;

@@ -37,9 +37,9 @@ extern "C" MOE_EXPORT int moe_offload_cuda_info(char* out, int size) {
     cudaRuntimeGetVersion(&runtime);
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess) count = 0;
-    std::string json = "{\"runtime\": " + std::to_string(runtime) + ", \"driver\": " + std::to_string(driver) +
-                       ", \"error\": " + quoted(error == cudaSuccess ? "" : cudaGetErrorString(error)) +
-                       ", \"devices\": [";
+    std::string json =
+        "{\"runtime\": " + std::to_string(runtime) + ", \"driver\": " + std::to_string(driver) +
+        ", \"error\": " + quoted(error == cudaSuccess ? "" : cudaGetErrorString(error)) + ", \"devices\": [";
     for (int i = 0; i < count; ++i) json += (i ? ", " : "") + device_json(i);
     json += "]}";
     if (out && size > 0) json.copy(out, static_cast<size_t>(size));

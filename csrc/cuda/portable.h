@@ -13,6 +13,11 @@
 
 namespace moe::cuda {
 
+// What a thread moves at once.
+struct alignas(16) Word16 {
+    uint32_t words[4];
+};
+
 MOE_HD float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -52,6 +57,18 @@ MOE_HD int32_t dot4(int32_t a, int32_t b, int32_t sum) {
 #endif
 }
 
+// Byte i of the result is byte (selector >> 4 * i & 7) of the eight bytes low, high.
+MOE_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, selector);
+#else
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; ++i) picked |= uint32_t(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return picked;
+#endif
+}
+
 // fp16 to fp32, exact, subnormals included.
 MOE_HD float half_to_float(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000u) << 16;
@@ -61,13 +78,21 @@ MOE_HD float half_to_float(uint16_t h) {
     return as_float(sign | ((h & 0x7c00u) == 0x7c00u ? special : finite));
 }
 
-// Weights are aligned to nothing: byte by byte is right everywhere, and shared memory makes it cheap.
-MOE_HD uint16_t load16(const uint8_t* p) {
-    return uint16_t(p[0] | p[1] << 8);
+// Weights are aligned to nothing: a GPU reads the words around them, up to seven bytes beyond the last.
+MOE_HD uint32_t load32(const uint8_t* p) {
+#if defined(__CUDA_ARCH__)
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(address & ~uintptr_t(3));
+    return __funnelshift_r(words[0], words[1], unsigned(address & 3) * 8);
+#else
+    uint32_t value;
+    memcpy(&value, p, sizeof value);
+    return value;
+#endif
 }
 
-MOE_HD uint32_t load32(const uint8_t* p) {
-    return uint32_t(load16(p)) | uint32_t(load16(p + 2)) << 16;
+MOE_HD uint16_t load16(const uint8_t* p) {
+    return uint16_t(p[0] | p[1] << 8);
 }
 
 MOE_HD float load_half(const uint8_t* p) {

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "common/errors.h"
+#include "device/cuda_library.h"
 #include "device/emulated_device.h"
 #include "device/engine.h"
 
@@ -24,6 +25,12 @@ class EmulatedEngine : public DeviceEngine {
         : DeviceEngine(
               std::make_unique<EmulatedDevice>(vram_bytes, link_bytes_per_s, latency_s, pinnable_bytes)) {}
     EmulatedDevice& emulated() { return static_cast<EmulatedDevice&>(device()); }
+};
+
+class CudaEngine : public DeviceEngine {
+  public:
+    CudaEngine(const std::string& library, int index, int64_t vram_bytes)
+        : DeviceEngine(open_cuda_device(library, index, vram_bytes)) {}
 };
 
 void check_signals() {
@@ -164,6 +171,9 @@ void register_device(py::module_& m) {
         .def("record_events", [](DeviceEngine& e, int64_t capacity) { e.events().start(capacity); })
         .def("take_events", take_events)
         .def("close", &DeviceEngine::close, py::call_guard<py::gil_scoped_release>());
+    py::class_<CudaEngine, DeviceEngine>(m, "CudaDevice")
+        .def(py::init<const std::string&, int, int64_t>(), py::arg("library"), py::arg("index"),
+             py::arg("vram_bytes"));
     py::class_<EmulatedEngine, DeviceEngine>(m, "EmulatedDevice")
         .def(py::init<int64_t, double, double, int64_t>(), py::arg("vram_bytes"), py::arg("link_bytes_per_s"),
              py::arg("latency_s"), py::arg("pinnable_bytes") = int64_t(1) << 62)

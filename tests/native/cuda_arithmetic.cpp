@@ -94,6 +94,12 @@ extern "C" int cuda_linear(int type, const uint8_t* packed, const float* x, int6
             return run(rows<FormatQ6_K>);
         case 20:
             return run(rows<FormatIQ4_NL>);
+        case 10:
+            return run(rows<FormatQ2_K>);
+        case 11:
+            return run(rows<FormatQ3_K>);
+        case 23:
+            return run(rows<FormatIQ4_XS>);
         case 39:
             return run(rows<FormatMXFP4>);
         default:

@@ -1,0 +1,93 @@
+// The CUDA implementation of device/device.h: slots in one allocation, inputs in pools, experts' rows by two
+// matrix launches for all of a call's experts, one synchronisation per launch of the engine.
+//
+// Small things (inputs, tables of experts) do not go through the copy engine, where they would wait behind
+// experts under way: a kernel fetches them from pinned memory.
+#pragma once
+
+#include "cuda/cuda_link.h"
+#include "cuda/kernels.h"
+#include "device/device.h"
+
+namespace moe::cuda {
+
+// A layer's experts: formats, and biases on the device.
+struct CudaKernel : DeviceKernel {
+    explicit CudaKernel(const ExpertKernel& kernel) : of(kernel) {}
+    const ExpertKernel& of;
+    GrowingMemory biases;
+    const float* gate_up_bias = nullptr;  // (num_experts, 2 * intermediate_size)
+    const float* down_bias = nullptr;     // (num_experts, hidden_size)
+};
+
+// Rows of numbers on the device, and packed where packed weights read them.
+class PackedInputs {
+  public:
+    // The rows' memory; valid until the next call.
+    float* reserve(int64_t num_rows, int64_t cols) { return rows_.at_least<float>(num_rows * cols); }
+    Inputs inputs(int64_t num_rows, int64_t cols);
+
+  private:
+    GrowingMemory rows_, packed_;
+};
+
+// What an upload holds; lives in a pool, for steps come and go.
+struct UploadBuffer {
+    GrowingMemory host{true};
+    PackedInputs device;
+    Event fetched;  // the host's memory may be written again
+    int64_t num_rows = 0, cols = 0;
+    bool is_fetched = false, is_packed = false;
+};
+
+struct UploadPool {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<UploadBuffer>> free;
+};
+
+struct CudaInputs : DeviceInputs {
+    CudaInputs(std::shared_ptr<UploadPool> from, std::unique_ptr<UploadBuffer> taken)
+        : pool(std::move(from)), buffer(std::move(taken)) {}
+    ~CudaInputs() override;
+    const std::shared_ptr<UploadPool> pool;
+    std::unique_ptr<UploadBuffer> buffer;
+};
+
+class CudaDevice : public Device {
+  public:
+    CudaDevice(int index, int64_t vram_bytes);
+    ~CudaDevice() override { close(); }
+
+    std::string name() const override { return name_; }
+    uint64_t address() const override { return reinterpret_cast<uint64_t>(memory_); }
+    int64_t num_bytes() const override { return num_bytes_; }
+    // One allocation cannot be returned in parts.
+    void give_back(int64_t, int64_t) override {}
+    std::shared_ptr<Link> link() override { return link_; }
+    int64_t pin(std::byte* begin, int64_t num_bytes) override { return link_->pin(begin, num_bytes); }
+    bool has_kernel(const ExpertKernel& kernel) const override;
+    std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
+    std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
+                                         int64_t hidden_size) override;
+    void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
+              int64_t first_pair, int64_t total_pairs) override;
+    void finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
+    void close() override;
+
+  private:
+    struct Tables;
+    struct Buffers;
+    void use() const;
+    Inputs fetch(UploadBuffer& upload, bool packed);
+    Tables upload_tables(const CudaKernel& kernel, const ExpertPairs& pairs);
+
+    const int index_;
+    std::string name_;
+    int64_t num_bytes_ = 0;
+    std::byte* memory_ = nullptr;
+    std::shared_ptr<CudaLink> link_;
+    std::shared_ptr<UploadPool> uploads_ = std::make_shared<UploadPool>();
+    std::unique_ptr<Buffers> buffers_;  // the compute thread's own
+};
+
+}  // namespace moe::cuda
