@@ -241,7 +241,9 @@ def test_one_token_natively_is_what_the_formula_says(family: tuple[Any, ...]) ->
         assert np.allclose(native(router_input), expected, atol=1e-5)
         assert np.allclose(native(router_input.bfloat16()), native(router_input.bfloat16().float()))
     narrow = RouterScores(make_router(*family).bfloat16())
-    if NativeGate.serves(narrow):  # a choice among bfloat16 logits has ties, which the quick way need not break
+    if NativeGate.serves(
+        narrow
+    ):  # a choice among bfloat16 logits has ties, which the quick way need not break
         native = NativeGate(narrow, curve)
         for router_input in torch.randn(20, 1, HIDDEN_SIZE):
             expected = probabilities(narrow(router_input), narrow.top_k, curve)[0]

@@ -86,7 +86,9 @@ class GainSwitch:
         if contradicts and not clear and len(self._probes) < MOST_PROBES:
             return
         agreed_before = self.gain is not None and not contradicts
-        self._rest_steps = min(2 * self._rest_steps, LONGEST_REST_STEPS) if agreed_before else FIRST_REST_STEPS
+        self._rest_steps = (
+            min(2 * self._rest_steps, LONGEST_REST_STEPS) if agreed_before else FIRST_REST_STEPS
+        )
         if contradicts:
             self._probes.clear()
         self.decision, self.gain = decision, gain

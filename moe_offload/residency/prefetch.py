@@ -267,7 +267,9 @@ class Prefetcher:
         self._speeds.note("disk_bytes_per_s", self._bytes_per_s)
         stats = self._cache.stats
         self._read_s = read_s = self._cache.largest_expert_bytes / speed
-        self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, self._submit_s))
+        self.threshold.update(
+            stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, self._submit_s)
+        )
         self._set_depth()
 
     def _set_depth_limit(self) -> None:
