@@ -1,0 +1,64 @@
+"""What of a card's memory may be taken: with a driver's answers, and where it gives none."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_offload.cuda_memory import ASSUMED_CONTEXT_BYTES, CardMemory, card_memory
+from moe_offload.errors import DeviceError
+
+MIB, GIB = 1 << 20, 1 << 30
+# A card of 8 GiB; used grows by 300 MiB once there is a context.
+CUDA = """
+#include <stdint.h>
+int has_context = 0;
+int moe_offload_cuda_memory(int index, int64_t* free_bytes, int64_t* total_bytes) {
+    has_context = 1;
+    *free_bytes = 7LL << 30, *total_bytes = 8LL << 30;
+    return index == 0 ? 0 : 101;
+}
+"""
+NVML = """
+extern int has_context;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) { return *handle = (void*)1, (int)index; }
+int nvmlDeviceGetMemoryInfo(void* handle, unsigned long long* memory) {
+    memory[2] = 700ULL << 20;
+    if (has_context) memory[2] += 300ULL << 20;
+    return 0;
+}
+int nvmlDeviceGetDisplayActive(void* handle, int* active) { return *active = DISPLAY, 0; }
+"""
+
+
+def compiled(folder: Path, name: str, text: str, *flags: str) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    source, library = folder / f"{name}.c", folder / f"lib{name}.so"
+    source.write_text(text)
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), *flags, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.mark.parametrize("display", [0, 1])
+def test_the_context_is_measured_and_a_display_left_room(tmp_path: Path, display: int) -> None:
+    library = compiled(tmp_path, "cuda", CUDA)
+    nvml = compiled(tmp_path, "nvml", NVML, f"-DDISPLAY={display}", str(library), f"-Wl,-rpath,{tmp_path}")
+    memory = card_memory(0, library, str(nvml))
+    assert memory == CardMemory(8 * GIB, 7 * GIB, 300 * MIB, True, bool(display))
+    assert memory.auto_bytes == 7 * GIB + 300 * MIB - (GIB if display else 256 * MIB)
+
+
+def test_without_management_the_context_is_assumed_and_a_display_too(tmp_path: Path) -> None:
+    library = compiled(tmp_path, "cuda", CUDA)
+    memory = card_memory(0, library, str(tmp_path / "none.so"))
+    assert memory == CardMemory(8 * GIB, 7 * GIB, ASSUMED_CONTEXT_BYTES, False, True)
+
+
+def test_a_card_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"GPU 3 does not say .*CUDA error 101"):
+        card_memory(3, compiled(tmp_path, "cuda", CUDA), "none.so")
