@@ -134,7 +134,8 @@ def as_text(profile: DeviceProfile, path: Path | None) -> str:
 
 
 def _gb(profile: DeviceProfile, section: str, name: str) -> str:
-    return f"{profile.value(section, name) / 1e9:.2f} GB/s"
+    value = profile.get(section, name)
+    return "not known" if value is None else f"{value / 1e9:.2f} GB/s"
 
 
 def _run_line(run: dict[str, Any]) -> str:

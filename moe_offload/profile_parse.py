@@ -29,6 +29,7 @@ from moe_offload.profile_schema import (
 )
 
 T = TypeVar("T")
+ROUNDING = 1e-9  # a bound in another unit and back
 
 
 def parse_profile(document: Mapping[str, Any], where: str) -> DeviceProfile:
@@ -87,7 +88,7 @@ def _in_base_unit(where: str, key: str, bounds: Bounds, value: Any, unit: Any) -
     if unit not in units:
         raise ConfigError(f"{where}: {key}.unit is {unit!r}; known are {', '.join(map(repr, units))}")
     base = _number(where, f"{key}.value", value) * units[unit]
-    if not least <= base <= most:
+    if not least * (1 - ROUNDING) <= base <= most * (1 + ROUNDING):
         raise ConfigError(
             f"{where}: {key} = {value:g} {unit} cannot be: it must lie between {least / units[unit]:.3g} "
             f"and {most / units[unit]:.3g} {unit}".rstrip()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload import ops, profile_store
+from moe_offload.errors import ConfigError
 from moe_offload.planning.tuning import Choice
-from moe_offload.profile_schema import DeviceProfile, Figure
+from moe_offload.profile_schema import CURVES, FIGURES, REQUIRED, DeviceProfile, Figure
 from moe_offload.residency.machine_state import cpu_name, machine_key
 from moe_offload.tune import Stage, combined
 from moe_offload.tune_tiers import Tiers
@@ -26,6 +27,7 @@ def assemble(
     overhead_s = stages[0].layer_overhead_s
     note = f"beside bytes and waiting, {stages[0].name}"
     tiers.figures["model"]["layer_overhead"] = Figure(overhead_s, "measured", note)
+    keep_the_possible(tiers)
     evidence: dict[str, Any] = {
         "verdict": "; ".join(f"{stage.name}: {stage.verdict}" for stage in stages),
         "seconds": round(seconds, 1),
@@ -53,6 +55,36 @@ def assemble(
             "evidence": evidence,
         },
     )
+
+
+def keep_the_possible(tiers: Tiers) -> None:
+    """Leave out what the schema calls impossible: a machine that was stopped meanwhile measures such things.
+
+    Raises:
+        ConfigError: no profile can be without it.
+    """
+    for section, figures in tiers.figures.items():
+        for name in [
+            name for name, figure in figures.items() if not _is_possible(section, name, figure.value)
+        ]:
+            if name in REQUIRED.get(section, ()):
+                raise ConfigError(
+                    f"{section}.{name} was measured as {figures[name].value:.3g}, which cannot be; run "
+                    "`moe-offload tune` again while nothing stops it"
+                )
+            del figures[name]
+    for section, curves in tiers.curves.items():
+        for name, curve in list(curves.items()):
+            _, least, most = CURVES[section][name].bounds
+            points = tuple(point for point in curve.points if least <= point[1] <= most)
+            curves[name] = replace(curve, points=points)
+            if not points:
+                del curves[name]
+
+
+def _is_possible(section: str, name: str, value: float) -> bool:
+    _, least, most = FIGURES[section][name]
+    return least <= value <= most
 
 
 def as_settings(choice: Choice, slots: int) -> dict[str, Any]:

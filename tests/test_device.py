@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_offload import profile_write
-from moe_offload.device import FIGURES, load_profile, parse_profile, profile_names
+from moe_offload.device import FIGURES, Figure, load_profile, parse_profile, profile_names
 from moe_offload.errors import ConfigError
 from moe_offload.profile_write import as_toml, write_profile
 
@@ -217,3 +218,14 @@ TUNED_ERRORS = [
 def test_what_cannot_have_been_measured_is_named(path: tuple[str, ...], to: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_profile(changed(*path, to=to, document=TUNED), "tuned.toml")
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [("cpu", "launch_latency"), ("disk", "latency"), ("ram", "capacity")]
+)
+def test_a_bound_itself_survives_its_unit(section: str, name: str, tmp_path: Path) -> None:
+    profile = parse_profile(LAPTOP, "laptop.toml")
+    for bound in FIGURES[section][name][1:]:
+        figures = {**profile.figures, section: {**profile.figures[section], name: Figure(bound, "measured")}}
+        write_profile(tmp_path / "p.toml", replace(profile, figures=figures))
+        assert load_profile(tmp_path / "p.toml").value(section, name) == pytest.approx(bound)

@@ -13,6 +13,7 @@ import pytest
 import moe_offload
 from moe_offload import cli, cli_tune, ops, profile_store, tune, tune_profile, tune_tiers
 from moe_offload.device import load_profile
+from moe_offload.errors import ConfigError
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS, Choice
 from moe_offload.profile_schema import Curve, Figure
@@ -183,7 +184,7 @@ def test_the_command_keeps_what_the_next_load_uses(
     report = json.loads(shown.out)
     assert shown.err == "", "no noise where stderr is no terminal"
     assert report["checkpoint"]["key"] == checkpoint_key(open_checkpoint(tiny_moe))
-    assert report["figures"]["disk"]["read_bandwidth_busy"] > 0 and report["evidence"]["verdict"]
+    assert report["figures"]["disk"]["read_bandwidth"] > 0 and report["evidence"]["verdict"]
     profile = load_profile(output)
     assert (
         profile.name == "my-machine"
@@ -237,6 +238,18 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 ) -> None:
     assert cli.main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_a_stopped_machine_measures_is_left_out_or_refused() -> None:
+    odd = tiers()
+    odd.figures["disk"]["read_bandwidth_busy"] = Figure(1.0, "measured")
+    odd.curves["ram"]["read_bandwidth_by_threads"] = Curve(((1.0, 1.0), (2.0, 2e10)), "measured")
+    tune_profile.keep_the_possible(odd)
+    assert set(odd.figures["disk"]) == {"read_bandwidth"}
+    assert odd.curves["ram"]["read_bandwidth_by_threads"].points == ((2.0, 2e10),)
+    odd.figures["disk"]["read_bandwidth"] = Figure(1.0, "measured")
+    with pytest.raises(ConfigError, match=r"disk\.read_bandwidth was measured as 1, which cannot be"):
+        tune_profile.keep_the_possible(odd)
 
 
 def test_the_report_for_people_names_runs_and_verdict() -> None:
