@@ -1,0 +1,391 @@
+"""Everything there is to learn from a machine with a GPU, in one command and at most eight minutes.
+
+    python bench/gpu.py [--out gpu.json] [--minutes 8] [--model FILE.gguf]
+    python bench/gpu.py --device emulated:vram=64MiB,link=2GB/s   # where there is none: small, and labelled
+
+Builds csrc/cuda for this machine's cards, checks bits, measures ceilings, kernels and link, then runs a
+model of random weights: decode (cold, warm, after a change of topic) and prefill with 25, 50, 12 and 100% of
+the experts' bytes in VRAM, for ours and the named baselines. The file is written after every row, so that
+a run that is cut off leaves what it had; what was not reached reads "not run", with the reason.
+
+``label`` says what a number is: "measured" on a card, "emulated" (order and concurrency, no GPU's speed), or
+"modelled" (gpu_modelled.py: the cost model on a profile). Neither of the latter is ever a GPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from card import commit, cpu_name
+
+ROOT = Path(__file__).parents[1]
+SHARES = (25, 50, 12, 100)  # of the experts' bytes; the one with a goal first, if time is short
+METHODS: dict[str, dict[str, Any]] = {
+    "ours": {"scheduler": "hybrid"},
+    "on_demand": {"scheduler": "on_demand", "prefetch": False},
+    "static_split": {"scheduler": "static_split", "prefetch": False},
+    "hybrimoe_greedy": {"scheduler": "hybrimoe_greedy", "policy": "mrs"},
+    "fate_like": {"scheduler": "on_demand", "policy": "fate", "predictor": "cross_layer_gate"},
+}
+RUN_LIMIT_S = 150.0
+
+
+@dataclass
+class Report:
+    """The result so far, on disk after every row."""
+
+    path: Path
+    deadline: float  # of time.monotonic
+    content: dict[str, Any] = field(default_factory=dict)
+    context_bytes: int = 0  # what the driver takes of the card
+
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def write(self) -> None:
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def step(self, name: str, rows: Callable[[], Iterator[dict[str, Any]]], needs_s: float = 0.0) -> None:
+        """Run a step and keep its rows; a failure is part of the result and stops no other step."""
+        step: dict[str, Any] = {"status": "running", "rows": []}
+        self.content["steps"][name] = step
+        started = time.monotonic()
+        if self.left_s() < needs_s:
+            step["status"] = f"not run: {self.left_s():.0f} s left, wants {needs_s:.0f}"
+        else:
+            try:
+                for row in rows():
+                    step["rows"].append(row)
+                    show(name, row)
+                    self.write()
+                step["status"] = "done"
+            except NotRun as reason:
+                step["status"] = f"not run: {reason}"
+            except Exception as error:
+                step["status"] = f"failed: {type(error).__name__}: {error}"
+        step["seconds"] = round(time.monotonic() - started, 2)
+        print(f"[{name}] {step['status']} ({step['seconds']} s)", flush=True)
+        self.write()
+
+
+class NotRun(Exception):
+    """Why a step has nothing to say here."""
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    shown = {key: value for key, value in row.items() if key not in ("choices", "stats")}
+    line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
+    print(f"  {name}: {line}", flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    is_card = args.device.startswith("cuda")
+    report = Report(args.out, time.monotonic() + 60 * args.minutes)
+    report.content = {
+        "bench": "gpu",
+        "label": "measured" if is_card else "emulated",
+        "device": args.device,
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "steps": {},
+    }
+    report.write()
+    if is_card:
+        report.step("build", build)
+    report.step("machine", lambda: machine(report))
+    if is_card and not card_report()["on"]:
+        print(f"no card: {card_report()['reason']}", file=sys.stderr)
+        sys.exit(1)
+    report.step("bits", lambda: bits(args.device))
+    report.step("ceilings", lambda: ceilings(is_card))
+    report.step("link", lambda: link(args.device, report))
+    report.step("kernels", lambda: kernels(is_card, report), needs_s=20)
+    report.step("model", lambda: make_model(args), needs_s=60)
+    report.step("runs", lambda: runs(args, report), needs_s=30)
+    report.step("laptop", lambda: laptop(args, report), needs_s=30)
+    report.step("modelled", modelled)
+    mark_what_was_not_run(report, args)
+    print(json.dumps(summary(report.content)))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", help='default: "cuda"; or "emulated:link=2GB/s"')
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--model", type=Path, help="a GGUF; default: one of random weights, made here")
+    parser.add_argument("--like", help="its shape; default: qwen3-30b-a3b on a card, toy where emulated")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--decode-tokens", type=int)
+    parser.add_argument("--prefill-tokens", type=int)
+    args = parser.parse_args()
+    is_card = args.device.startswith("cuda")
+    args.like = args.like or ("qwen3-30b-a3b" if is_card else "toy")
+    args.decode_tokens = args.decode_tokens or (48 if is_card else 8)
+    args.prefill_tokens = args.prefill_tokens or (1024 if is_card else 64)
+    args.shares = [int(share) for share in args.shares.split(",")]
+    args.methods = args.methods.split(",")
+    return args
+
+
+# Steps
+
+
+def build() -> Iterator[dict[str, Any]]:
+    """Compile csrc/cuda for the cards of this machine, if that has not been done."""
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+    import nvcc
+
+    started = time.monotonic()
+    nvcc.build(ROOT / "moe_offload", ROOT / "build" / "cuda", default="native")
+    record = json.loads((ROOT / "moe_offload" / nvcc.RECORD).read_text())
+    yield {**record, "seconds": round(time.monotonic() - started, 1)}
+
+
+def card_report() -> dict[str, Any]:
+    from moe_offload import cuda
+
+    return cuda.describe()
+
+
+def machine(report: Report) -> Iterator[dict[str, Any]]:
+    yield card_report()
+    if report.content["label"] == "measured" and card_report()["on"]:
+        from moe_offload.cuda_memory import card_memory
+
+        memory = card_memory(0)
+        report.context_bytes = memory.context_bytes
+        yield dataclasses.asdict(memory)
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.used,pcie.link.gen.current",
+        "--format=csv",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        yield {"nvidia_smi": done.stdout.splitlines()}
+    except OSError as error:
+        yield {"nvidia_smi": f"not run: {error}"}
+
+
+def open_device(name: str, num_bytes: int) -> Any:
+    """Open an accelerator with so much memory for slots."""
+    from moe_offload import _native, cuda
+
+    if name.startswith("cuda"):
+        return _native.CudaDevice(str(cuda.LIBRARY), 0, num_bytes)
+    from moe_offload.config import parse_device
+    from moe_offload.residency.accelerator import open_device
+
+    choice = parse_device(device_text(name, num_bytes), None)
+    assert choice is not None, name
+    return open_device(choice, num_bytes)
+
+
+def bits(name: str) -> Iterator[dict[str, Any]]:
+    import gpu_card
+
+    device = open_device(name, 16 << 20)
+    try:
+        yield from gpu_card.bits(device, (1, 5, 50))
+    finally:
+        device.close()
+
+
+def ceilings(is_card: bool) -> Iterator[dict[str, Any]]:
+    import gpu_card
+
+    if not is_card:
+        raise NotRun("no card")
+    from moe_offload import cuda
+
+    yield from gpu_card.ceilings(gpu_card.Card(cuda.LIBRARY))
+
+
+def ceiling(report: Report, what: str) -> float | None:
+    for row in report.content["steps"].get("ceilings", {}).get("rows", []):
+        if row["what"].startswith(what):
+            return float(row["bytes_per_s"])
+    return None
+
+
+def link(name: str, report: Report) -> Iterator[dict[str, Any]]:
+    import gpu_card
+
+    device = open_device(name, 64 << 20)
+    try:
+        yield from gpu_card.link_speed(device, ceiling(report, "link") or asked_link(name))
+    finally:
+        device.close()
+
+
+def asked_link(name: str) -> float | None:
+    """Return the bandwidth that an emulated link was told to have."""
+    from moe_offload.config import parse_device
+
+    choice = None if name.startswith("cuda") else parse_device(device_text(name, 1 << 20), None)
+    return choice.link_bytes_per_s if choice else None
+
+
+def kernels(is_card: bool, report: Report) -> Iterator[dict[str, Any]]:
+    import gpu_card
+
+    if not is_card:
+        raise NotRun("no card; the emulated device computes with the CPU's kernels")
+    from moe_offload import cuda
+
+    l2_bytes = int(card_report()["devices"][0]["l2_bytes"])
+    card = gpu_card.Card(cuda.LIBRARY)
+    yield from gpu_card.kernels(card, ceiling(report, "memory") or 0.0, l2_bytes)
+
+
+def make_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Write the model of random weights, unless there is one."""
+    if args.model is None:
+        args.model = ROOT / "bench" / "models" / f"gpu-{args.like}-{args.layers}.gguf"
+    if not args.model.exists():
+        args.model.parent.mkdir(parents=True, exist_ok=True)
+        layers = [] if args.like == "toy" else ["--layers", str(args.layers)]
+        command = [sys.executable, str(ROOT / "bench" / "make_synthetic.py"), "--like", args.like, *layers]
+        subprocess.run([*command, "--out", str(args.model)], check=True, stdout=subprocess.DEVNULL)
+    yield {"model": args.model.name, "bytes": args.model.stat().st_size, **shape_of(args.model)}
+
+
+def shape_of(path: Path) -> dict[str, int]:
+    """Return what vram_bytes needs of the model; bytes of experts as they lie in slots."""
+    from moe_offload.planning.cost_model import device_workspace_bytes
+    from moe_offload.storage.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(path))
+    layouts = checkpoint.experts.layouts.values()
+    return {
+        "slots_bytes": sum(layout.num_experts * layout.slot_bytes for layout in layouts),
+        "workspace_bytes": device_workspace_bytes(checkpoint.spec),
+        "vocab_size": checkpoint.spec.vocab_size,
+    }
+
+
+def runs(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
+    """Yield every method at every share of the experts' bytes, ours and the baselines in turn."""
+    for share in args.shares:
+        for method in args.methods:
+            yield run(args, report, method, {"vram_percent": share}, args.device)
+
+
+def laptop(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
+    """Yield 25% of the experts over a laptop's link: a card that copies no faster than 12 GB/s."""
+    if not args.device.startswith("cuda"):
+        raise NotRun("the emulated device's link is what --device says")
+    for method in args.methods:
+        options = {"vram_percent": 25, "link": "12GB/s", "threads": 8}
+        yield run(args, report, method, options, f"{args.device},link=12GB/s")
+
+
+def run(
+    args: argparse.Namespace, report: Report, method: str, what: dict[str, Any], device: str
+) -> dict[str, Any]:
+    """Run one configuration in a process of its own; return its row, whatever became of it."""
+    row = {"method": method, **what, "label": report.content["label"]}
+    limit_s = min(RUN_LIMIT_S, report.left_s() - 5)
+    if limit_s < 10:
+        return {**row, "status": "not run: no time left"}
+    shape = report.content["steps"]["model"]["rows"][0]
+    vram = vram_bytes(shape, what["vram_percent"], report.context_bytes)
+    spec = {
+        "model": str(args.model),
+        "vocab_size": shape["vocab_size"],
+        "prompt_tokens": 16,
+        "decode_tokens": args.decode_tokens,
+        "prefill_tokens": args.prefill_tokens,
+        "threads": what.get("threads"),
+        "options": {"device": device_text(device, vram), "vram": vram, **METHODS[method]},
+    }
+    command = [sys.executable, str(ROOT / "bench" / "gpu_run.py"), json.dumps(spec)]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        out, err = process.communicate(timeout=limit_s)
+        status = "done" if process.returncode == 0 else f"failed: {err.strip().splitlines()[-1:]}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        status = f"cut off after {limit_s:.0f} s"
+    return {**row, "status": status, **phases_of(out)}
+
+
+def vram_bytes(shape: dict[str, int], percent: int, context_bytes: int) -> int:
+    """Return the budget in which so many percent of the experts have a slot."""
+    return shape["slots_bytes"] * percent // 100 + shape["workspace_bytes"] + context_bytes
+
+
+def device_text(device: str, vram: int) -> str:
+    if device.startswith("cuda"):
+        return device
+    settings = [part for part in device.partition(":")[2].split(",") if part and not part.startswith("vram=")]
+    return "emulated:" + ",".join([f"vram={vram}", *settings])
+
+
+def phases_of(output: str) -> dict[str, Any]:
+    """Return what a run had said when it ended, or was ended."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            said = json.loads(line)
+            found[said.pop("phase", "also")] = said
+    return found
+
+
+def modelled() -> Iterator[dict[str, Any]]:
+    import gpu_modelled
+
+    yield from gpu_modelled.rows()
+
+
+def mark_what_was_not_run(report: Report, args: argparse.Namespace) -> None:
+    """Say of every step whether it ran; rows for a peer that a second command runs read "not run"."""
+    peers = report.content["steps"].setdefault("llama.cpp", {"rows": []})
+    peers["status"] = "not run: bench/peer_llama_cuda.py --source DIR builds and runs it"
+    report.write()
+
+
+def summary(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the last line: what each step came to, and the speeds at 25%."""
+    rows = content["steps"].get("runs", {}).get("rows", [])
+    at_25 = {
+        row["method"]: row.get("warm", {}).get("tokens_per_s", row["status"])
+        for row in rows
+        if row["vram_percent"] == 25
+    }
+    digests = {row[phase]["digest"] for row in rows for phase in ("cold",) if phase in row}
+    statuses = {name: step["status"] for name, step in content["steps"].items()}
+    kept = {key: content[key] for key in ("bench", "label", "device", "commit")}
+    return {
+        **kept,
+        "steps": statuses,
+        "same_logits": len(digests) <= 1,
+        "warm_tokens_per_s_at_25_percent": at_25,
+    }
+
+
+if __name__ == "__main__":
+    main()

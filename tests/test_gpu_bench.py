@@ -1,0 +1,134 @@
+"""The GPU benchmark's own parts, without a GPU: it keeps what it had, and says what it did not run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+import peer_llama_cuda as peer  # noqa: E402
+
+
+def report_of(tmp_path: Path, seconds: float = 100.0) -> gpu.Report:
+    return gpu.Report(tmp_path / "gpu.json", time.monotonic() + seconds, {"steps": {}})
+
+
+def test_a_failed_step_keeps_its_rows_and_stops_nothing(tmp_path: Path) -> None:
+    report = report_of(tmp_path)
+
+    def fails() -> Iterator[dict[str, int]]:
+        yield {"row": 1}
+        raise ValueError("no luck")
+
+    report.step("first", fails)
+    report.step("second", lambda: iter([{"row": 2}]))
+    kept = json.loads(report.path.read_text())["steps"]
+    assert kept["first"]["rows"] == [{"row": 1}] and kept["first"]["status"] == "failed: ValueError: no luck"
+    assert kept["second"]["status"] == "done"
+
+
+def test_each_row_is_on_disk_before_the_next_is_begun(tmp_path: Path) -> None:
+    report = report_of(tmp_path)
+
+    def rows() -> Iterator[dict[str, int]]:
+        yield {"row": 1}
+        kept = json.loads(report.path.read_text())["steps"]["runs"]
+        assert kept == {"status": "running", "rows": [{"row": 1}]}
+        yield {"row": 2}
+
+    report.step("runs", rows)
+    assert report.content["steps"]["runs"]["status"] == "done"
+
+
+def test_no_time_left_reads_not_run(tmp_path: Path) -> None:
+    report = report_of(tmp_path, seconds=5)
+    report.step("kernels", lambda: iter([{"row": 1}]), needs_s=20)
+    assert report.content["steps"]["kernels"]["status"].startswith("not run: 5 s left")
+    assert report.content["steps"]["kernels"]["rows"] == []
+
+
+def test_a_run_that_was_cut_off_tells_what_it_had() -> None:
+    output = '{"load_s": 1.5}\nsome warning\n{"phase": "cold", "tokens_per_s": 3.0}\n{"phase": "wa'
+    assert gpu.phases_of(output) == {"also": {"load_s": 1.5}, "cold": {"tokens_per_s": 3.0}}
+
+
+LLAMA_BENCH = """ggml_cuda_init: found 1 CUDA devices
+[
+  {"n_prompt": 512, "n_gen": 0, "avg_ts": 812.5},
+  {"n_prompt": 0, "n_gen": 48, "avg_ts": 31.25}
+]
+"""
+COMPLETION = """common_perf_print: prompt eval time =     100.00 ms /   512 tokens (    0.20 ms per token,  5120.00 tokens per second)
+common_perf_print:        eval time =    2000.00 ms /    47 runs   (   42.55 ms per token,    23.50 tokens per second)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("output", "prefill", "decode"), [(LLAMA_BENCH, 812.5, 31.25), (COMPLETION, 5120.0, 23.5)]
+)
+def test_the_peers_speeds_are_read(output: str, prefill: float, decode: float) -> None:
+    assert peer.speeds(output) == {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+
+
+def test_without_a_source_every_row_of_the_peer_reads_not_run(tmp_path: Path) -> None:
+    from moe_offload.config import DEMO_MODEL
+
+    into = tmp_path / "gpu.json"
+    into.write_text('{"steps": {}}')
+    command = [sys.executable, str(ROOT / "bench" / "peer_llama_cuda.py"), "--model", str(DEMO_MODEL)]
+    command += ["--vram-gib", "1", "--source", str(tmp_path / "none"), "--into", str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert len(rows) == 4 and all(row["status"].startswith("not run: no llama.cpp source") for row in rows)
+    assert json.loads(into.read_text())["steps"]["llama.cpp"]["rows"] == rows
+
+
+def test_a_source_that_lacks_a_setting_is_said_to(tmp_path: Path) -> None:
+    """A program that knows everything but the cache; one that fails; one that is not there."""
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        "#!/bin/sh\ncase \"$*\" in --help) echo '-ncmoe -fitt --no-mmap';; *ncmoe*) cat "
+        f"{tmp_path}/out;; *) echo no such model >&2; exit 1;; esac\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "out").write_text(LLAMA_BENCH)
+    args = peer.argparse.Namespace(model=Path("m.gguf"), prefill_tokens=8, decode_tokens=4)
+    by_name = {
+        s.name: peer.run(tmp_path / s.program, s, args, time.monotonic() + 60)
+        for s in peer.settings(3, 12, 512)
+    }
+    assert by_name["--n-cpu-moe"]["decode_tokens_per_s"] == 31.25
+    assert "-ncmoe 9" in by_name["--n-cpu-moe"]["arguments"]
+    assert by_name["--fit"]["status"] == "failed: no such model"
+    assert by_name["--moe-cache-mib"]["status"] == "not run: this source has no llama-completion"
+
+
+def test_modelled_rows_are_labelled_and_a_cache_is_never_more_than_its_slots() -> None:
+    import gpu_modelled
+    import numpy as np
+
+    from moe_offload.planning.scheduler import SCHEDULERS, LayerWork
+    from moe_offload.trace import read_trace
+
+    trace = read_trace(ROOT / "bench" / "data" / "traces" / "en_prose.npz").head(60)
+    layer = gpu_modelled._Layer(trace, 0, 8, is_static=False)
+    for token in range(trace.num_tokens):
+        ids = trace.experts[token, 0].astype(np.int64)
+        n = len(ids)
+        work = LayerWork(
+            np.full(n, 4e-5), np.full(n, 1e-5), layer.resident[ids], np.ones(n, np.bool_), copy_s=5e-5
+        )
+        layer.step(ids, work, SCHEDULERS["hybrid"])
+        assert layer.resident.sum() == 8
+    everything = gpu_modelled.token_s(trace, "rtx-4060-laptop", 1.0, "on_demand")
+    quarter = gpu_modelled.token_s(trace, "rtx-4060-laptop", 0.25, "on_demand")
+    assert everything < quarter, "copies cost nothing"
