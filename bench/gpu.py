@@ -287,21 +287,18 @@ def runs(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Yield every method at every share of the experts' bytes, ours and the baselines in turn."""
     for share in args.shares:
         for method in args.methods:
-            yield run(args, report, method, {"vram_percent": share}, args.device)
+            yield run(args, report, method, {"vram_percent": share})
 
 
 def laptop(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
-    """Yield 25% of the experts over a laptop's link: a card that copies no faster than 12 GB/s."""
+    """Yield 25% of the experts, eight threads, and a card that copies no faster than 12 GB/s."""
     if not args.device.startswith("cuda"):
         raise NotRun("the emulated device's link is what --device says")
     for method in args.methods:
-        options = {"vram_percent": 25, "link": "12GB/s", "threads": 8}
-        yield run(args, report, method, options, f"{args.device},link=12GB/s")
+        yield run(args, report, method, {"vram_percent": 25, "link_bytes_per_s": 12e9, "threads": 8})
 
 
-def run(
-    args: argparse.Namespace, report: Report, method: str, what: dict[str, Any], device: str
-) -> dict[str, Any]:
+def run(args: argparse.Namespace, report: Report, method: str, what: dict[str, Any]) -> dict[str, Any]:
     """Run one configuration in a process of its own; return its row, whatever became of it."""
     row = {"method": method, **what, "label": report.content["label"]}
     limit_s = min(RUN_LIMIT_S, report.left_s() - 5)
@@ -316,10 +313,12 @@ def run(
         "decode_tokens": args.decode_tokens,
         "prefill_tokens": args.prefill_tokens,
         "threads": what.get("threads"),
-        "options": {"device": device_text(device, vram), "vram": vram, **METHODS[method]},
+        "options": {"device": device_text(args.device, vram), "vram": vram, **METHODS[method]},
     }
     command = [sys.executable, str(ROOT / "bench" / "gpu_run.py"), json.dumps(spec)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    if "link_bytes_per_s" in what:
+        environment["MOE_OFFLOAD_LINK_LIMIT"] = str(what["link_bytes_per_s"])
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -140,3 +140,16 @@ def test_inputs_live_as_long_as_they_are_held(device: _native.Device) -> None:
     work.hidden.zero_()
     assert torch.equal(work.collect(second).flip(0), doubled)
     assert torch.equal(work.collect(first).flip(0), expected)
+
+
+def test_a_limited_link_is_no_faster(stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bench/gpu.py makes a laptop of a larger card."""
+    import time
+
+    monkeypatch.setenv("MOE_OFFLOAD_LINK_LIMIT", str(100 * MIB))
+    device = _native.CudaDevice(stand_in, 0, SLOT)
+    source, started = np.ones(2 * MIB, np.uint8), time.perf_counter()
+    ticket = device.submit(np.array([[source.ctypes.data, device.address, 2 * MIB]], np.int64), False)
+    assert device.wait(ticket, 30)
+    assert time.perf_counter() - started >= 0.02
+    device.close()

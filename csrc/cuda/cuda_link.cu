@@ -1,13 +1,54 @@
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "cuda/cuda_link.h"
 
 namespace moe::cuda {
 
+namespace {
+
+// Waking a sleeping thread takes about as long as a chunk of 1 MiB on a fast link, and two chunks are under
+// way; where cores are plenty, the end of a chunk is looked for instead of slept for.
+constexpr unsigned kCoresToSpare = 8;
+constexpr std::chrono::microseconds kSpin{200};
+
+}  // namespace
+
+CudaLink::CudaLink(int device) : device_(device) {
+    const char* limit = std::getenv("MOE_OFFLOAD_LINK_LIMIT");
+    if (limit) limit_bytes_per_s_ = std::max(0.0, std::atof(limit));
+}
+
+void CudaLink::wait_for(const Event& event) const {
+    if (std::thread::hardware_concurrency() >= kCoresToSpare) {
+        const Clock::time_point give_up = Clock::now() + kSpin;
+        while (Clock::now() < give_up)
+            if (event.has_passed()) return;
+    }
+    event.wait("copy to the GPU");
+}
+
+// Returns when a link of the limit would have brought the bytes.
+void CudaLink::pace(int64_t num_bytes) {
+    if (limit_bytes_per_s_ <= 0) return;
+    Clock::time_point arrival;
+    {
+        std::lock_guard lock(mutex_);
+        const std::chrono::duration<double> seconds(double(num_bytes) / limit_bytes_per_s_);
+        wire_free_at_ =
+            std::max(Clock::now(), wire_free_at_) + std::chrono::duration_cast<Clock::duration>(seconds);
+        arrival = wire_free_at_;
+    }
+    std::this_thread::sleep_until(arrival - std::chrono::microseconds(100));
+    while (Clock::now() < arrival) std::this_thread::yield();
+}
+
 void CudaLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
     must(cudaSetDevice(device_), "copy to the GPU");
     std::unique_ptr<Lane> lane = take_lane();
+    const int64_t total = num_bytes;
     while (num_bytes > 0) {
         bool pinned = false;
         int64_t n = pinned_run(from, num_bytes, &pinned);
@@ -22,8 +63,9 @@ void CudaLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
         to += n, from += n, num_bytes -= n;
         if (pinned && num_bytes > 0) continue;
         lane->event.record(stream_);
-        lane->event.wait("copy to the GPU");  // also before the bounce buffer is filled again
+        wait_for(lane->event);  // also before the bounce buffer is filled again
     }
+    pace(total);
     std::lock_guard lock(mutex_);
     free_lanes_.push_back(std::move(lane));
 }

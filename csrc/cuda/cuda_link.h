@@ -2,6 +2,7 @@
 // device/copy_queue.h's, the same code as the emulated link's.
 #pragma once
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,7 +14,8 @@ namespace moe::cuda {
 
 class CudaLink : public Link {
   public:
-    explicit CudaLink(int device) : device_(device) {}
+    // MOE_OFFLOAD_LINK_LIMIT (bytes per second, for bench/gpu.py) makes it as slow as a laptop's.
+    explicit CudaLink(int device);
 
     void copy(std::byte* to, const std::byte* from, int64_t num_bytes) override;
 
@@ -32,13 +34,19 @@ class CudaLink : public Link {
     };
 
     std::unique_ptr<Lane> take_lane();
+    void wait_for(const Event& event) const;
+    void pace(int64_t num_bytes);
     int64_t pinned_run(const std::byte* from, int64_t num_bytes, bool* pinned) const;
 
+    using Clock = std::chrono::steady_clock;
+
     const int device_;
+    double limit_bytes_per_s_ = 0;  // 0: none
     Stream stream_;
     mutable std::mutex mutex_;  // guards everything below
     std::vector<std::unique_ptr<Lane>> free_lanes_;
     std::map<const std::byte*, int64_t> pieces_;  // registered memory: begin, bytes
+    Clock::time_point wire_free_at_{};            // of a limited link
 };
 
 }  // namespace moe::cuda

@@ -82,6 +82,7 @@ class Event {
         must(cudaEventElapsedTime(&milliseconds, begin.event_, event_), "an event");
         return double(milliseconds) * 1e-3;
     }
+    bool has_passed() const { return cudaEventQuery(event_) == cudaSuccess; }
     void wait(const char* what) const { must(cudaEventSynchronize(event_), what); }
 
   private:
