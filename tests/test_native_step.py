@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toy_models import plain_model, save_toy_model
+from toy_models import plain_model, save_model, save_toy_model
+from transformers import CONFIG_MAPPING
 
 import moe_offload
 from moe_offload import ConfigError, _native, ops
@@ -268,6 +269,45 @@ def test_logits_equal_transformers_in_every_family(name, tmp_path):
     one_by_one = decode(model, ids, 1)  # a prompt of one token is native from the start
     assert len(served) == 20 + 40
     torch.testing.assert_close(one_by_one[19:], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    model.offload.close()
+
+
+DENSE = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama with scaled rotary": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        }
+    },
+    "mistral": {"sliding_window": 7, "head_dim": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen3": {"head_dim": 24, "hidden_act": "gelu_pytorch_tanh"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_models_equal_transformers_natively_and_by_layers(name, tmp_path):
+    sizes = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = CONFIG_MAPPING[name.split()[0]](**sizes, **DENSE[name])
+    folder = save_model(config, tmp_path)
+    assert native_step_reason(open_checkpoint(folder, allow_dense=True).config) is None
+    model = load(folder, experts=None, allow_dense=True)
+    served = count_native(model)
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(1))
+    expected = decode(plain_model(folder), ids, 20)
+    native = decode(model, ids, 20)
+    assert len(served) == 20
+    model.offload.native_step = None
+    layered = decode(model, ids, 20)
+    assert len(served) == 20
+    closeness = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    torch.testing.assert_close(native, expected, **closeness)
+    torch.testing.assert_close(native, layered, **closeness)
+    assert torch.equal(native.argmax(-1), layered.argmax(-1))
     model.offload.close()
 
 
