@@ -37,8 +37,8 @@ from moe_offload.replay import replay
 from moe_offload.runtime.model import from_pretrained
 from moe_offload.runtime.predictor_choice import GATE_DEPTH, NEEDS_FIT, choose_predictor
 from moe_offload.runtime.tuning_run import (
+    DEPTHS,
     HISTORIES,
-    MOST_DEPTH,
     MOST_TOKENS,
     Rounds,
     Text,
@@ -164,7 +164,7 @@ class Tuner:
         trace = run.record(text, budget.share(RECORD_SHARE))
         facts = self._facts(run, text, trace, plan)
         counts = [threads] if threads else thread_counts(ops.usable_cores()) if plan.threads else []
-        ranking = ranked(facts, counts, range(GATE_DEPTH, MOST_DEPTH + 1))
+        ranking = ranked(facts, counts, DEPTHS)
         if not plan.cache:
             ranking = [replace(defaults, num_threads=count) for count in counts]
         candidates = to_verify(defaults, ranking, MOST_CANDIDATES)

@@ -26,7 +26,7 @@ from moe_offload.planning.tuning import Choice, Predictability
 from moe_offload.predictors.evaluate import evaluate
 from moe_offload.predictors.fit import Recording
 from moe_offload.runtime import skeleton
-from moe_offload.runtime.predictor_choice import GATE_DEPTH, choose_predictor, make_predictor
+from moe_offload.runtime.predictor_choice import choose_predictor, make_predictor
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.trace import RoutingTrace
 
@@ -34,7 +34,7 @@ SEED = 0
 MOST_TOKENS, LEAST_TOKENS = 256, 16
 MOST_RECORDED = 128  # tokens whose routing is kept
 WARM_SHARE = 0.25  # of a run's tokens, the first ones: they find what the run before left behind
-MOST_DEPTH = 2
+DEPTHS = (1, 2)  # layers ahead
 HISTORIES = ("previous_token", "frequency")  # predictors of every model, beside "auto"
 
 
@@ -144,7 +144,7 @@ class TuningRun:
         for name in names:
             recall: dict[int, float] = {}
             predict_s = 0.0
-            for depth in range(GATE_DEPTH, MOST_DEPTH + 1):
+            for depth in DEPTHS:
                 predictor = self.predictor(name, depth)
                 if predictor is None:
                     break
@@ -153,7 +153,7 @@ class TuningRun:
                 if found is None:
                     break
                 recall[depth] = found
-                if depth == GATE_DEPTH:
+                if depth == DEPTHS[0]:
                     predict_s = statistics.median(evaluation.predict_s)
             if recall:
                 result[name] = Predictability(recall, predict_s)
