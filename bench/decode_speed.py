@@ -15,6 +15,7 @@ import statistics
 from typing import Any
 
 from card import commit, cpu_name
+from energy import PhaseEnergy, open_meter
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
 
@@ -41,19 +42,31 @@ def main() -> None:
         for share in args.shares.split(",")
         for prefetch in (False, True)
     }
+    meter = open_meter()
+    meter.measure_idle()
+    energy = PhaseEnergy(meter)
     runs: dict[tuple[str, bool], list[dict[str, Any]]] = {key: [] for key in models}
     for _ in range(args.rounds):
         for key, model in models.items():
-            runs[key].append(measure(model, inputs, args.tokens))
+            runs[key].append(measure(model, inputs, args.tokens, energy))
     texts = {tuple(run.pop("tokens")) for results in runs.values() for run in results}
     assert len(texts) == 1, "placement changed a token"
-    report(runs, args)
+    meter.close()
+    report(runs, args, meter.describe())
 
 
-def measure(model: Any, inputs: Any, num_tokens: int) -> dict[str, Any]:
-    """Generate once; return the run's own counters."""
+def measure(model: Any, inputs: Any, num_tokens: int, energy: PhaseEnergy) -> dict[str, Any]:
+    """Generate once; return the run's own counters, and joules per token."""
     before = model.offload.stats().as_dict()
-    out = model.generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+    energy.begin()
+    out = model.generate(
+        **inputs,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        logits_processor=[energy],
+    )
+    joules = energy.per_token(inputs["input_ids"].shape[1])
     after = model.offload.stats().as_dict()
     delta = {name: after[name] - before[name] for name in before}
     needs = delta["hits"] + delta["prefetch_hits"] + delta["misses"]
@@ -64,27 +77,44 @@ def measure(model: Any, inputs: Any, num_tokens: int) -> dict[str, Any]:
         "read_bytes_per_token": delta["bytes_read"] / num_tokens,
         "wasted_bytes_per_token": delta["prefetch_wasted_bytes"] / num_tokens,
         "stall_s_per_token": delta["stall_s"] / num_tokens,
+        **joules,
     }
 
 
-def report(runs: dict[tuple[str, bool], list[dict[str, Any]]], args: argparse.Namespace) -> None:
+def report(runs: dict[tuple[str, bool], list[dict[str, Any]]], args: argparse.Namespace, energy: str) -> None:
     """Print the card, the table and one last line of JSON."""
-    print(f"{cpu_name()}, {args.rounds} interleaved rounds of {args.tokens} tokens, commit {commit()}\n")
-    print("| experts in memory | prefetch | tok/s (min–max) | hit rate | read/token | wasted | stall/token |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"{cpu_name()}, {args.rounds} interleaved rounds of {args.tokens} tokens, commit {commit()}")
+    print(f"{energy}\n")
+    print(
+        "| experts in memory | prefetch | tok/s (min–max) | hit rate | read/token | wasted | stall/token "
+        "| decode J/token | prefill J/token |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     rows = []
     for (share, prefetch), results in runs.items():
-        median = {name: statistics.median(run[name] for run in results) for name in results[0]}
+        median = {name: median_of([run[name] for run in results]) for name in results[0]}
         speeds = [run["tokens_per_s"] for run in results]
         print(
             f"| {share} | {'on' if prefetch else 'off'} "
             f"| {median['tokens_per_s']:.1f} ({min(speeds):.1f}–{max(speeds):.1f}) "
             f"| {median['hit_rate']:.0%} | {median['read_bytes_per_token'] / 1e6:.2f} MB "
             f"| {median['wasted_bytes_per_token'] / 1e6:.2f} MB "
-            f"| {median['stall_s_per_token'] * 1e3:.2f} ms |"
+            f"| {median['stall_s_per_token'] * 1e3:.2f} ms "
+            f"| {joules(median['decode_joules_per_token'])} | {joules(median['prefill_joules_per_token'])} |"
         )
         rows.append({"experts": share, "prefetch": prefetch, "speeds": speeds, **median})
-    print(json.dumps({"bench": "decode_speed", "machine": cpu_name(), "commit": commit(), "results": rows}))
+    card = {"bench": "decode_speed", "machine": cpu_name(), "commit": commit(), "energy": energy}
+    print(json.dumps({**card, "results": rows}))
+
+
+def median_of(values: list[float | None]) -> float | None:
+    """Return the median; None where nothing was counted."""
+    counted = [value for value in values if value is not None]
+    return statistics.median(counted) if counted else None
+
+
+def joules(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 if __name__ == "__main__":

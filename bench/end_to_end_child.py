@@ -14,10 +14,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from energy import PhaseEnergy, open_meter
 
 
 def main() -> None:
@@ -85,8 +87,12 @@ def run_ours(spec: dict[str, Any]) -> None:
     prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
     count = spec["warm_tokens"] + spec["decode_tokens"]
     following = token_ids(spec, spec["first_id"] + len(prompt), count + 1)
+    energy = measured_energy()
     before, io_before, started = counters(model), read_bytes(), time.perf_counter()
-    marks = generate(model, prompt, following, spec["warm_tokens"], spec["decode_limit_s"])
+    energy.begin()
+    marks = generate(model, prompt, following, spec["warm_tokens"], spec["decode_limit_s"], [energy])
+    say(energy=energy.meter.describe(), **energy.per_token(len(prompt)))
+    energy.meter.close()
     after, io_after = counters(model), read_bytes()
     delta = {name: after[name] - before[name] for name in after}
     say(prefill_s=marks.times[0] - started, token_s=differences(marks.times)[spec["warm_tokens"] :])
@@ -99,6 +105,13 @@ def run_ours(spec: dict[str, Any]) -> None:
     say(io_read_bytes=io_after - io_before, peak_bytes=status_bytes("VmHWM"))
     say(slots_given_back=delta["slots_given_back"])
     model.offload.close()
+
+
+def measured_energy() -> PhaseEnergy:
+    """Return what counts joules here, its idle power measured; decoding includes the warm-up's tokens."""
+    meter = open_meter()
+    meter.measure_idle()
+    return PhaseEnergy(meter)
 
 
 def counters(model: Any) -> dict[str, float]:
@@ -140,7 +153,14 @@ class Marks:
         return torch.full((len(input_ids),), late, dtype=torch.bool)
 
 
-def generate(model: Any, prompt: list[int], following: list[int], warm_tokens: int, limit_s: float) -> Marks:
+def generate(
+    model: Any,
+    prompt: list[int],
+    following: list[int],
+    warm_tokens: int,
+    limit_s: float,
+    processors: Sequence[Any] = (),
+) -> Marks:
     """Run the prompt, then ``following`` but its last token; times[i] is when logits i were there."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -149,7 +169,7 @@ def generate(model: Any, prompt: list[int], following: list[int], warm_tokens: i
     inputs = torch.tensor([prompt])
     model.generate(
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=len(following), do_sample=False,
-        logits_processor=LogitsProcessorList([marks]),
+        logits_processor=LogitsProcessorList([marks, *processors]),
         stopping_criteria=StoppingCriteriaList([marks.is_over]),
     )  # fmt: skip
     return marks

@@ -113,7 +113,7 @@ def place_result(
         "slots": ours[-1].get("slots"), "experts": ours[-1].get("experts"),
     }  # fmt: skip
     result |= peer_figures(rows, mix, place, ours, prompt_tokens)
-    result |= cache_figures(ours)
+    result |= cache_figures(ours) | energy_figures(ours)
     rounds = [(row, bandwidth[row["round"]]) for row in ours if row["round"] in bandwidth]
     if rounds:
         result |= ceilings(rounds, token)
@@ -180,6 +180,15 @@ def cache_figures(ours: Sequence[Row]) -> Row:
     return result
 
 
+def energy_figures(ours: Sequence[Row]) -> Row:
+    """Return joules per token, idle subtracted, where something counted them, and what did or why none."""
+    result: Row = {"energy": ours[-1].get("energy", "no energy: not measured")}
+    for name in ("prefill_joules_per_token", "decode_joules_per_token"):
+        values = [row[name] for row in ours if row.get(name) is not None]
+        result[name] = spread(values) if values else None
+    return result
+
+
 def needed_read_bytes(row: Row) -> float:
     """Return the bytes a decoded token read that it needed: all but wasted speculation."""
     c = row["decode_counters"]
@@ -227,6 +236,7 @@ def print_table(results: Sequence[Row]) -> None:
         "read/token",
     ]
     heads += ["prefill tok/s", "llama.cpp", "ratio", "of disk", "reads counted"]
+    heads += ["decode J/token", "prefill J/token"]
     print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for r in results:
         error = r.get("io_counter_error")
@@ -235,7 +245,8 @@ def print_table(results: Sequence[Row]) -> None:
         reads = [f"{r['hit_rate']:.0%}", f"{r['needed_read_bytes_per_token'] / 1e6:.0f} MB"]
         prefill = [text(r["ours_prefill"]), text(r.get("peer_prefill")), text(r.get("prefill_ratio"), "x")]
         counted = [percent(r.get("prefill_of_disk")), "-" if error is None else f"{error:+.1%}"]
-        cells = [r["mix"], r["place"], *decode, *bounds, *reads, *prefill, *counted]
+        joules = [text(r[name]) for name in ("decode_joules_per_token", "prefill_joules_per_token")]
+        cells = [r["mix"], r["place"], *decode, *bounds, *reads, *prefill, *counted, *joules]
         print("| " + " | ".join(cells) + " |")
     print("\nmedian (min–max) over rounds; ceiling: packed bytes of a token at the measured read bandwidth,")
     print(
@@ -253,6 +264,7 @@ def facts(r: Row) -> list[str]:
     return [
         f"decode step {r['native_step']}",
         f"{r['slots']} of {r['experts']} experts in memory",
+        r["energy"],
         f"the same tokens everywhere: {'yes' if r['same_tokens_everywhere'] else 'NO'}",
         *(f"llama.cpp: {name}" for name in settings),
     ]

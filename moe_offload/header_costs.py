@@ -218,6 +218,15 @@ def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int, kv: str | None =
     )
 
 
+def attention_macs(checkpoint: Checkpoint, cached_tokens: int) -> int:
+    """Return the multiply-adds of one token's attention over ``cached_tokens``, all layers together."""
+    config, spec = checkpoint.config, checkpoint.spec
+    heads = int(config["num_attention_heads"])
+    width = int(config.get("kv_lora_rank") or config.get("head_dim") or spec.hidden_size // heads)
+    layers = sum(elements > 0 for elements in spec.kv_elements_per_token)
+    return 2 * heads * width * cached_tokens * layers
+
+
 def dense_read_bytes(checkpoint: Checkpoint) -> int:
     """Return the dense bytes that every decoded token reads: all but an embedding used by row only."""
     return sum(info.span.num_bytes for info in _multiplied(checkpoint))

@@ -14,6 +14,7 @@ from moe_offload.config import PREFILL_CHUNK_TOKENS, PlacementPlan, RuntimeConfi
 from moe_offload.errors import BudgetError, CheckpointError
 from moe_offload.header_costs import (
     Process,
+    attention_macs,
     bytes_per_token,
     dense_weights,
     fixed_costs,
@@ -132,6 +133,8 @@ class Planner:
             moe_layers=len(spec.moe_layers),
             top_k=spec.top_k,
             num_experts=spec.num_experts,
+            hidden_size=spec.hidden_size,
+            attention_macs=attention_macs(self.checkpoint, self.context_tokens),
             is_native=native_step_reason(self.checkpoint.config) is None,
             all_resident=all(pool.num_slots >= pool.num_experts for pool in placement.pools),
         )

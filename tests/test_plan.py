@@ -102,6 +102,11 @@ def test_a_prompt_is_bound_by_its_slowest_wall() -> None:
     speed = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=512)
     assert speed is not None and speed.binding == "disk"
     assert speed.tokens_per_s == pytest.approx(512 / 10.0)  # nothing is in memory yet
+    overheads = Overheads(chunk_layer_s=9.0, chunk_expert_s=0.5, chunk_element_s=0.25)
+    slow = replace(MACHINE, overheads=overheads)
+    speed = prefill_speed(slow, replace(SHAPE, hidden_size=2), **sizes, resident_share=0.5)
+    assert speed is not None  # products, experts read from RAM, a layer, four experts, 1024 elements
+    assert speed.walls_s["compute"] == pytest.approx(0.256 + 1.0 + 9.0 + 4 * 0.5 + 1024 * 0.25)
     longer = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1024)
     assert longer is not None and longer.tokens_per_s == pytest.approx(1024 / 15.0)
     one = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1)

@@ -31,6 +31,8 @@ class Overheads:
         token_s: of generate()'s loop, for a token.
         chunk_layer_s: of a layer for a chunk of a prompt.
         chunk_expert_s: of an expert's call in a chunk.
+        chunk_element_s: of an element of a token's hidden state, for a layer of a chunk.
+        attention_mac_s: of a multiply-add of decoding's attention, the cache's bytes at hand.
     """
 
     native_layer_s: float = 0.0
@@ -40,6 +42,8 @@ class Overheads:
     token_s: float = 0.0
     chunk_layer_s: float = 0.0
     chunk_expert_s: float = 0.0
+    chunk_element_s: float = 0.0
+    attention_mac_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,8 @@ class DecoderShape:
     moe_layers: int
     top_k: int
     num_experts: int = 0  # of a layer
+    hidden_size: int = 0
+    attention_macs: int = 0  # of a token over what is cached, all layers
     is_native: bool = True
     all_resident: bool = False
 
@@ -108,7 +114,10 @@ def decode_speed(token: TokenBytes, machine: MachineSpeed, shape: DecoderShape, 
         hit_rate: share of a token's experts that are resident, 0 to 1.
     """
     experts_s = token.expert_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s)
-    ram_s = (token.dense_bytes + token.kv_bytes) / machine.ram_bytes_per_s + experts_s
+    attention_s = max(
+        token.kv_bytes / machine.ram_bytes_per_s, shape.attention_macs * machine.overheads.attention_mac_s
+    )
+    ram_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s + experts_s
     misses = shape.moe_layers * shape.top_k * (1 - hit_rate)
     overhead_s = _step_overhead_s(machine.overheads, shape) + misses * machine.overheads.miss_s
     disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
@@ -169,22 +178,25 @@ def prefill_speed(
     if machine.macs_per_s is None:
         return None
     chunks = -(-num_tokens // PREFILL_CHUNK_TOKENS)
-    used = _share_used(shape, min(num_tokens, PREFILL_CHUNK_TOKENS))
-    expert_macs_per_s = machine.expert_macs_per_s or machine.macs_per_s
+    used = share_used(shape.num_experts, shape.top_k, min(num_tokens, PREFILL_CHUNK_TOKENS))
+    experts_s = max(
+        num_tokens * expert_macs / (machine.expert_macs_per_s or machine.macs_per_s),
+        chunks * used * expert_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s),
+    )
     overheads = machine.overheads
     layer_s = overheads.chunk_layer_s + used * shape.num_experts * overheads.chunk_expert_s
+    elements_s = num_tokens * shape.hidden_size * overheads.chunk_element_s
     walls_s = {
         "RAM": chunks * (dense_bytes + used * expert_bytes) / machine.ram_bytes_per_s,
         "disk": used * (1 + (chunks - 1) * (1 - resident_share)) * expert_bytes / machine.disk_bytes_per_s,
-        "compute": num_tokens * (dense_macs / machine.macs_per_s + expert_macs / expert_macs_per_s)
-        + chunks * shape.num_layers * layer_s,
+        "compute": num_tokens * dense_macs / machine.macs_per_s
+        + experts_s
+        + shape.num_layers * (chunks * layer_s + elements_s),
     }
     binding = max(walls_s, key=lambda wall: walls_s[wall])
     return Speed(num_tokens / walls_s[binding], walls_s, binding)
 
 
-def _share_used(shape: DecoderShape, num_tokens: int) -> float:
-    """Return the share of a layer's experts that a chunk is expected to use, tokens choosing alike often."""
-    if shape.num_experts <= shape.top_k:
-        return 1.0
-    return float(1 - (1 - shape.top_k / shape.num_experts) ** num_tokens)
+def share_used(num_experts: int, top_k: int, num_tokens: int) -> float:
+    """Return the share of a layer's experts that a chunk is expected to use, all equally probable."""
+    return 1.0 if num_experts <= top_k else float(1 - (1 - top_k / num_experts) ** num_tokens)

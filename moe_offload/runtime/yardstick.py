@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
-from moe_offload.header_costs import bytes_per_token, dense_weights
+from moe_offload.header_costs import attention_macs, bytes_per_token, dense_weights
 from moe_offload.measure_steps import measure_steps
 from moe_offload.planning.roofline import MachineSpeed, Overheads, active_expert_macs
 from moe_offload.residency.memory import process_bytes
@@ -27,7 +27,8 @@ from moe_offload.runtime.model import from_pretrained
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 
 STEPS = 24  # tokens of each measurement
-PROMPT_TOKENS = 32
+PROMPT_TOKENS, FAR_TOKENS = 32, 900
+SHORT_TOKENS = 64  # of a chunk in which calls cost more than tokens
 FIRST_TOKEN = 300
 FEW_EXPERTS = "8%"  # so that tokens miss
 ROOM_BYTES = 512 * MIB  # more than the demo takes
@@ -47,7 +48,8 @@ def measure_overheads() -> Overheads:
             python_s, _ = whole.step_s()
         with _replaced(whole.model.offload, "native_step", None):
             modules_s, _ = whole.step_s()
-        chunk_s = whole.chunk_s()
+        far_s, _ = whole.step_s(FAR_TOKENS)
+        short_s, chunk_s = whole.chunk_s(SHORT_TOKENS), whole.chunk_s(PREFILL_CHUNK_TOKENS)
     finally:
         whole.model.offload.close()
     few = _load(FEW_EXPERTS)
@@ -57,7 +59,10 @@ def measure_overheads() -> Overheads:
         few.model.offload.close()
     weights_s, read_s = demo.weights_s(machine), demo.read_s(machine, misses)
     modules_layer_s = max(0.0, modules_s - weights_s) / layers
-    chunk_rest_s = max(0.0, chunk_s - demo.chunk_s(machine) - layers * modules_layer_s)
+    short_rest_s = max(0.0, short_s - demo.chunk_s(machine, SHORT_TOKENS) - layers * modules_layer_s)
+    chunk_rest_s = chunk_s - demo.chunk_s(machine, PREFILL_CHUNK_TOKENS) - layers * modules_layer_s
+    more_elements = layers * (PREFILL_CHUNK_TOKENS - SHORT_TOKENS) * checkpoint.spec.hidden_size
+    more_macs = demo.attention_macs(FAR_TOKENS) - demo.attention_macs(PROMPT_TOKENS)
     return Overheads(
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
@@ -65,7 +70,9 @@ def measure_overheads() -> Overheads:
         miss_s=max(0.0, few_s - python_s - read_s) / max(1.0, misses),
         token_s=loop_s,
         chunk_layer_s=modules_layer_s,
-        chunk_expert_s=chunk_rest_s / layers / num_experts,
+        chunk_expert_s=short_rest_s / layers / num_experts,
+        chunk_element_s=max(0.0, chunk_rest_s - short_rest_s) / more_elements,
+        attention_mac_s=max(0.0, far_s - native_s) / more_macs,
     )
 
 
@@ -87,12 +94,16 @@ class _Demo:
         layers = min(misses, len(self.checkpoint.spec.moe_layers))
         return layers * machine.disk_latency_s + misses * layout.expert_bytes / machine.disk_bytes_per_s
 
-    def chunk_s(self, machine: MachineSpeed) -> float:
+    def attention_macs(self, cached_tokens: int) -> int:
+        return attention_macs(self.checkpoint, cached_tokens)
+
+    def chunk_s(self, machine: MachineSpeed, num_tokens: int) -> float:
         spec, layouts = self.checkpoint.spec, self.checkpoint.experts.layouts
         assert machine.macs_per_s and machine.expert_macs_per_s
         dense_s = dense_weights(self.checkpoint) / machine.macs_per_s
         experts_s = active_expert_macs(spec, layouts) / machine.expert_macs_per_s
-        return PREFILL_CHUNK_TOKENS * (dense_s + experts_s)
+        read_s = self.checkpoint.experts.total_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s)
+        return num_tokens * dense_s + max(num_tokens * experts_s, read_s)
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,10 @@ class _Loaded:
     model: Any
 
     @torch.no_grad()
-    def step_s(self) -> tuple[float, float]:
-        """Return seconds of a decode step after a short prompt, and misses per step."""
+    def step_s(self, prompt_tokens: int = PROMPT_TOKENS) -> tuple[float, float]:
+        """Return seconds of a decode step after a prompt, and misses per step."""
         stats = self.model.offload.stats
-        cache = self.model(_tokens(PROMPT_TOKENS)).past_key_values
+        cache = self.model(_tokens(prompt_tokens)).past_key_values
         times, misses = [], stats().misses
         for number in range(STEPS):
             token = torch.tensor([[FIRST_TOKEN + number]])
@@ -126,9 +137,9 @@ class _Loaded:
         return max(0.0, (long_s - short_s) / STEPS - step_s)
 
     @torch.no_grad()
-    def chunk_s(self) -> float:
-        """Return seconds of a prompt's chunk."""
-        return min(_seconds(partial(self.model, _tokens(PREFILL_CHUNK_TOKENS))) for _ in range(2))
+    def chunk_s(self, num_tokens: int) -> float:
+        """Return seconds of a prompt of one chunk."""
+        return min(_seconds(partial(self.model, _tokens(num_tokens))) for _ in range(2))
 
 
 def _load(experts: str) -> _Loaded:
