@@ -18,12 +18,12 @@ OLDEST_DRIVERS = {12: 525, 13: 580}  # the first driver of a CUDA release's mino
 REMEDY = "install nvcc (a CUDA toolkit, or moe_offload[cuda-build]) and build again with MOE_OFFLOAD_CUDA=on"
 
 
-def describe(library: Path = LIBRARY, record: Path = RECORD) -> dict[str, Any]:
+def describe(library: Path | None = None, record: Path | None = None) -> dict[str, Any]:
     """Return ``on``, the ``reason`` where it is off, and what was found; sizes in bytes.
 
     Versions are CUDA's ("13.0"); a driver is named by the newest CUDA that it runs.
     """
-    built = _built(record)
+    library, built = library or LIBRARY, _built(record or RECORD)
     report: dict[str, Any] = {"on": False, "reason": "", "built_with": built.get("cuda"), "devices": []}
     report["architectures"] = built.get("sm", [])
     if not library.exists():

@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_offload.cuda import LIBRARY
+from moe_offload import cuda
 from moe_offload.errors import DeviceError
 
 MIB = 1 << 20
@@ -41,7 +41,7 @@ class _NvmlMemory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
-def card_memory(index: int, library: Path = LIBRARY, nvml: str = "libnvidia-ml.so.1") -> CardMemory:
+def card_memory(index: int, library: Path | None = None, nvml: str = "libnvidia-ml.so.1") -> CardMemory:
     """Return a card's memory; makes a CUDA context in this process, if there is none.
 
     Raises:
@@ -49,7 +49,8 @@ def card_memory(index: int, library: Path = LIBRARY, nvml: str = "libnvidia-ml.s
     """
     before = _used_bytes(nvml, index)
     free, total = ctypes.c_int64(), ctypes.c_int64()
-    code = ctypes.CDLL(str(library)).moe_offload_cuda_memory(index, ctypes.byref(free), ctypes.byref(total))
+    ask = ctypes.CDLL(str(library or cuda.LIBRARY)).moe_offload_cuda_memory
+    code = ask(index, ctypes.byref(free), ctypes.byref(total))
     if code != 0:
         raise DeviceError(f"GPU {index} does not say how much memory it has (CUDA error {code})")
     after = _used_bytes(nvml, index)

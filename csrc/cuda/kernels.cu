@@ -30,6 +30,7 @@ enum GgmlType : int {
 
 constexpr int kUnknownType = 1;  // cudaErrorInvalidValue
 constexpr int kFewTokens = 8, kManyTokens = 32;
+constexpr int kMaxTiles = 65535;
 
 using Kernel = void (*)(MatrixLaunch);
 
@@ -139,8 +140,13 @@ int launch_rows(const MatrixLaunch& launch, CUstream_st* stream) {
     if (!has_kernel(launch.ggml_type, launch.transposed)) return kUnknownType;
     const int64_t pairs = launch.is_gate_up ? launch.rows : (launch.rows + 1) / 2;
     const auto run = [&](Kernel kernel, int64_t pairs_per_block) {
-        const dim3 grid(ceil_div(pairs, pairs_per_block), unsigned(launch.num_tiles));
-        return start(kernel, grid, kThreads, stream, launch);
+        MatrixLaunch part = launch;  // a grid has so many tiles at most
+        for (int begin = 0; begin < launch.num_tiles; begin += kMaxTiles) {
+            part.tiles = launch.tiles + begin;
+            const dim3 grid(ceil_div(pairs, pairs_per_block), std::min(kMaxTiles, launch.num_tiles - begin));
+            if (const int error = start(kernel, grid, kThreads, stream, part)) return error;
+        }
+        return 0;
     };
     if (launch.transposed) return run(kernels.transposed, kThreads);
     const bool is_float = kernels.many_tiles == nullptr;
