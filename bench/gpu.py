@@ -85,7 +85,9 @@ class NotRun(Exception):
 
 
 def show(name: str, row: dict[str, Any]) -> None:
-    shown = {key: value for key, value in row.items() if key not in ("choices", "stats")}
+    shown = {key: value for key, value in row.items() if key != "also"}
+    for phase in shown.keys() & {"cold", "warm", "topic_change", "prefill"}:
+        shown[phase] = f"{row[phase]['tokens_per_s']:.4g} tok/s"
     line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
     print(f"  {name}: {line}", flush=True)
 

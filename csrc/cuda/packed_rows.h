@@ -51,7 +51,7 @@ MOE_DEVICE EightActivations load_eight(const int8_t* q, float d) {
 constexpr int kStageSuperblocks = 8;  // of a row, in flight at once
 
 template <class Format, int kTokens>
-__global__ void __launch_bounds__(kThreads) packed_rows_kernel(const MatrixLaunch launch) {
+MOE_DEVICE void packed_rows(const MatrixLaunch& launch) {
     constexpr int kStaged = staged_bytes(kStageSuperblocks * kSuperblockBytes<Format>);
     __shared__ __align__(16) uint8_t staging[kWarps][2][kStaged];
     const Tile tile = launch.tiles[blockIdx.y];
@@ -106,6 +106,11 @@ __global__ void __launch_bounds__(kThreads) packed_rows_kernel(const MatrixLaunc
         }
         if (lane == 0) store_pair(launch, tile, i, t, y[0], y[1]);
     }
+}
+
+template <class Format, int kTokens>
+__global__ void __launch_bounds__(kThreads) packed_rows_kernel(const MatrixLaunch launch) {
+    if constexpr (kTokens == 1 || kHasOthers) packed_rows<Format, kTokens>(launch);
 }
 
 }  // namespace moe::cuda

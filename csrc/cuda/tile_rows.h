@@ -87,7 +87,7 @@ MOE_DEVICE void sum_over_warps(const float (&chains)[2][2][kTokens / 8][4], floa
 }
 
 template <class Format, int kTokens>
-__global__ void __launch_bounds__(kThreads) tile_rows_kernel(const MatrixLaunch launch) {
+MOE_DEVICE void tile_rows(const MatrixLaunch& launch) {
     constexpr int kColumns = kTokens / 8;  // tiles of eight tokens
     constexpr int kPlaces = kTileRows * kTokens / kThreads;
     constexpr int kStaged = staged_bytes(kTileSuperblocks * kSuperblockBytes<Format>);
@@ -171,6 +171,11 @@ __global__ void __launch_bounds__(kThreads) tile_rows_kernel(const MatrixLaunch 
         const int place = p / 2 * kThreads + threadIdx.x;
         store_pair(launch, tile, first_pair + place / kTokens, place % kTokens, y[p], y[p + 1]);
     }
+}
+
+template <class Format, int kTokens>
+__global__ void __launch_bounds__(kThreads) tile_rows_kernel(const MatrixLaunch launch) {
+    if constexpr (kHasTiles) tile_rows<Format, kTokens>(launch);
 }
 
 }  // namespace moe::cuda

@@ -170,6 +170,7 @@ int start(void (*kernel)(Launch), dim3 grid, unsigned threads, CUstream_st*, con
     return 0;
 }
 
+constexpr bool kHasTiles = true, kHasOthers = true;
 inline bool tiles_on = true;  // tests run both paths
 
 template <class Launch>
