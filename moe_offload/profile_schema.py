@@ -52,8 +52,8 @@ FIGURES: dict[str, dict[str, Bounds]] = {
         "latency": (SECONDS, 1e-7, 1.0),
     },
     "gpu": {
-        "vram": (BYTES, 2.0**26, 2.0**44),
-        "read_bandwidth": (BYTES_PER_S, 1e9, 1e14),
+        "vram": (BYTES, 2.0**20, 2.0**44),  # an emulated one may be small
+        "read_bandwidth": (BYTES_PER_S, 1e7, 1e14),
         "int8_throughput": (OPS_PER_S, 1e9, 1e18),
         "launch_latency": (SECONDS, 1e-7, 1e-1),
         "sync_latency": (SECONDS, 1e-7, 1e-1),

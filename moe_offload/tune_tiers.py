@@ -10,8 +10,10 @@ import psutil
 import torch
 
 from moe_offload import measure, measure_tiers, ops
+from moe_offload._native import Device
 from moe_offload.config import MIB
 from moe_offload.expert_bench import ExpertBench, expert_bench
+from moe_offload.measure_device import measure_device
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.profile_schema import Curve, ExpertTime, Figure
 from moe_offload.residency.machine_state import machine_state
@@ -43,9 +45,17 @@ class Tiers:
 
 
 def measure_all(
-    checkpoint: Checkpoint, budget: TimeBudget, say: Say, clock: Clock = time.perf_counter
+    checkpoint: Checkpoint,
+    budget: TimeBudget,
+    say: Say,
+    clock: Clock = time.perf_counter,
+    device: Device | None = None,
 ) -> Tiers:
-    """Measure memory, disk, kernels and experts, each alone and then while the others work."""
+    """Measure memory, disk, kernels and experts, each alone and then while the others work.
+
+    Args:
+        device: an open accelerator, whose link and experts are measured, too.
+    """
     tiers = Tiers()
     weights_bytes = min(WEIGHTS_BYTES, max(LEAST_WEIGHTS_BYTES, available_bytes() // 4))
     weights = measure.random_weights(weights_bytes)
@@ -57,6 +67,8 @@ def measure_all(
             ("experts by tokens", lambda share: _experts(tiers, bench, share)),
             ("everything at once", lambda share: _together(tiers, bench, weights, share)),
         ]
+        if device is not None:
+            parts.append(("the device", lambda share: _device(tiers, bench, device, share)))
         for number, ((name, part), share) in enumerate(zip(parts, budget.shares(len(parts)), strict=True)):
             say(f"measuring {name}", number / len(parts))
             part(share)
@@ -123,3 +135,9 @@ def _together(tiers: Tiers, bench: ExpertBench, weights: torch.Tensor, share: Ti
     kernel, disk = measure_tiers.together(bench, weights, share)
     tiers.figures["ram"]["kernel_bandwidth_busy"] = _figure(kernel, "while experts were read from the disk")
     tiers.figures["disk"]["read_bandwidth_busy"] = _figure(disk, "while the kernel ran")
+
+
+def _device(tiers: Tiers, bench: ExpertBench, device: Device, share: TimeBudget) -> None:
+    found = measure_device(device, bench, share)
+    tiers.figures |= found.figures
+    tiers.expert_times += found.expert_times

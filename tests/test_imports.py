@@ -30,7 +30,7 @@ READING_ORDER = [
     ("header_costs",),
     ("profile_store",),
     ("ops",),
-    ("measure", "expert_bench", "measure_tiers", "measure_steps"),
+    ("measure", "expert_bench", "measure_tiers", "measure_steps", "measure_device"),
     ("predictors",),
     ("runtime",),
     ("tune_tiers",),
