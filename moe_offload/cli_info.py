@@ -134,7 +134,8 @@ def _cuda_line(report: dict[str, Any]) -> str:
     cards = ", ".join(
         f"{card['name']} ({gib(card['memory_bytes'])}, sm_{card['sm']})" for card in report["devices"]
     )
-    return f"on: {cards}; built with CUDA {report['built_with']}, driver runs {report['driver']}"
+    versions = f"built with CUDA {report['built_with']}, driver runs {report['driver']}"
+    return f"on: {cards}; {versions}; {report['pinned']}"
 
 
 def _profile() -> dict[str, Any]:

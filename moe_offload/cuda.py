@@ -17,6 +17,9 @@ RECORD = Path(__file__).parent / "_cuda_build.json"
 OLDEST_DRIVERS = {12: 525, 13: 580}  # the first driver of a CUDA release's minor versions
 REMEDY = "install nvcc (a CUDA toolkit, or moe_offload[cuda-build]) and build again with MOE_OFFLOAD_CUDA=on"
 
+PINNED = "host memory is pinned at load as far as the system grants; the rest is copied through 1 MiB buffers"
+PINNED_WSL2 = "; WSL2 often pins half of the memory or less"
+
 
 def describe(library: Path | None = None, record: Path | None = None) -> dict[str, Any]:
     """Return ``on``, the ``reason`` where it is off, and what was found; sizes in bytes.
@@ -26,6 +29,7 @@ def describe(library: Path | None = None, record: Path | None = None) -> dict[st
     library, built = library or LIBRARY, _built(record or RECORD)
     report: dict[str, Any] = {"on": False, "reason": "", "built_with": built.get("cuda"), "devices": []}
     report["architectures"] = built.get("sm", [])
+    report["pinned"] = PINNED + (PINNED_WSL2 if is_wsl2() else "")
     if not library.exists():
         why = built.get("reason") or "this installation came without CUDA kernels"
         return report | {"reason": f"not built: {why}; {REMEDY}"}
@@ -82,6 +86,10 @@ def _required(runtime: int) -> str:
 
 
 def _wsl_hint() -> str:
+    return "; under WSL2 the driver is installed in Windows, not here" if is_wsl2() else ""
+
+
+def is_wsl2() -> bool:
+    """Return whether this Linux runs inside Windows."""
     release = Path("/proc/sys/kernel/osrelease")
-    is_wsl = sys.platform == "linux" and release.exists() and "microsoft" in release.read_text().lower()
-    return "; under WSL2 the driver is installed in Windows, not here" if is_wsl else ""
+    return sys.platform == "linux" and release.exists() and "microsoft" in release.read_text().lower()

@@ -202,3 +202,11 @@ def test_the_library_is_built_loads_without_a_driver_and_needs_no_cuda_library(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
     assert nvcc.build(tmp_path, tmp_path / "work"), "nothing has changed"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()} == before
+
+
+def test_wsl2_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There the driver is Windows's, and pinned memory is scarce: both are said."""
+    monkeypatch.setattr(cuda, "is_wsl2", lambda: True)
+    off = answering(tmp_path, {"runtime": 13000, "driver": 0, "error": "no driver", "devices": []})
+    assert "installed in Windows" in str(off["reason"])
+    assert "WSL2 often pins half" in str(off["pinned"]) and "1 MiB buffers" in str(off["pinned"])
