@@ -17,6 +17,8 @@ import numpy as np
 MIB = 1 << 20
 # Rows and columns of Qwen3-30B-A3B's experts, gate and up fused, and down.
 HIDDEN_SIZE, UNITS, TOP_K = 2048, 768, 8
+PROMPT_EXPERTS, PROMPT_TOKENS = 128, 32  # a prompt of 512 tokens
+TIMES = 21
 FORMATS = (
     *("Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q5_K", "MXFP4", "IQ4_XS", "Q2_K", "Q3_K"),
     *("Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "BF16", "F16", "F32", "F8_E4M3"),
@@ -75,7 +77,10 @@ def kernels(card: Card, memory_bytes_per_s: float, l2_bytes: int) -> Iterator[di
             width = row_bytes(ggml_type, cols)
             expert_bytes = width * rows * (1 + is_gate_up)
             sets = max(2, -(-4 * l2_bytes // (TOP_K * expert_bytes)))
-            for phase, experts, pairs, num_sets in (("decode", TOP_K, 1, sets), ("prefill", 128, 32, 1)):
+            for phase, experts, pairs, num_sets in (
+                ("decode", TOP_K, 1, sets),
+                ("prefill", PROMPT_EXPERTS, PROMPT_TOKENS, 1),
+            ):
                 what = Measurement(
                     int(ggml_type), is_gate_up, experts, pairs, num_sets, 21, rows, cols, width
                 )
