@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -44,7 +45,7 @@ class GrowingMemory {
     template <class T>
     T* at_least(int64_t count) {
         const int64_t num_bytes = count * int64_t(sizeof(T));
-        if (num_bytes > num_bytes_) grow(num_bytes + num_bytes / 4);
+        if (num_bytes > num_bytes_) grow(num_bytes + std::min(num_bytes / 4, kMostSlack));
         return reinterpret_cast<T*>(data_);
     }
     int64_t num_bytes() const { return num_bytes_; }
@@ -55,6 +56,8 @@ class GrowingMemory {
     }
 
   private:
+    static constexpr int64_t kMostSlack = 1 << 20;  // a budget counts what is used
+
     void grow(int64_t num_bytes) {
         free();
         const auto size = static_cast<size_t>((num_bytes + 4095) / 4096 * 4096);
