@@ -21,12 +21,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from card import commit, cpu_name
+from gpu_report import NotRun, Report, give_up, phases_of, summary
 
 ROOT = Path(__file__).parents[1]
 SHARES = (25, 50, 12, 100)  # of the experts' bytes; the one with a goal first, if time is short
@@ -38,58 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "fate_like": {"scheduler": "on_demand", "policy": "fate", "predictor": "cross_layer_gate"},
 }
 RUN_LIMIT_S = 150.0
-
-
-@dataclass
-class Report:
-    """The result so far, on disk after every row."""
-
-    path: Path
-    deadline: float  # of time.monotonic
-    content: dict[str, Any] = field(default_factory=dict)
-    context_bytes: int = 0  # what the driver takes of the card
-
-    def left_s(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def write(self) -> None:
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(partial, self.path)
-
-    def step(self, name: str, rows: Callable[[], Iterator[dict[str, Any]]], needs_s: float = 0.0) -> None:
-        """Run a step and keep its rows; a failure is part of the result and stops no other step."""
-        step: dict[str, Any] = {"status": "running", "rows": []}
-        self.content["steps"][name] = step
-        started = time.monotonic()
-        if self.left_s() < needs_s:
-            step["status"] = f"not run: {self.left_s():.0f} s left, wants {needs_s:.0f}"
-        else:
-            try:
-                for row in rows():
-                    step["rows"].append(row)
-                    show(name, row)
-                    self.write()
-                step["status"] = "done"
-            except NotRun as reason:
-                step["status"] = f"not run: {reason}"
-            except Exception as error:
-                step["status"] = f"failed: {type(error).__name__}: {error}"
-        step["seconds"] = round(time.monotonic() - started, 2)
-        print(f"[{name}] {step['status']} ({step['seconds']} s)", flush=True)
-        self.write()
-
-
-class NotRun(Exception):
-    """Why a step has nothing to say here."""
-
-
-def show(name: str, row: dict[str, Any]) -> None:
-    shown = {key: value for key, value in row.items() if key != "also"}
-    for phase in shown.keys() & {"cold", "warm", "topic_change", "prefill"}:
-        shown[phase] = f"{row[phase]['tokens_per_s']:.4g} tok/s"
-    line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
-    print(f"  {name}: {line}", flush=True)
 
 
 def main() -> None:
@@ -110,8 +58,7 @@ def main() -> None:
         report.step("build", build)
     report.step("machine", lambda: machine(report))
     if is_card and not card_report()["on"]:
-        print(f"no card: {card_report()['reason']}", file=sys.stderr)
-        sys.exit(1)
+        give_up(report, f"no card: {card_report()['reason']}")
     report.step("bits", lambda: bits(args.device))
     report.step("ceilings", lambda: ceilings(is_card))
     report.step("link", lambda: link(args.device, report))
@@ -120,7 +67,7 @@ def main() -> None:
     report.step("runs", lambda: runs(args, report), needs_s=30)
     report.step("laptop", lambda: laptop(args, report), needs_s=30)
     report.step("modelled", modelled)
-    mark_what_was_not_run(report, args)
+    report.not_run("llama.cpp", "bench/peer_llama_cuda.py --source DIR builds and runs it")
     print(json.dumps(summary(report.content)))
 
 
@@ -348,46 +295,10 @@ def device_text(device: str, vram: int) -> str:
     return "emulated:" + ",".join([f"vram={vram}", *settings])
 
 
-def phases_of(output: str) -> dict[str, Any]:
-    """Return what a run had said when it ended, or was ended."""
-    found: dict[str, Any] = {}
-    for line in output.splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            said = json.loads(line)
-            found[said.pop("phase", "also")] = said
-    return found
-
-
 def modelled() -> Iterator[dict[str, Any]]:
     import gpu_modelled
 
     yield from gpu_modelled.rows()
-
-
-def mark_what_was_not_run(report: Report, args: argparse.Namespace) -> None:
-    """Say of every step whether it ran; rows for a peer that a second command runs read "not run"."""
-    peers = report.content["steps"].setdefault("llama.cpp", {"rows": []})
-    peers["status"] = "not run: bench/peer_llama_cuda.py --source DIR builds and runs it"
-    report.write()
-
-
-def summary(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the last line: what each step came to, and the speeds at 25%."""
-    rows = content["steps"].get("runs", {}).get("rows", [])
-    at_25 = {
-        row["method"]: row.get("warm", {}).get("tokens_per_s", row["status"])
-        for row in rows
-        if row["vram_percent"] == 25
-    }
-    digests = {row[phase]["digest"] for row in rows for phase in ("cold",) if phase in row}
-    statuses = {name: step["status"] for name, step in content["steps"].items()}
-    kept = {key: content[key] for key in ("bench", "label", "device", "commit")}
-    return {
-        **kept,
-        "steps": statuses,
-        "same_logits": len(digests) <= 1,
-        "warm_tokens_per_s_at_25_percent": at_25,
-    }
 
 
 if __name__ == "__main__":

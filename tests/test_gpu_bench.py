@@ -132,3 +132,16 @@ def test_modelled_rows_are_labelled_and_a_cache_is_never_more_than_its_slots() -
     everything = gpu_modelled.token_s(trace, "rtx-4060-laptop", 1.0, "on_demand")
     quarter = gpu_modelled.token_s(trace, "rtx-4060-laptop", 0.25, "on_demand")
     assert everything < quarter, "copies cost nothing"
+
+
+def test_without_a_card_everything_reads_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "build", lambda: iter([{"built": False}]))
+    off = {"on": False, "reason": "no NVIDIA driver was found", "devices": []}
+    monkeypatch.setattr(gpu, "card_report", lambda: off)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert steps["build"]["status"] == "done"
+    not_run = {name: step["status"] for name, step in steps.items() if step["status"] != "done"}
+    assert len(not_run) == 9 and set(not_run.values()) == {"not run: no card: no NVIDIA driver was found"}

@@ -1,0 +1,105 @@
+"""What gpu.py has found so far, on disk after every row; and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Report:
+    """The result so far, on disk after every row."""
+
+    path: Path
+    deadline: float  # of time.monotonic
+    content: dict[str, Any] = field(default_factory=dict)
+    context_bytes: int = 0  # what the driver takes of the card
+
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def write(self) -> None:
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def not_run(self, name: str, reason: str) -> None:
+        self.content["steps"][name] = {"status": f"not run: {reason}", "rows": []}
+        self.write()
+
+    def step(self, name: str, rows: Callable[[], Iterator[dict[str, Any]]], needs_s: float = 0.0) -> None:
+        """Run a step and keep its rows; a failure is part of the result and stops no other step."""
+        step: dict[str, Any] = {"status": "running", "rows": []}
+        self.content["steps"][name] = step
+        started = time.monotonic()
+        if self.left_s() < needs_s:
+            step["status"] = f"not run: {self.left_s():.0f} s left, wants {needs_s:.0f}"
+        else:
+            try:
+                for row in rows():
+                    step["rows"].append(row)
+                    show(name, row)
+                    self.write()
+                step["status"] = "done"
+            except NotRun as reason:
+                step["status"] = f"not run: {reason}"
+            except Exception as error:
+                step["status"] = f"failed: {type(error).__name__}: {error}"
+        step["seconds"] = round(time.monotonic() - started, 2)
+        print(f"[{name}] {step['status']} ({step['seconds']} s)", flush=True)
+        self.write()
+
+
+class NotRun(Exception):
+    """Why a step has nothing to say here."""
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    shown = {key: value for key, value in row.items() if key != "also"}
+    for phase in shown.keys() & {"cold", "warm", "topic_change", "prefill"}:
+        shown[phase] = f"{row[phase]['tokens_per_s']:.4g} tok/s"
+    line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
+    print(f"  {name}: {line}", flush=True)
+
+
+def give_up(report: Report, reason: str) -> None:
+    """Mark what follows as not run and exit."""
+    for name in ("bits", "ceilings", "link", "kernels", "model", "runs", "laptop", "modelled", "llama.cpp"):
+        report.not_run(name, reason)
+    print(reason, file=sys.stderr)
+    sys.exit(1)
+
+
+def phases_of(output: str) -> dict[str, Any]:
+    """Return what a run had said when it ended, or was ended."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            said = json.loads(line)
+            found[said.pop("phase", "also")] = said
+    return found
+
+
+def summary(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the last line: what each step came to, and the speeds at 25%."""
+    rows = content["steps"].get("runs", {}).get("rows", [])
+    at_25 = {
+        row["method"]: row.get("warm", {}).get("tokens_per_s", row["status"])
+        for row in rows
+        if row["vram_percent"] == 25
+    }
+    digests = {row[phase]["digest"] for row in rows for phase in ("cold",) if phase in row}
+    statuses = {name: step["status"] for name, step in content["steps"].items()}
+    kept = {key: content[key] for key in ("bench", "label", "device", "commit")}
+    return {
+        **kept,
+        "steps": statuses,
+        "same_logits": len(digests) <= 1,
+        "warm_tokens_per_s_at_25_percent": at_25,
+    }
