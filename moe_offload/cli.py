@@ -176,7 +176,26 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--no-warm-start", action="store_true", help="forget what earlier runs used, and keep nothing"
     )
     group.add_argument(
+        "--device",
+        metavar="NAME",
+        help="what computes experts beside the CPU: cuda, or emulated:vram=512MiB,link=12GB/s (without the "
+        "hardware); default: nothing",
+    )
+    group.add_argument("--vram", metavar="SIZE", help="the device's memory to use: 6GiB, auto")
+    group.add_argument(
+        "--scheduler",
+        default="hybrid",
+        metavar="NAME",
+        help="who computes an expert: hybrid (default), static_split, on_demand, fiddler, hybrimoe_greedy",
+    )
+    group.add_argument(
         "--threads", type=int, metavar="N", help="default: cores that may be used, unless tuned"
+    )
+    group.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="write what CPU, device and link did when, in Chrome's trace format; with --device",
     )
     group.add_argument("--stats", action="store_true", help="print all counters to stderr at the end")
     lossy = parser.add_argument_group("fewer bits (this changes the tokens)")

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,9 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
             profile=args.profile,
             allow_dense=args.allow_dense,
             quant=args.quant,
+            device=args.device,
+            vram=args.vram,
+            scheduler=args.scheduler,
             kv=args.kv,
             progress=progress.step("loading"),
             quant_progress=progress.step("quantizing"),
@@ -90,7 +93,8 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
         warning = cold_cache_warning(plan, model.offload.spec, model.offload.policy)
         if warning:
             print(f"moe-offload: note: {warning}", file=sys.stderr)
-        yield Loaded(path, model, tokenizer, time.perf_counter() - started)
+        with model.offload.timeline(args.timeline) if args.timeline is not None else nullcontext():
+            yield Loaded(path, model, tokenizer, time.perf_counter() - started)
     finally:
         model.offload.close()
 

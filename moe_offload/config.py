@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -47,6 +47,53 @@ def parse_bytes(text: str | int) -> int:
             "512MiB, 1.5GiB, or a positive number of bytes"
         )
     return num_bytes
+
+
+DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,latency=10us][,pinned=1GiB]"
+
+
+def parse_device(text: str | None, vram: str | int | None) -> DeviceChoice | None:
+    """Return the accelerator that ``device=`` and ``vram=`` name; None for the CPU alone.
+
+    Raises:
+        ConfigError: nothing of the kind, or memory named for no accelerator.
+    """
+    kind, _, settings = str(text).strip().partition(":")
+    if text is None or kind in ("cpu", "auto", "-1"):
+        if vram is not None:
+            raise ConfigError(f'vram={vram!r} is for an accelerator: name it, device="{DEVICE_FORM}"')
+        return None
+    vram_bytes = None if vram in (None, "auto") else parse_bytes(str(vram))
+    if kind == "emulated":
+        return _emulated(settings, vram_bytes)
+    if kind == "cuda" and re.fullmatch(r"[0-9]{0,3}", settings):
+        return DeviceChoice(str(text).strip(), vram_bytes)
+    raise ConfigError(f'device={text!r} is unknown; known are "cpu", "cuda", "cuda:1" and "{DEVICE_FORM}"')
+
+
+def _emulated(settings: str, vram_bytes: int | None) -> DeviceChoice:
+    """Read what follows ``emulated:``."""
+    given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
+    unknown = sorted(given.keys() - {"vram", "link", "latency", "pinned"})
+    if unknown or "" in given.values():
+        raise ConfigError(f'device="emulated:{settings}" is not understood; the form is "{DEVICE_FORM}"')
+    own_bytes = parse_bytes(given["vram"]) if "vram" in given else None
+    if own_bytes is None and vram_bytes is None:
+        raise ConfigError(f'an emulated device has the memory that it is given: "{DEVICE_FORM}", or vram=')
+    choice = DeviceChoice("emulated", min(filter(None, (own_bytes, vram_bytes))))
+    if "link" in given:
+        speed = parse_bytes(given["link"].removesuffix("/s"))
+        choice = replace(choice, link_bytes_per_s=float(speed))
+    if "latency" in given:
+        choice = replace(choice, latency_s=_seconds(given["latency"]))
+    return replace(choice, pinnable_bytes=parse_bytes(given["pinned"])) if "pinned" in given else choice
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(us|ms|s)\s*", text)
+    if match is None:
+        raise ConfigError(f"latency={text!r} is no time; accepted are 10us, 0.5ms or 1s")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
 
 
 def resolve_expert_cap(experts: str | int | None, total_experts: int) -> int | None:
@@ -93,6 +140,23 @@ class ModelSpec:
     state_elements_per_sequence: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class DeviceChoice:
+    """An accelerator by name, as ``parse_device`` read it.
+
+    Attributes:
+        kind: "emulated", or a real one's name ("cuda", "cuda:0").
+        vram_bytes: None: what is free there, less a reserve.
+        link_bytes_per_s, latency_s, pinnable_bytes: of an emulated one.
+    """
+
+    kind: str
+    vram_bytes: int | None = None
+    link_bytes_per_s: float = 12e9
+    latency_s: float = 10e-6
+    pinnable_bytes: int | None = None  # None: all
+
+
 MAX_THREADS = 1024  # more than any machine has use for; a process may not even start them
 
 
@@ -111,6 +175,8 @@ class RuntimeConfig:
     allow_dense: bool = False
     warm_start: bool = True
     kv: str | None = None  # None: keys and values in the model's dtype; "q8_0": packed, lossy
+    device: DeviceChoice | None = None  # None: the CPU alone
+    scheduler: str = "hybrid"
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:
@@ -124,6 +190,31 @@ class RuntimeConfig:
 def _is_count(value: object, high: int | None = None) -> bool:
     """Whether a user's number is a whole one from 1 to ``high``; True is an int in Python, and no number."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (high or value)
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Where an accelerator's memory goes, in bytes; dense weights and key/value cache stay in RAM."""
+
+    vram_bytes: int
+    context_bytes: int  # the driver's own
+    workspace_bytes: int  # inputs, intermediates and rows of one prefill chunk
+    pools: tuple[PoolPlan, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(pool.num_bytes for pool in self.pools)
+
+    def describe(self) -> str:
+        """Return where the memory goes, in one line."""
+        slots = sum(pool.num_slots for pool in self.pools)
+        experts = sum(pool.num_experts for pool in self.pools)
+        parts = [
+            f"driver {gib(self.context_bytes)}",
+            f"workspace {gib(self.workspace_bytes)}",
+            f"experts {gib(self.expert_bytes)} ({slots} of {experts})",
+        ]
+        return f"{gib(self.vram_bytes)} at most: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -16,4 +16,12 @@ class BudgetError(MemoryError):
 
 
 class DeviceError(RuntimeError):
-    """An accelerator failed; what runs goes on without it where it can."""
+    """An accelerator failed; what runs goes on without it where it can.
+
+    Attributes:
+        fault: 0 this once, 1 the device is lost, 2 it had no memory (csrc/device/link.h).
+    """
+
+    def __init__(self, message: str, fault: int = 0) -> None:
+        super().__init__(message)
+        self.fault = fault

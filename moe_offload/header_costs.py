@@ -7,7 +7,7 @@ process can measure (its libraries) is an estimate here, and says so where it is
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from moe_offload.config import (
@@ -20,6 +20,7 @@ from moe_offload.config import (
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.planning.cost_model import (
     TokenBytes,
+    device_host_bytes,
     kv_bytes,
     scale_copies_bytes,
     state_bytes,
@@ -53,12 +54,14 @@ class Process:
         bytes_per_element: of an activation or a cached number.
         stores_scores: attention keeps its scores (eager).
         loads_tokenizer: the tokenizer is yet to come.
+        drives_device: a device computes some of the experts.
     """
 
     base_bytes: int
     bytes_per_element: int
     stores_scores: bool
     loads_tokenizer: bool = True
+    drives_device: bool = False
 
 
 def fresh_process(checkpoint: Checkpoint) -> Process:
@@ -102,7 +105,7 @@ def place(
     """
     check_kv(checkpoint.config, config.kv, str(checkpoint.path))
     context_tokens = resolve_context(checkpoint, config.context_tokens)
-    process = process or fresh_process(checkpoint)
+    process = replace(process or fresh_process(checkpoint), drives_device=config.device is not None)
     layouts = checkpoint.experts.layouts
     cap = resolve_expert_cap(config.experts, sum(layout.num_experts for layout in layouts.values()))
     fixed = fixed_costs(checkpoint, context_tokens, kv=config.kv, process=process)
@@ -163,6 +166,7 @@ def fixed_costs(
         + tokenizer
         + ROUTE_LOG_BYTES
         + BOUNCE_BYTES
+        + (device_host_bytes(spec) if process.drives_device else 0)
         + scale_copies_bytes(checkpoint.experts.layouts),
         context_tokens=context_tokens,
     )

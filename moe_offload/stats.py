@@ -7,6 +7,55 @@ from typing import Any
 
 
 @dataclass
+class DeviceStats:
+    """What a device did, and what moved to it. A need is an expert of a decode step, as in OffloadStats."""
+
+    device_hits: int = 0  # needs that were there
+    device_misses: int = 0  # needs that ran on the CPU or after a copy
+    device_experts: int = 0  # computed there, those of prompts included
+    cpu_experts: int = 0
+    copied_experts: int = 0  # for the step or prompt at hand
+    redone_experts: int = 0  # on the CPU, after the device failed
+    prefetched_bytes: int = 0  # copied ahead of a step, admissions among them, and then used
+    prefetch_wasted_device_bytes: int = 0
+    link_bytes: int = 0
+    link_busy_s: float = 0.0
+    link_peak_bytes_per_s: float = 0.0  # measured at load
+    device_compute_s: float = 0.0
+    device_copy_wait_s: float = 0.0  # the device had nothing to compute but what was being copied
+    cpu_expert_s: float = 0.0
+    host_wait_s: float = 0.0  # the CPU had finished its share before the device
+    vram_bytes: int = 0
+    vram_slot_bytes: int = 0
+    device_state: str = ""
+
+    @property
+    def device_hit_rate(self) -> float:
+        """Share of decode's needs that were on the device; 0 when there were none."""
+        needs = self.device_hits + self.device_misses
+        return self.device_hits / needs if needs else 0.0
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """What the link achieved while it was busy; None before it was."""
+        return self.link_bytes / self.link_busy_s if self.link_busy_s else None
+
+    @property
+    def link_share(self) -> float | None:
+        """``link_bytes_per_s`` over what was measured at load."""
+        achieved = self.link_bytes_per_s
+        return achieved / self.link_peak_bytes_per_s if achieved and self.link_peak_bytes_per_s else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "device_hit_rate": self.device_hit_rate,
+            "link_bytes_per_s": self.link_bytes_per_s,
+            "link_share": self.link_share,
+        }
+
+
+@dataclass
 class OffloadStats:
     """Counters since load or the last ``reset``; bytes are file bytes, not padded slot bytes.
 
@@ -38,6 +87,7 @@ class OffloadStats:
     profile: str = ""  # which figures and settings of the machine are in use
     peak_bytes: int = 0
     ram_bytes: int = 0
+    device: DeviceStats | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -77,5 +127,6 @@ class OffloadStats:
             "prefetch_accuracy": self.prefetch_accuracy,
             "below_belady": self.below_belady,
             "bytes_read": self.bytes_read,
+            **(self.device.as_dict() if self.device is not None else {}),
         }
         return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -130,6 +130,10 @@ void register_decode(py::module_& m) {
             "choice", [](const DecodeStep& s) { return std::pair(s.choice().ids, s.choice().weights); },
             "The chosen experts' ids, ascending, and their weights")
         .def_property_readonly(
+            "rows_address", [](DecodeStep& s) { return reinterpret_cast<uint64_t>(s.expert_rows_data()); },
+            "Address of the chosen experts' rows (top_k, hidden_size), for who computes some of them "
+            "elsewhere")
+        .def_property_readonly(
             "router_input",
             [](const DecodeStep& s) { return reinterpret_cast<uint64_t>(s.router_input().data()); },
             "Address of what the last router saw, (hidden_size,) float32")

@@ -89,6 +89,7 @@ class DecodeStep {
     // The same in parts: rows of some of them, by position in choice(), then their weighted sum.
     void expert_rows(int64_t layer, const std::vector<int32_t>& positions, const uint64_t* addresses);
     void add_expert_rows(int64_t layer);
+    float* expert_rows_data() { return rows_.data(); }  // (max_top_k, hidden_size)
 
     // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
     // has, for each layer with experts, the addresses of all of them, (num_experts, number of matrices), 0

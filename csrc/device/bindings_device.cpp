@@ -109,7 +109,8 @@ void translate_device_error(std::exception_ptr error) {
     try {
         if (error) std::rethrow_exception(error);
     } catch (const DeviceError& e) {
-        py::set_error(py::module_::import("moe_offload.errors").attr("DeviceError"), e.what());
+        const py::object type = py::module_::import("moe_offload.errors").attr("DeviceError");
+        py::set_error(type, type(e.what(), int(e.fault)));
     }
 }
 

@@ -49,6 +49,18 @@ def token_kv_bytes(spec: ModelSpec, *, bytes_per_element: int, kv: str | None = 
     )
 
 
+def device_workspace_bytes(spec: ModelSpec, num_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
+    """Return what one layer's inputs (T, H), gate and up (T K, 2I) and rows (T K, H) take on a device."""
+    num_pairs = num_tokens * spec.top_k
+    width = 2 * spec.moe_intermediate_size + spec.hidden_size
+    return FLOAT32_BYTES * (num_tokens * spec.hidden_size + num_pairs * width)
+
+
+def device_host_bytes(spec: ModelSpec, num_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
+    """Return what a device's launches take in RAM: inputs (T, H), rows (T K, H) as they come and in place."""
+    return FLOAT32_BYTES * spec.hidden_size * num_tokens * (1 + 2 * spec.top_k)
+
+
 def state_bytes(spec: ModelSpec) -> int:
     """Return the bytes of one sequence's recurrent and convolution state; counted in float32."""
     return FLOAT32_BYTES * sum(spec.state_elements_per_sequence)

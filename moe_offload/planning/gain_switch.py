@@ -49,6 +49,18 @@ class GainSwitch:
         self._resting = 0  # steps left before the next probe
         self._rest_steps = FIRST_REST_STEPS
 
+    @property
+    def is_trying(self) -> bool:
+        """Whether a probe is under way: steps are not all done in the same way."""
+        return self._resting == 0
+
+    def describe(self, compared: str = "a step") -> str:
+        """Return in a few words what was decided and why; ``compared``: of which the gain is a share."""
+        if self.gain is None:
+            return "on" if self.is_on else "off for comparison"
+        does = f"{'saves' if self.gain >= 0 else 'costs'} {abs(self.gain):.1%} of {compared}"
+        return f"{'on' if self.decision else 'off'}: it {does}"
+
     def record(self, seconds: float, needs: int = 0) -> None:
         """Take note of the step that was done with ``is_on`` as it is, and set it for the next one."""
         if self._resting:

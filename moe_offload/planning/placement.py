@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_offload.config import GIB, ModelSpec, PlacementPlan, PoolPlan
+from moe_offload.config import GIB, DevicePlan, ModelSpec, PlacementPlan, PoolPlan, gib
 from moe_offload.errors import BudgetError
-from moe_offload.planning.cost_model import kv_bytes, scale_copies_bytes, state_bytes
+from moe_offload.planning.cost_model import (
+    device_workspace_bytes,
+    kv_bytes,
+    scale_copies_bytes,
+    state_bytes,
+)
 from moe_offload.storage.expert_format import ExpertLayout
 
 
@@ -114,16 +119,45 @@ def divide(
         kv_bytes=fixed.kv_bytes,
         workspace_bytes=fixed.workspace_bytes,
         context_tokens=fixed.context_tokens,
-        pools=tuple(
-            PoolPlan(
-                slot_bytes=pool.slot_bytes,
-                layers=pool.layers,
-                num_experts=pool.num_experts,
-                num_slots=num_slots,
-                num_staging=staging_slots(num_slots, pool.num_experts, spec.top_k),
-            )
-            for pool, num_slots in zip(pools, slots, strict=True)
-        ),
+        pools=_pool_plans(pools, slots, spec.top_k),
+    )
+
+
+def plan_device(
+    spec: ModelSpec, layouts: Mapping[int, ExpertLayout], *, vram_bytes: int, context_bytes: int
+) -> DevicePlan:
+    """Divide an accelerator's memory among driver, workspace and expert slots.
+
+    Args:
+        context_bytes: the driver's own.
+
+    Raises:
+        BudgetError: not even one token's experts have room; names the least that would do.
+    """
+    workspace_bytes = device_workspace_bytes(spec)
+    pools = _group_layers(layouts, spec.top_k)
+    smallest = context_bytes + workspace_bytes + _least_expert_bytes(pools)
+    if vram_bytes < smallest:
+        raise BudgetError(
+            f"vram={gib(vram_bytes)} ({vram_bytes} bytes) is too small: driver {gib(context_bytes)} + "
+            f"workspace {gib(workspace_bytes)} + at least {sum(pool.min_slots for pool in pools)} experts "
+            f"{gib(_least_expert_bytes(pools))} = {gib(smallest)}; the smallest vram that would do is "
+            f"{smallest} bytes, or run without device="
+        )
+    slots = _grant_slots(pools, vram_bytes - context_bytes - workspace_bytes, None)
+    return DevicePlan(vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k))
+
+
+def _pool_plans(pools: Sequence[_Pool], slots: Sequence[int], top_k: int) -> tuple[PoolPlan, ...]:
+    return tuple(
+        PoolPlan(
+            slot_bytes=pool.slot_bytes,
+            layers=pool.layers,
+            num_experts=pool.num_experts,
+            num_slots=num_slots,
+            num_staging=staging_slots(num_slots, pool.num_experts, top_k),
+        )
+        for pool, num_slots in zip(pools, slots, strict=True)
     )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.config import PoolPlan
+from moe_offload.errors import CheckpointError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.placement import staging_slots
-from moe_offload.residency.prompt_stream import stream_experts
+from moe_offload.residency.prompt_stream import Copies, stream_experts
 from moe_offload.residency.route_log import RouteLog
 from moe_offload.residency.slot_pool import Entry, ExpertSource, SlotPool, SlotState
 from moe_offload.stats import OffloadStats
@@ -56,6 +58,7 @@ class Step:
     Attributes:
         ready: expert ids whose bytes were there at ``begin``, ascending.
         pending: expert ids being read, ascending; ``cache.wait`` for each before its use.
+        routed: ids and weights that the router chose, where this tier is asked for some of them only.
     """
 
     layer_idx: int
@@ -64,6 +67,7 @@ class Step:
     entries: list[Entry]
     ready: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+    routed: tuple[Sequence[int], Sequence[float] | None] | None = None
 
 
 class ExpertCache:
@@ -91,6 +95,7 @@ class ExpertCache:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._arena, self._top_k, self._stats = arena, top_k, stats
+        self.plans = tuple(pools)
         self._policy_factory, self._layouts = policy_factory, layouts
         self._pools: list[SlotPool] = []
         self._pool_of: dict[int, SlotPool] = {}
@@ -108,7 +113,11 @@ class ExpertCache:
     # One token, or a few: everything in memory at once.
 
     def begin(
-        self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None = None
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float] | None = None,
+        routed: tuple[Sequence[int], Sequence[float] | None] | None = None,
     ) -> Step | None:
         """Pin a step's experts and start reading those that are missing.
 
@@ -117,6 +126,8 @@ class ExpertCache:
         Args:
             expert_ids: the union over the step's tokens, ascending.
             weights: the router's, one for each of ``expert_ids``; policies may use them.
+            routed: all that the router chose and its weights, where another tier serves the others:
+                policies and the log see these.
 
         Returns:
             None when the step needs more experts than the pool has slots: use ``stream``.
@@ -125,8 +136,8 @@ class ExpertCache:
         pool = self._pool_of[layer_idx]
         if len(expert_ids) > pool.num_slots:
             return None
-        self.log.add(layer_idx, expert_ids)
-        step = Step(layer_idx, expert_ids, weights, [])
+        self.log.add(layer_idx, expert_ids if routed is None else routed[0])
+        step = Step(layer_idx, expert_ids, weights, [], routed=routed)
         try:
             missing = self._pin_what_is_there(pool, step)
             if missing:
@@ -137,10 +148,40 @@ class ExpertCache:
         self._open = step
         return step
 
+    def extend(self, step: Step, expert_ids: Sequence[int]) -> None:
+        """Add experts, ascending, to the open step, as ``begin`` would; ``room`` says how many it holds."""
+        assert self._open is step, "this step is not open"
+        pool, more = self._pool_of[step.layer_idx], Step(step.layer_idx, expert_ids, None, [])
+        try:
+            missing = self._pin_what_is_there(pool, more)
+            if missing:
+                self._read_missing(pool, more, missing)
+        finally:  # what was pinned belongs to the step, whose abort unpins it
+            step.entries += more.entries
+            step.ready, step.pending = sorted(step.ready + more.ready), sorted(step.pending + more.pending)
+
+    def room(self, layer_idx: int) -> int:
+        """Return how many experts a step of the layer may have."""
+        return self._pool_of[layer_idx].num_slots
+
+    def has_bytes(self, layer_idx: int, expert_ids: Iterable[int]) -> list[bool]:
+        """Return for each expert whether its bytes are there."""
+        pool = self._pool_of[layer_idx]
+        found = [pool.table[layer_idx][expert_id] for expert_id in expert_ids]
+        settled = [None if entry is None else pool.settle(entry) for entry in found]
+        return [entry is not None and entry.state is not SlotState.IN_FLIGHT for entry in settled]
+
+    def are_resident(self, layer_idx: int, expert_ids: Iterable[int]) -> list[bool]:
+        """Return for each expert whether it is resident."""
+        row = self._pool_of[layer_idx].table[layer_idx]
+        found = [row[expert_id] for expert_id in expert_ids]
+        return [entry is not None and entry.state is SlotState.RESIDENT for entry in found]
+
     def wait(self, step: Step, expert_id: int) -> None:
         """Block until an expert of the step can be used.
 
         Raises:
+            DeviceError: it is being copied to a device, and that failed.
             CheckpointError: its read failed; abort the step, a later one reads again.
         """
         pool = self._pool_of[step.layer_idx]
@@ -167,6 +208,21 @@ class ExpertCache:
             )
             addresses += entry.addresses
         return addresses
+
+    def arrivals(self, step: Step, expert_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return first bytes as ``step_addresses``, and the ticket of each read under way, 0 for none.
+
+        For who can wait for a read elsewhere than here.
+        """
+        row = self._pool_of[step.layer_idx].table[step.layer_idx]
+        addresses: list[int] = []
+        tickets: list[int] = []
+        for expert_id in expert_ids:
+            entry = row[expert_id]
+            assert entry is not None and entry.pins, f"expert {expert_id} is not part of this step"
+            addresses += entry.addresses
+            tickets.append(entry.ticket if entry.state is SlotState.IN_FLIGHT else 0)
+        return addresses, tickets
 
     def resident_tables(self) -> dict[int, NDArray[np.uint64]] | None:
         """Return the residents' addresses by layer, (num_experts, number of matrices), 0 for all others.
@@ -202,7 +258,7 @@ class ExpertCache:
         for entry in step.entries:
             entry.pins -= 1
         self._open = None
-        pool.policy.on_route(step.layer_idx, step.expert_ids, step.weights)
+        pool.policy.on_route(step.layer_idx, *(step.routed or (step.expert_ids, step.weights)))
         excess = len(pool.residents) - pool.capacity
         if excess > 0:
             pool.evict(excess, pool.residents.keys())
@@ -228,9 +284,13 @@ class ExpertCache:
     # A prompt: expert after expert, past the residents.
 
     def stream(
-        self, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None = None
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        num_tokens: Sequence[int] | None = None,
+        copies: Copies | None = None,
     ) -> Generator[tuple[int, tuple[int, ...]], None, None]:
-        """Yield (expert_id, matrix addresses) for ``expert_ids`` in their (ascending) order.
+        """Yield (expert_id, matrix addresses) for ``expert_ids`` in their order.
 
         Residents are used in place; the others are read once each through the free slots, as many
         ahead as there are. An address is good until the next one is asked for. Nothing is evicted.
@@ -239,6 +299,7 @@ class ExpertCache:
         Args:
             num_tokens: how many tokens chose each of ``expert_ids``; the most used ones become
                 residents where there is room.
+            copies: of what was yielded, to a faster tier: a slot is not used again while it is copied.
 
         Raises:
             CheckpointError: a read failed.
@@ -247,9 +308,41 @@ class ExpertCache:
         self._open = layer_idx
         self.log.add(layer_idx, expert_ids, num_tokens or [1] * len(expert_ids))
         try:
-            yield from stream_experts(self._pool_of[layer_idx], layer_idx, expert_ids, num_tokens)
+            pool = self._pool_of[layer_idx]
+            yield from stream_experts(pool, layer_idx, expert_ids, num_tokens, copies)
         finally:
             self._open = self._tables = None
+
+    @contextmanager
+    def lend(self, layer_idx: int, most: int) -> Generator[list[int]]:
+        """Lend the addresses of at most ``most`` free slots for a prompt's experts of a layer.
+
+        Meanwhile nothing else happens to the cache, and residents stay where they are. Speculation makes
+        room.
+        """
+        assert self._open is None, "end or abort the open step, or close the open stream, first"
+        pool = self._pool_of[layer_idx]
+        for entry in pool.unclaimed():
+            if len(pool.free) < most and not pool.is_full_size:
+                pool.discard(entry)
+        pool.reap()
+        slots = [pool.free.pop() for _ in range(min(most, len(pool.free)))]
+        self._open = layer_idx
+        try:
+            yield [pool.slot_address(slot) for slot in slots]
+        finally:
+            self._open = None
+            pool.free += slots
+
+    def resident_addresses(self, layer_idx: int, expert_ids: Iterable[int]) -> list[int]:
+        """Return the first bytes of the matrices of residents, one after the other."""
+        row = self._pool_of[layer_idx].table[layer_idx]
+        addresses: list[int] = []
+        for expert_id in expert_ids:
+            entry = row[expert_id]
+            assert entry is not None and entry.state is SlotState.RESIDENT
+            addresses += entry.addresses
+        return addresses
 
     # Hints.
 
@@ -273,9 +366,13 @@ class ExpertCache:
                 pool.read(key, speculative=True)
 
     def absent(self, layer_idx: int, expert_ids: Iterable[int]) -> list[int]:
-        """Return which of a layer's experts have no slot."""
-        row = self._pool_of[layer_idx].table[layer_idx]
-        return [expert_id for expert_id in expert_ids if row[expert_id] is None]
+        """Return which of a layer's experts have no slot, here or in a tier above."""
+        pool = self._pool_of[layer_idx]
+        row = pool.table[layer_idx]
+        if pool.above is None:
+            return [expert_id for expert_id in expert_ids if row[expert_id] is None]
+        above = pool.above.table[layer_idx]
+        return [i for i in expert_ids if row[i] is None and above[i] is None]
 
     def guessed_bytes(self, layer_idx: int) -> int:
         """Return the bytes of guesses being read or about to be, for the pool of a layer."""
@@ -319,6 +416,34 @@ class ExpertCache:
         """Whether a prefetch could find nothing to do."""
         return all(len(pool.residents) == pool.num_experts for pool in self._pools)
 
+    # A faster tier, filled from this one (device_tier.py).
+
+    def put_below(self, above: ExpertCache, finish_copies: Callable[[], None]) -> None:
+        """Let ``above`` be filled from here: what it has is the first to leave where slots are wanted.
+
+        Args:
+            finish_copies: waits until ``above`` copies nothing that this one holds.
+        """
+        for layer_idx, pool in self._pool_of.items():
+            pool.above = above._pool_of.get(layer_idx)
+            pool.finish_copies = finish_copies
+
+    def stand_alone(self) -> None:
+        """End ``put_below``: the tier above is gone."""
+        for pool in self._pools:
+            pool.above, pool.finish_copies, pool.held = None, None, {}
+
+    def hold(self, key: ExpertKey) -> int:
+        """Keep an expert whose bytes are there until ``let_go``; returns the address of its slot."""
+        return self._pool_of[key.layer_idx].hold(key)
+
+    def let_go(self, key: ExpertKey) -> None:
+        """End one ``hold``."""
+        self._pool_of[key.layer_idx].let_go(key)
+
+    def is_resident(self, key: ExpertKey) -> bool:
+        return key in self._pool_of[key.layer_idx].residents
+
     # The start of a run (warm_start.py).
 
     def preload(self, keys: Iterable[ExpertKey]) -> None:
@@ -331,10 +456,33 @@ class ExpertCache:
         for pool in self._pools:
             pool.preload(key for key in wanted if key.layer_idx in pool.table)
 
+    def preload_share(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """``preload`` some of a layer's experts, as far as its share of the pool goes."""
+        pool = self._pool_of[layer_idx]
+        row = pool.table[layer_idx]
+        held = sum(entry is not None for entry in row)
+        share = pool.capacity * len(row) // pool.num_experts
+        absent = [i for i in expert_ids if row[i] is None][: max(0, share - held)]
+        pool.preload(ExpertKey(layer_idx, expert_id) for expert_id in absent)
+
     @property
     def is_warming(self) -> bool:
         """Whether reads of ``preload`` have not become residents yet."""
         return any(pool.warming for pool in self._pools)
+
+    def has_room(self, layer_idx: int) -> bool:
+        """Whether one more expert of the layer could become a resident without another leaving."""
+        pool = self._pool_of[layer_idx]
+        return bool(pool.free) and len(pool.residents) + len(pool.warming) < pool.capacity
+
+    def finish_reads(self) -> None:
+        """Wait for every read under way; those that fail are dropped."""
+        for pool in self._pools:
+            for entry in list(pool.staged.values()):
+                if entry.state is SlotState.IN_FLIGHT:
+                    with suppress(CheckpointError, DeviceError):
+                        pool.finish(entry)
+            pool.drain()
 
     def absorb(self) -> None:
         """Make residents of what ``preload`` has read meanwhile; nothing while a step or stream is open."""

@@ -103,11 +103,13 @@ class Prefetcher:
         """Return in a few words what it does and why, for stats."""
         if not self.enabled:
             return "off"
-        if self.switch is None or self.switch.gain is None:
-            return "on" if self.is_on else "off for comparison"
-        gain = self.switch.gain
-        does = f"{'saves' if gain >= 0 else 'costs'} {abs(gain):.1%} of a step"
-        return f"{'on' if self.switch.decision else 'off'}: it {does}"
+        return "on" if self.switch is None else self.switch.describe()
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether some steps are made without it, to compare."""
+        tries = self.enabled and self.switch is not None and not self._cache.has_every_expert
+        return tries and self.switch is not None and self.switch.is_trying
 
     def use(
         self,
@@ -122,6 +124,10 @@ class Prefetcher:
         self.switch, self.threshold = switch, threshold or Threshold()
         self._link, self._bytes_per_s = link, self._speeds.get("disk_bytes_per_s")
         self._set_depth_limit()
+
+    def turn_to(self, cache: ExpertCache, link: LinkCounters) -> None:
+        """Fill another tier from now on: before any step, where the one below has every expert."""
+        self._cache, self._link = cache, link
 
     def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
         """Start a forward pass: read what its tokens alone say of the first layers.

@@ -4,21 +4,78 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
+from typing import Protocol
 
 from moe_offload.residency.slot_pool import Entry, SlotPool, SlotState
 from moe_offload.storage.expert_format import ExpertKey
 
 
+class Copies(Protocol):
+    """Copies of experts to a faster tier, which read a slot after the next expert was asked for."""
+
+    def under_way(self, expert_id: int) -> bool:
+        """Whether the expert's slot is still read."""
+
+    def finish(self, expert_id: int) -> None:
+        """Wait until it is not."""
+
+
+class _Lingering:
+    """What was yielded and is still being copied: its slots are used again when that has ended."""
+
+    def __init__(self, copies: Copies | None) -> None:
+        self._copies = copies
+        self._entries: deque[Entry] = deque()  # oldest first
+
+    def keep(self, entry: Entry) -> bool:
+        """Take over an entry of which a copy is under way."""
+        keeps = self._copies is not None and self._copies.under_way(entry.key.expert_id)
+        if keeps:
+            self._entries.append(entry)
+        return keeps
+
+    def copied(self, wait: bool) -> Generator[Entry]:
+        """Yield the entries that are free now; with ``wait``, at least the oldest."""
+        while self._entries and self._copies is not None:
+            expert_id = self._entries[0].key.expert_id
+            if wait:
+                self._copies.finish(expert_id)
+            elif self._copies.under_way(expert_id):
+                return
+            wait = False
+            yield self._entries.popleft()
+
+    def all(self) -> list[Entry]:
+        return list(self._entries)
+
+
 def stream_experts(
-    pool: SlotPool, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None
+    pool: SlotPool,
+    layer_idx: int,
+    expert_ids: Sequence[int],
+    num_tokens: Sequence[int] | None,
+    copies: Copies | None = None,
 ) -> Generator[tuple[int, tuple[int, ...]], None, None]:
     """Yield (expert_id, matrix addresses); see ``ExpertCache.stream``."""
     held: dict[int, Entry] = {}  # pinned, by expert id: what is there and what is being read ahead
+    lingering = _Lingering(copies)
+
+    def release(entry: Entry) -> None:
+        entry.pins -= 1
+        if entry.state is SlotState.STAGED:
+            keeps = entry.key.expert_id in keepers and len(pool.residents) < pool.capacity
+            (pool.admit if keeps else pool.discard)(entry)
+
     try:
         warm = _hold_what_is_there(pool, layer_idx, expert_ids, held)
         unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
         keepers = warm | _choose_keepers(pool, layer_idx, expert_ids, num_tokens, len(warm))
         for expert_id in expert_ids:
+            for entry in lingering.copied(wait=False):
+                release(entry)
+            if expert_id not in held and not pool.free:
+                for entry in lingering.copied(wait=True):
+                    release(entry)
             if expert_id not in held and not pool.free:
                 pool.free_one()
             _read_ahead(pool, layer_idx, unread, held)
@@ -26,12 +83,13 @@ def stream_experts(
             pool.wait(entry)
             yield expert_id, entry.addresses
             del held[expert_id]
-            entry.pins -= 1
-            if entry.state is SlotState.STAGED:
-                keeps = expert_id in keepers and len(pool.residents) < pool.capacity
-                (pool.admit if keeps else pool.discard)(entry)
+            if not lingering.keep(entry):
+                release(entry)
+        while lingering.all():
+            for entry in lingering.copied(wait=True):
+                release(entry)
     finally:
-        for entry in held.values():
+        for entry in [*held.values(), *lingering.all()]:
             entry.pins -= 1
             if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
                 pool.discard(entry)

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Protocol
 
 from moe_offload.config import PoolPlan
-from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
@@ -37,6 +37,7 @@ class ExpertSource(Protocol):
 
         Raises:
             CheckpointError: the read failed.
+            DeviceError: it was a copy to a device, and failed.
         """
 
     def promote(self, ticket: int) -> bool:
@@ -102,6 +103,9 @@ class SlotPool:
         ] = {}  # of the staged: read at the start for no step in particular
         self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
         self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
+        self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
+        self.held: dict[ExpertKey, int] = {}  # copies to there that are under way, by expert
+        self.finish_copies: Callable[[], None] | None = None  # waits until nothing is held
         self._layers_end = max(plan.layers) + 1
         for layer_idx in plan.layers:
             assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
@@ -150,11 +154,11 @@ class SlotPool:
         """Wait for an entry's read.
 
         Raises:
-            CheckpointError: it failed; the slot is free again and a later step reads anew.
+            CheckpointError, DeviceError: it failed; the slot is free again and a later step reads anew.
         """
         try:
             self.store.wait(entry.ticket)
-        except CheckpointError:
+        except (CheckpointError, DeviceError):
             self._remove(entry)
             raise
         entry.state = SlotState.STAGED
@@ -174,7 +178,7 @@ class SlotPool:
         if entry.state is SlotState.IN_FLIGHT and self.store.done(entry.ticket):
             try:
                 self.finish(entry)
-            except CheckpointError:
+            except (CheckpointError, DeviceError):
                 return None
         return entry
 
@@ -203,8 +207,18 @@ class SlotPool:
         self.policy.on_insert(entry.key)
 
     def evict(self, count: int, candidates: Collection[ExpertKey]) -> None:
-        """Free the slots of ``count`` residents that the policy chooses among ``candidates``."""
-        victims = self.policy.victims(candidates, count)
+        """Free the slots of ``count`` residents that the policy chooses among ``candidates``.
+
+        What the tier above has goes first: its bytes would be here twice.
+        """
+        if self.held and count:
+            candidates = self._not_held(count, candidates)
+        twice = self.above.residents.keys() & candidates if self.above is not None and count else set()
+        if len(twice) < count:
+            once = set(candidates) - twice if twice else candidates
+            victims = [*twice, *self.policy.victims(once, count - len(twice))]
+        else:
+            victims = self.policy.victims(twice, count)
         assert len(set(victims)) == count, f"{self.policy.name} chose {victims}, wanted {count} residents"
         for key in victims:
             entry = self.residents[key]
@@ -212,6 +226,30 @@ class SlotPool:
             self.policy.on_evict(key)
             self._remove(entry)
         self.stats.evictions += count
+
+    def _not_held(self, count: int, candidates: Collection[ExpertKey]) -> Collection[ExpertKey]:
+        """Return the candidates from which nothing is being copied: all of them, where those are too few."""
+        free = set(candidates) - self.held.keys()
+        if len(free) >= count:
+            return free
+        assert self.finish_copies is not None
+        self.finish_copies()
+        return candidates
+
+    def hold(self, key: ExpertKey) -> int:
+        """Keep an expert whose bytes are there in its place until ``let_go``; returns its slot's address."""
+        entry = self.find(key)
+        assert entry is not None and entry.state is not SlotState.IN_FLIGHT, f"{key} is not in memory"
+        self.held[key] = self.held.get(key, 0) + 1
+        return self.slot_address(entry.slot)
+
+    def let_go(self, key: ExpertKey) -> None:
+        """End one ``hold``; none is left of those that ``recover`` ended."""
+        count = self.held.get(key, 0) - 1
+        if count > 0:
+            self.held[key] = count
+        else:
+            self.held.pop(key, None)
 
     def discard(self, entry: Entry) -> None:
         """Free a staged expert's slot, or abandon its read: at once when it had not begun."""
@@ -344,7 +382,7 @@ class SlotPool:
         owners = [*self.residents.values(), *self.staged.values()]
         owners += [entry for row in self.table.values() for entry in row if entry is not None]
         entries = {entry.slot: entry for entry in owners}
-        self.residents, self.staged, self.warming = {}, {}, {}
+        self.residents, self.staged, self.warming, self.held = {}, {}, {}, {}
         for row in self.table.values():
             row[:] = [None] * len(row)
         drained = {slot for _, slot in self.draining}
@@ -394,6 +432,7 @@ class SlotPool:
         for entry in entries.values():
             assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
             assert entry.pins == 0, f"{entry} is pinned by nobody"
+        assert self.held.keys() <= self.residents.keys(), f"{self.held} are held and not resident"
 
     def _abandon(self, entry: Entry) -> None:
         if self.cancel(entry):
@@ -407,7 +446,9 @@ class SlotPool:
 
     def _drain_one(self, pair: tuple[int, int]) -> None:
         ticket, slot = pair
-        with suppress(CheckpointError):  # nobody wants these bytes; who does reads again and is told
+        with suppress(
+            CheckpointError, DeviceError
+        ):  # nobody wants these bytes; who does reads again and is told
             self.store.wait(ticket)
         self.draining.remove(pair)
         self.free.append(slot)

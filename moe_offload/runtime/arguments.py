@@ -57,10 +57,10 @@ _REFUSED = {
 }
 _OWN = (
     "ram", "experts", "context", "policy", "predictor", "prefetch", "num_threads", "allow_dense", "quant",
-    "dtype", "progress", "quant_progress", "profile",
+    "dtype", "progress", "quant_progress", "profile", "device", "vram", "scheduler",
 )  # fmt: skip
 _HONOURED = (
-    "torch_dtype", "attn_implementation", "device_map", "device", "max_memory", "gguf_file", "subfolder",
+    "torch_dtype", "attn_implementation", "device_map", "max_memory", "gguf_file", "subfolder",
     "generation_config", "output_loading_info", "use_safetensors", "experts_implementation",
     "pretrained_model_name_or_path", "revision", "cache_dir",
     "token", "use_auth_token", "local_files_only",  # nothing is fetched here, so nothing asks for them
@@ -183,15 +183,14 @@ def _ram(ram: str | int, kwargs: Mapping[str, Any], note: Callable[[str], None])
 
 
 def _check_devices(kwargs: Mapping[str, Any], note: Callable[[str], None]) -> None:
-    for name in ("device_map", "device"):
-        value = kwargs.get(name)
-        devices = value.values() if isinstance(value, Mapping) else (value,)
-        if not _all_cpu(devices):
-            raise ConfigError(
-                f"{name}={value!r:.80} is not possible: the memory budget places the model; pass ram="
-            )
-        if value == "auto":
-            note(f'{name}="auto": the memory budget places the model, see ram; experts stay on disk')
+    value = kwargs.get("device_map")
+    devices = value.values() if isinstance(value, Mapping) else (value,)
+    if not _all_cpu(devices):
+        raise ConfigError(
+            f"device_map={value!r:.80} is not possible: the memory budget places the model; pass ram="
+        )
+    if value == "auto":
+        note('device_map="auto": the memory budget places the model, see ram; experts stay on disk')
 
 
 def _all_cpu(devices: Iterable[Any]) -> bool:

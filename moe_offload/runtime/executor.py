@@ -20,6 +20,9 @@ from moe_offload.errors import CheckpointError
 from moe_offload.ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.runtime.hybrid import HybridLayer
+from moe_offload.runtime.hybrid_step import run_step
+from moe_offload.runtime.hybrid_stream import stream_layer
 from moe_offload.storage.expert_format import ExpertLayout
 
 # Names in a configuration; experts are told by what they compute (activation_of).
@@ -63,6 +66,34 @@ class Routing:
         return slice(int(self.pair_offsets[position]), int(self.pair_offsets[position + 1]))
 
 
+class TorchRows:
+    """A step's unweighted expert outputs (P, H), put together from parts; a StepRows of hybrid.py."""
+
+    def __init__(self, kernel: ExpertKernel, hidden: Tensor, routing: Routing, weights: list[float]) -> None:
+        self._kernel, self._hidden, self._routing = kernel, hidden, routing
+        self.rows = torch.empty(len(routing.pair_tokens), hidden.shape[-1])
+        self.expert_ids: list[int] = routing.expert_ids.tolist()
+        self.weights = weights
+        self.pair_offsets: list[int] = routing.pair_offsets.tolist()
+        self.pair_tokens: list[int] = routing.pair_tokens.tolist()
+        self.num_tokens = len(hidden)
+        self.hidden_address, self.rows_address = hidden.data_ptr(), self.rows.data_ptr()
+
+    def compute(self, positions: list[int], addresses: list[int]) -> None:
+        """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""
+        if not positions:
+            return
+        routing = self._routing
+        pairs = [routing.pairs_of(position) for position in positions]
+        tokens = np.concatenate([routing.pair_tokens[pair] for pair in pairs])
+        offsets = np.cumsum([0, *(pair.stop - pair.start for pair in pairs)], dtype=np.int32)
+        ids = routing.expert_ids[positions]
+        where = np.array(addresses, np.uint64).reshape(len(positions), -1)
+        part = self._kernel.rows(self._hidden, ids, where, offsets, tokens)
+        for pair, start, end in zip(pairs, offsets, offsets[1:], strict=False):
+            self.rows[pair] = part[start:end]
+
+
 class ExpertExecutor:
     """What stands in for the experts module's forward of one layer."""
 
@@ -77,6 +108,7 @@ class ExpertExecutor:
         self.kernel, self.layer_idx = kernel, layer_idx
         self.cache, self.prefetcher, self.on_layer_done = cache, prefetcher, on_layer_done
         self.on_route: Callable[[int, Tensor, Tensor, Tensor], None] | None = None  # recorder.py
+        self.hybrid: HybridLayer | None = None  # the layer's share on a device
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end."""
@@ -87,16 +119,16 @@ class ExpertExecutor:
         out = torch.zeros_like(hidden)
         chosen = top_k_index.numpy(), top_k_weights.float().numpy()
         self.prefetcher.routed(self.layer_idx, routing.expert_ids, *chosen)
-        step = None
-        if len(hidden) <= DECODE_STEP_MAX_TOKENS:
-            step = self.cache.begin(self.layer_idx, routing.expert_ids.tolist(), self._scores(routing))
-        if step is None:
+        look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, hidden_states, *chosen)
+        if not self._decode(look_ahead, hidden, routing, out):
             self._stream(hidden, routing, out)
-        else:
-            look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, hidden_states, *chosen)
-            self._decode(step, look_ahead, hidden, routing, out)
         self.on_layer_done(self.layer_idx)
         return out.to(hidden_states.dtype)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether a device computes some of the layer's experts."""
+        return self.hybrid is not None and self.hybrid.is_on
 
     @staticmethod
     def _scores(routing: Routing) -> list[float]:
@@ -104,10 +136,27 @@ class ExpertExecutor:
         sums: list[float] = np.add.reduceat(routing.pair_weights.numpy(), routing.pair_offsets[:-1]).tolist()
         return sums
 
-    def _decode(
+    def _decode(self, look_ahead: Callable[[], None], hidden: Tensor, routing: Routing, out: Tensor) -> bool:
+        """Serve a small step from the caches; False when it is not small, or RAM has no slots for it."""
+        if len(hidden) > DECODE_STEP_MAX_TOKENS:
+            return False
+        if self.is_hybrid:
+            assert self.hybrid is not None
+            rows = TorchRows(self.kernel, hidden, routing, self._scores(routing))
+            if not run_step(self.hybrid, rows, look_ahead):
+                return False
+            weighted_sum(out, rows.rows, routing.pair_tokens, routing.pair_weights)
+            return True
+        step = self.cache.begin(self.layer_idx, routing.expert_ids.tolist(), self._scores(routing))
+        if step is None:
+            return False
+        self._from_ram(step, look_ahead, hidden, routing, out)
+        return True
+
+    def _from_ram(
         self, step: Step, look_ahead: Callable[[], None], hidden: Tensor, routing: Routing, out: Tensor
     ) -> None:
-        """Serve a small step from the cache: experts at hand compute while the others are read."""
+        """Serve a step from the cache: experts at hand compute while the others are read."""
         try:
             look_ahead()
             if step.pending:
@@ -122,30 +171,13 @@ class ExpertExecutor:
 
     def _rows_as_they_arrive(self, step: Step, hidden: Tensor, routing: Routing) -> Tensor:
         """Return the unweighted expert outputs (P, H) in the order of ``routing``."""
-        position_of = {expert_id: i for i, expert_id in enumerate(routing.expert_ids.tolist())}
-        rows = torch.empty(len(routing.pair_tokens), hidden.shape[-1])
-        self._fill(rows, hidden, routing, [position_of[expert_id] for expert_id in step.ready])
+        rows = TorchRows(self.kernel, hidden, routing, [])
+        position_of = {expert_id: i for i, expert_id in enumerate(rows.expert_ids)}
+        rows.compute([position_of[i] for i in step.ready], self.cache.step_addresses(step, step.ready))
         for expert_id in step.pending:
             self.cache.wait(step, expert_id)
-            self._fill(rows, hidden, routing, [position_of[expert_id]])
-        return rows
-
-    def _fill(self, rows: Tensor, hidden: Tensor, routing: Routing, positions: list[int]) -> None:
-        if not positions:
-            return
-        part, start = self._rows(hidden, routing, positions), 0
-        for position in positions:
-            pairs = routing.pairs_of(position)
-            count = pairs.stop - pairs.start
-            rows[pairs] = part[start : start + count]
-            start += count
-
-    def _rows(self, hidden: Tensor, routing: Routing, positions: list[int]) -> Tensor:
-        expert_ids = routing.expert_ids[positions]
-        pairs = [routing.pairs_of(position) for position in positions]
-        tokens = np.concatenate([routing.pair_tokens[pair] for pair in pairs])
-        offsets = np.cumsum([0, *(pair.stop - pair.start for pair in pairs)], dtype=np.int32)
-        return self.kernel.rows(hidden, expert_ids, self._addresses(expert_ids), offsets, tokens)
+            rows.compute([position_of[expert_id]], self.cache.step_addresses(step, [expert_id]))
+        return rows.rows
 
     def _sum(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
         """Compute and add all experts of a step in one call."""
@@ -158,7 +190,13 @@ class ExpertExecutor:
         return np.array(addresses, np.uint64)
 
     def _stream(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
-        """Serve many tokens: each expert once, in ascending id, past the decode cache."""
+        """Serve many tokens: each expert once, past the decode cache."""
+        if self.is_hybrid:
+            assert self.hybrid is not None
+            shared = TorchRows(self.kernel, hidden, routing, [])
+            stream_layer(self.hybrid, shared)
+            weighted_sum(out, shared.rows, routing.pair_tokens, routing.pair_weights)
+            return
         tokens_per_expert = np.diff(routing.pair_offsets).tolist()
         stream = self.cache.stream(self.layer_idx, routing.expert_ids.tolist(), tokens_per_expert)
         try:

@@ -22,9 +22,11 @@ from moe_offload import ops
 from moe_offload.config import (
     DEMO_MODEL,
     MIB,
+    DevicePlan,
     PlacementPlan,
     RuntimeConfig,
     parse_bytes,
+    parse_device,
 )
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.header_costs import Process, place
@@ -33,11 +35,13 @@ from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Predictor
 from moe_offload.profile_store import ProfileInUse
+from moe_offload.residency.accelerator import check_device
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import machine_profile, quantized, skeleton
 from moe_offload.runtime.arguments import loading_info, read_arguments
+from moe_offload.runtime.device_setup import attach_device, check_scheduler, plan_vram
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
 from moe_offload.runtime.footprint import release_weights, trim_heap
 from moe_offload.runtime.native_families import native_step_reason
@@ -77,6 +81,9 @@ def from_pretrained(
     warm_start: bool = True,
     quant: str | None = None,
     kv: str | None = None,
+    device: str | None = None,
+    vram: str | int | None = None,
+    scheduler: str = "hybrid",
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
     quant_progress: Callable[[int, int], None] | None = None,
@@ -105,6 +112,13 @@ def from_pretrained(
             cache, and run that. Lossy: bench/quant_quality.py prints what it costs.
         kv: "q8_0" keeps keys and values as blocks of 34 bytes for 32 numbers, about half of 16 bits.
             Lossy: bench/perplexity.py --kv prints what it costs.
+        device: what computes experts beside the CPU: None or "cpu" for nothing, "cuda", "cuda:1", or
+            "emulated:vram=512MiB,link=12GB/s", an accelerator without the hardware (docs/ARCHITECTURE.md).
+            Changes time, never tokens.
+        vram: the device's memory to use, the driver's own included ("6GiB", bytes), or "auto" for what is
+            free less a reserve.
+        scheduler: who computes an expert, the device or the CPU: "hybrid"; baselines "static_split",
+            "on_demand", "fiddler", "hybrimoe_greedy".
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
         quant_progress: the same while ``quant`` writes its file, or waits for a process that does.
@@ -134,7 +148,12 @@ def from_pretrained(
         allow_dense=allow_dense,
         warm_start=warm_start,
         kv=kv,
+        device=parse_device(device, vram),
+        scheduler=scheduler,
     )
+    check_scheduler(scheduler)
+    if config.device is not None:
+        check_device(config.device)
     quant = None if quant is None else check_quant(quant)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
     for note in checkpoint.notes:
@@ -154,10 +173,15 @@ def from_pretrained(
     if quant is not None:
         checkpoint = _quantize(model, checkpoint, config, quant, quant_progress)
     plan = _plan(model, checkpoint, config)
+    vram_plan = plan_vram(checkpoint, config)
     if ram == "auto":
         print(f"ram auto: {plan.describe()}", file=sys.stderr)
+    if config.device is not None:
+        _say(
+            f"vram: {vram_plan.describe()}" if vram_plan else "device= changes nothing: there are no experts"
+        )
     found = machine_profile.choose(found, profile, checkpoint, plan, _say)
-    model = _load(model, checkpoint, config, plan, choice, progress, found)
+    model = _load(model, checkpoint, config, plan, vram_plan, choice, progress, found)
     if arguments.generation_config is not None:
         model.generation_config = copy.deepcopy(arguments.generation_config)
         model.generation_config.disable_compile = True
@@ -234,6 +258,7 @@ def _load(
     checkpoint: Checkpoint,
     config: RuntimeConfig,
     plan: PlacementPlan,
+    vram_plan: DevicePlan | None,
     choice: PredictorChoice,
     progress: Callable[[int, int], None] | None,
     found: ProfileInUse | None,
@@ -254,7 +279,16 @@ def _load(
             stats,
             top_k=checkpoint.spec.top_k,
         )
-        _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena, found)
+        executors = _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena, found)
+        if vram_plan is not None:
+            model.offload.hybrid = attach_device(
+                executors, checkpoint, config, vram_plan, cache, store, arena
+            )
+            if all(
+                pool.num_staging == 0 for pool in plan.pools
+            ):  # RAM will lack nothing: look ahead for VRAM
+                tier = model.offload.hybrid.tier
+                model.offload.prefetcher.turn_to(tier.cache, tier.link_counters)
         if config.warm_start:
             start_warm(model.offload, cache, checkpoint, config.policy)
     except BaseException:
@@ -275,7 +309,7 @@ def _attach(
     store: ExpertStore,
     arena: Arena,
     found: ProfileInUse | None,
-) -> None:
+) -> dict[int, ExpertExecutor]:
     """Give the model its class, every experts module its executor, and the handle its resources."""
 
     alive = weakref.ref(model)
@@ -335,6 +369,7 @@ def _attach(
         ),
     )
     weakref.finalize(model, handle.close)
+    return executors
 
 
 def _link_counters(reader: DirectReader) -> tuple[int, float]:

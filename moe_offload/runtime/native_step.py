@@ -8,7 +8,7 @@ layers. Routing, cache and prefetch see the same calls on both ways.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from moe_offload._native import DecodeStep
 from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.hybrid_step import run_step
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import NativeDecoder
 from moe_offload.runtime.packed_kv import layer_class
@@ -106,13 +108,14 @@ class NativeStep:
     def _tables(self) -> list[int] | None:
         """Return the addresses of the layers' expert tables, 0 for a dense layer.
 
-        None while experts may have to leave again, while the routing is recorded, or while there is
-        something to prefetch: then Python decides between a layer's router and its experts.
+        None while experts may have to leave again, while a device computes some of them, while the routing
+        is recorded, or while there is something to prefetch: then Python decides between a layer's router
+        and its experts.
         """
         if not self._moe_executors:
             return [0] * len(self._executors)
         first = self._moe_executors[0]
-        if first.on_route is not None or not self._prefetch_rests(first):
+        if first.is_hybrid or first.on_route is not None or not self._prefetch_rests(first):
             return None
         return self._table_addresses(first)
 
@@ -172,8 +175,8 @@ class NativeStep:
                 self._run_experts(executor)
 
     def _run_experts(self, executor: ExpertExecutor) -> None:
-        """Serve the chosen experts from the cache, those at hand while the others are read."""
-        layer_idx, cache, prefetcher = executor.layer_idx, executor.cache, executor.prefetcher
+        """Serve the chosen experts from the caches, those at hand while the others are read."""
+        layer_idx, prefetcher = executor.layer_idx, executor.prefetcher
         expert_ids, weights = self._step.choice()
         watched = executor.on_route is not None or prefetcher.is_on
         if watched:
@@ -183,11 +186,42 @@ class NativeStep:
                 tensors = torch.from_numpy(chosen), torch.from_numpy(chosen_weights)
                 executor.on_route(layer_idx, router_input, *tensors)
             prefetcher.routed(layer_idx, expert_ids, chosen, chosen_weights)
+
+        def look_ahead() -> None:
+            if watched:
+                prefetcher.look_ahead(layer_idx, router_input, chosen, chosen_weights)
+
+        if executor.is_hybrid:
+            self._share_with_device(executor, expert_ids, weights, look_ahead)
+        else:
+            self._serve_from_ram(executor, expert_ids, weights, look_ahead)
+        executor.on_layer_done(layer_idx)
+
+    def _share_with_device(
+        self,
+        executor: ExpertExecutor,
+        expert_ids: list[int],
+        weights: list[float],
+        look_ahead: Callable[[], None],
+    ) -> None:
+        assert executor.hybrid is not None
+        rows = OneTokenRows(self._step, executor.layer_idx, expert_ids, weights)
+        done = run_step(executor.hybrid, rows, look_ahead)
+        assert done, "a pool has slots for one token's experts"
+        self._step.add_expert_rows(executor.layer_idx)
+
+    def _serve_from_ram(
+        self,
+        executor: ExpertExecutor,
+        expert_ids: list[int],
+        weights: list[float],
+        look_ahead: Callable[[], None],
+    ) -> None:
+        layer_idx, cache = executor.layer_idx, executor.cache
         step = cache.begin(layer_idx, expert_ids, weights)
         assert step is not None, "a pool has slots for one token's experts"
         try:
-            if watched:
-                prefetcher.look_ahead(layer_idx, router_input, chosen, chosen_weights)
+            look_ahead()
             if step.pending:
                 self._compute_as_they_arrive(executor, step)
             else:
@@ -196,7 +230,6 @@ class NativeStep:
             cache.abort(step)
             raise
         cache.end(step)
-        executor.on_layer_done(layer_idx)
 
     def _compute_as_they_arrive(self, executor: ExpertExecutor, step: Step) -> None:
         layer_idx, cache = executor.layer_idx, executor.cache
@@ -214,6 +247,23 @@ class NativeStep:
     def _router_input(self) -> Tensor:
         """Return a copy of what the router saw, (1, hidden_size) in the model's dtype."""
         return self._decoder.router_input().to(self._dtype, copy=True)
+
+
+class OneTokenRows:
+    """The rows of one token's experts inside the native step; a StepRows of hybrid.py."""
+
+    def __init__(self, step: DecodeStep, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
+        self._step, self._layer_idx = step, layer_idx
+        self.expert_ids, self.weights = expert_ids, weights
+        self.pair_offsets = list(range(len(expert_ids) + 1))
+        self.pair_tokens = [0] * len(expert_ids)
+        self.num_tokens = 1
+        self.hidden_address, self.rows_address = step.router_input, step.rows_address
+
+    def compute(self, positions: list[int], addresses: list[int]) -> None:
+        """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""
+        if positions:
+            self._step.expert_rows(self._layer_idx, positions, addresses)
 
 
 class _Parts:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +26,10 @@ from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import belady_window
 from moe_offload.runtime.footprint import cache_bytes, trim_heap
+from moe_offload.runtime.hybrid import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.packed_kv import layer_class
+from moe_offload.runtime.timeline import recorded_timeline
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
 
@@ -75,6 +78,7 @@ class OffloadHandle:
         self.native_step: NativeStep | None = None
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
+        self.hybrid: HybridLayers | None = None  # experts on a device
         self.before_close: Callable[[], None] | None = None  # keeps what the run has learned
         self.started_warm = False
         self.policy = ""  # of eviction, by name
@@ -97,13 +101,16 @@ class OffloadHandle:
 
         Args:
             belady: also find the distance to Belady's rule, by a replay of the last events that are kept
-                (ROUTE_LOG_BYTES of them; some 20 us an event).
+                (ROUTE_LOG_BYTES of them; some 20 us an event). Not with a device, where RAM serves but
+                what the device lacks.
         """
         self._stats.peak_bytes = peak_bytes()
         if self.prefetcher is not None:
             self._stats.prefetch_state = self.prefetcher.describe()
         self._stats.profile = "none" if self.profile is None else self.profile.describe()
-        if belady and self.cache is not None:
+        if self.hybrid is not None:
+            self._stats.device = self.hybrid.stats()
+        elif belady and self.cache is not None:
             rates = belady_window(self.cache, self.plan.pools, self.spec.num_experts)
             self._stats.window_hit_rate, self._stats.belady_hit_rate = rates
         return self._stats
@@ -136,6 +143,19 @@ class OffloadHandle:
             raise ConfigError("this model has no experts, so there is no routing to record")
         return self.make_recorder(router_logits=router_logits, router_inputs=router_inputs)
 
+    @contextmanager
+    def timeline(self, path: str | Path) -> Iterator[None]:
+        """Write what CPU, device and link do inside ``with`` to ``path``, in Chrome's trace format.
+
+        Raises:
+            ConfigError: no device computes beside the CPU, or the file cannot be written.
+        """
+        self.check_usable()
+        if self.hybrid is None:
+            raise ConfigError("a timeline shows the CPU beside a device: load the model with device=")
+        with recorded_timeline(self.hybrid, Path(path)):
+            yield
+
     def memory_bytes(self) -> int:
         """What experts and key/value caches may hold now: slots, touched or not, and caches alive."""
         slot_bytes = 0 if self._closed or self.cache is None else self.cache.slot_bytes
@@ -163,6 +183,8 @@ class OffloadHandle:
                 self.before_close()
             self.make_recorder = self.native_step = self.prefetcher = None  # they hold what holds this handle
             self.before_close = None
+            if self.hybrid is not None:
+                self.hybrid.tier.close()
             self._close_resources()
             self.cache = None
             live_handles.discard(self)
@@ -271,6 +293,8 @@ class OffloadHandle:
         try:
             yield
         except KeyboardInterrupt:
+            if self.hybrid is not None:
+                self.hybrid.tier.recover()
             if self.cache is not None:
                 self.cache.recover()
             raise
@@ -286,6 +310,8 @@ class OffloadHandle:
             self._stats.decode_s += seconds
             if self.prefetcher is not None:
                 self.prefetcher.step_done(seconds)
+            if self.hybrid is not None and not (self.prefetcher is not None and self.prefetcher.is_trying):
+                self.hybrid.step_done(seconds)
         else:
             self._stats.prefill_tokens += num_tokens
             self._stats.prefill_s += seconds

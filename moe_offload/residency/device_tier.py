@@ -1,0 +1,164 @@
+"""The experts in a device's memory: a cache over the one in RAM, filled by copies over the link.
+
+Book-keeping is ExpertCache's, as for RAM over disk. Here is what differs: an expert that misses runs on
+the CPU and is copied only when it missed before (or while slots are free), a few copies at a time, behind
+those that a step waits for; and a device may fail, after which RAM and the CPU go on alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from moe_offload.config import DevicePlan
+from moe_offload.errors import DeviceError
+from moe_offload.planning.admission import SecondMiss
+from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.residency.accelerator import Device, DeviceFault
+from moe_offload.residency.device_source import DeviceSource
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.slot_pool import ExpertSource, SlotState
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
+
+MOST_QUEUED_ADMISSIONS = 2  # experts; a demand overtakes what is not issued of them
+MOST_FAILURES = 8  # in a row, then the device is left alone
+SHARE_TO_GIVE_BACK = 8  # one part in so many of the slots, where a launch found no memory
+
+
+class DeviceCache(ExpertCache):
+    """An ExpertCache whose hints are taken only where their bytes are in RAM."""
+
+    ram: ExpertCache
+
+    def prefetch(self, keys: Iterable[ExpertKey], *, after_layer: int | None = None) -> None:
+        super().prefetch([key for key in keys if self.ram.is_resident(key)], after_layer=after_layer)
+
+    def num_under_way(self, layer_idx: int) -> int:
+        """Return how many copies are queued or under way, for the pool of a layer."""
+        pool = self._pool_of[layer_idx]
+        in_flight = [entry for entry in pool.staged.values() if entry.state is SlotState.IN_FLIGHT]
+        return sum(not pool.store.done(entry.ticket) for entry in in_flight)
+
+
+class DeviceTier:
+    """``cache`` of a device, above ``ram``.
+
+    Attributes:
+        stats: of the device's cache; a miss is an expert that had to be copied or ran on the CPU.
+        off_reason: why the device is not used any more; empty while it is.
+        replaces: whether misses are copied for later steps also where another expert has to leave.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        plan: DevicePlan,
+        layouts: Mapping[int, ExpertLayout],
+        ram: ExpertCache,
+        store: ExpertSource,
+        policy_factory: Callable[[], EvictionPolicy],
+        *,
+        top_k: int,
+    ) -> None:
+        self.device, self.plan, self.ram = device, plan, ram
+        self.stats = OffloadStats(ram_bytes=plan.vram_bytes)
+        self.source = DeviceSource(device, ram, store, layouts)
+        self.cache = DeviceCache(
+            plan.pools, layouts, self.source, device, policy_factory, self.stats, top_k=top_k
+        )
+        self.cache.ram = ram
+        self._second_miss = SecondMiss(sum(pool.num_slots for pool in plan.pools))
+        self.replaces = True
+        self.off_reason = ""
+        self._failures = 0
+        self._layers = [pool.layers[0] for pool in plan.pools]
+        self._counters_at_load = dict.fromkeys(device.counters(), 0.0)
+        ram.put_below(self.cache, self.cache.finish_reads)
+
+    @property
+    def is_on(self) -> bool:
+        return not self.off_reason
+
+    def link_counters(self) -> tuple[int, float]:
+        """Return the bytes copied so far, and the seconds in which something was being copied."""
+        now = self.device.counters()
+        return int(now["bytes_copied"]), now["busy_seconds"]
+
+    def start_counting(self) -> None:
+        """Leave out of the counters what was done so far."""
+        self._counters_at_load = self.device.counters()
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether no slot is left for a miss, or every expert is there."""
+        return not any(map(self.cache.has_room, self._layers)) or self.cache.has_every_expert
+
+    def device_counters(self) -> dict[str, float]:
+        """Return the native counters since the model was loaded: without what was measured before."""
+        now = self.device.counters()
+        return {name: value - self._counters_at_load[name] for name, value in now.items()}
+
+    def ran_on_cpu(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """Take note of misses that the CPU computed; between steps. Copies those worth it."""
+        for expert_id in expert_ids:
+            self.stats.misses += 1
+            self._consider(ExpertKey(layer_idx, expert_id))
+
+    def _consider(self, key: ExpertKey) -> None:
+        has_room = self.cache.has_room(key.layer_idx)
+        if not has_room and not (self.replaces and self._second_miss.admits(key)):
+            return
+        if self.cache.num_under_way(key.layer_idx) >= MOST_QUEUED_ADMISSIONS:
+            if not has_room:
+                self._second_miss.remember(key)
+        elif not self.ram.is_resident(key):
+            return
+        elif has_room:
+            self.cache.preload([key])
+        else:
+            self.cache.prefetch([key])
+
+    def fill(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """Copy experts that a prompt used, the most used first, where slots are free: the layer's share."""
+        self.cache.preload_share(
+            layer_idx, [i for i in expert_ids if self.ram.is_resident(ExpertKey(layer_idx, i))]
+        )
+
+    def worked(self) -> None:
+        """Take note of a step on the device that went well."""
+        self._failures = 0
+
+    def failed(self, error: DeviceError) -> str:
+        """Take note of a failure, between steps; returns what is done about it, for the user, or ""."""
+        self._failures += 1
+        if error.fault == DeviceFault.LOST or self._failures >= MOST_FAILURES:
+            self.leave(str(error))
+            return f"{error}; the CPU goes on alone"
+        if error.fault == DeviceFault.NO_MEMORY:
+            given = self.cache.give_back(self.cache.slot_bytes // SHARE_TO_GIVE_BACK)
+            if not given:
+                self.leave(str(error))
+            return f"{error}; {given} bytes of its slots were given back"
+        return ""
+
+    def leave(self, reason: str) -> None:
+        """Use the device no more."""
+        if self.is_on:
+            self.off_reason = reason
+            self.ram.stand_alone()
+
+    def recover(self) -> None:
+        """Make the books agree after an interrupt, wherever it came; before RAM's; never blocks."""
+        self.source.forget_holds()
+        if self.is_on:
+            self.cache.recover()
+
+    def absorb(self) -> None:
+        """Make residents of what was copied meanwhile, as long as there is room."""
+        if self.cache.is_warming:
+            self.cache.absorb()
+
+    def close(self) -> None:
+        """End copies and launches, free the memory. Idempotent."""
+        self.leave("the model was closed")
+        self.device.close()

@@ -1,0 +1,215 @@
+"""One layer's step on device and CPU together: who computes what, at the same time, the same bits.
+
+The scheduler chooses for each expert: on the device where it is, on the device after a copy, or on the
+CPU. Launch and copies are under way before the CPU begins its share; the host waits for the device once,
+at the end. Both sides leave unweighted rows in their places, and the caller sums them by ascending expert
+id: so the choice changes the time and never a bit. What fails on the device is computed again here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from moe_offload._native import DeviceInputs, DeviceKernel
+from moe_offload.errors import DeviceError
+from moe_offload.ops import ExpertKernel
+from moe_offload.planning.expert_costs import RunningCosts
+from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.scheduler import SCHEDULERS, Choice, LayerWork, Schedule
+from moe_offload.residency.accelerator import wait_launch
+from moe_offload.residency.device_tier import DeviceTier
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.stats import DeviceStats
+
+Scheduler = Callable[[LayerWork], Schedule]
+
+
+class StepRows(Protocol):
+    """A step of one layer: experts ascending, pairs (token, expert) grouped by them; n experts, P pairs.
+
+    Attributes:
+        weights: (n,) the router's, summed over tokens.
+        pair_offsets: (n + 1,)
+        pair_tokens: (P,)
+        num_tokens: T
+        hidden_address: of (T, H) float32; stays until the step ends.
+        rows_address: of (P, H) float32, where all rows go.
+    """
+
+    expert_ids: list[int]
+    weights: list[float]
+    pair_offsets: list[int]
+    pair_tokens: list[int]
+    num_tokens: int
+    hidden_address: int
+    rows_address: int
+
+    def compute(self, positions: list[int], addresses: list[int]) -> None:
+        """Put the rows of some experts, by position, in their places, on the CPU."""
+
+
+@dataclass
+class HybridCounters:
+    """Of all layers."""
+
+    cpu_s: float = 0.0  # the CPU's share of steps
+    device_wait_s: float = 0.0  # the host had nothing left to do and waited for the device
+    cpu_experts: int = 0
+    device_experts: int = 0
+    copied_experts: int = 0  # of these, copied for the step
+    redone_experts: int = 0  # on the CPU, after the device failed
+
+
+class HybridLayers:
+    """What the layers share: the tiers, the scheduler, what experts cost, counters."""
+
+    def __init__(
+        self, tier: DeviceTier, ram: ExpertCache, scheduler: str, costs: dict[int, RunningCosts]
+    ) -> None:
+        self.tier, self.ram, self.scheduler_name = tier, ram, scheduler
+        self.costs = costs  # by layer index; layers of one size share theirs
+        self.counters = HybridCounters()
+        self.switch = GainSwitch() if scheduler == "hybrid" else None
+        # What timeline.py watches: the CPU's spans (layer, experts, begin, end), and the launches' layers
+        # and experts by ticket.
+        self.span: Callable[[int, Sequence[int], float, float], None] | None = None
+        self.launched: dict[int, tuple[int, Sequence[int]]] | None = None
+        tier.replaces = scheduler != "static_split"
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing is copied and nothing replaced: what is on the device now is a static split."""
+        return self.switch is not None and not self.switch.is_on
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return SCHEDULERS["static_split" if self.is_frozen else self.scheduler_name]
+
+    def step_done(self, seconds: float) -> None:
+        """Take note of a decode step's time: what is slower than a static split is not done.
+
+        Only once the device is filled: before, a static split would be judged by what it lacks.
+        """
+        if self.switch is not None and self.tier.is_on and self.tier.is_filled:
+            self.switch.record(seconds)
+            self.tier.replaces = self.switch.is_on
+
+    def stats(self) -> DeviceStats:
+        """Return the device's counters so far."""
+        tier, counters, native = self.tier, self.counters, self.tier.device_counters()
+        peaks = [tier.cache.expert_bytes(i) / costs.measured.copy_s for i, costs in self.costs.items()]
+        return DeviceStats(
+            device_hits=tier.stats.hits + tier.stats.prefetch_hits,
+            device_misses=tier.stats.misses,
+            device_experts=counters.device_experts,
+            cpu_experts=counters.cpu_experts,
+            copied_experts=counters.copied_experts,
+            redone_experts=counters.redone_experts,
+            prefetched_bytes=tier.stats.prefetch_useful_bytes + tier.stats.prefetch_late_bytes,
+            prefetch_wasted_device_bytes=tier.stats.prefetch_wasted_bytes,
+            link_bytes=int(native["bytes_copied"]),
+            link_busy_s=native["busy_seconds"],
+            link_peak_bytes_per_s=max(peaks),
+            device_compute_s=native["compute_seconds"],
+            device_copy_wait_s=native["waiting_seconds"],
+            cpu_expert_s=counters.cpu_s,
+            host_wait_s=counters.device_wait_s,
+            vram_bytes=tier.plan.vram_bytes,
+            vram_slot_bytes=tier.cache.slot_bytes,
+            device_state=self.describe(),
+        )
+
+    def describe(self) -> str:
+        """Return which device, which scheduler, and whether it pays."""
+        name = f"{self.tier.device.name}, {self.scheduler_name}"
+        if not self.tier.is_on:
+            return f"{name}: off: {self.tier.off_reason}"
+        return f"{name} {self.switch.describe('a static split')}" if self.switch is not None else name
+
+
+class HybridLayer:
+    """One layer's experts on both sides."""
+
+    def __init__(
+        self, layers: HybridLayers, layer_idx: int, kernel: ExpertKernel, device_kernel: DeviceKernel
+    ) -> None:
+        self.layers, self.layer_idx = layers, layer_idx
+        self.kernel, self.device_kernel = kernel, device_kernel
+
+    @property
+    def is_on(self) -> bool:
+        return self.layers.tier.is_on
+
+    def choose(self, rows: StepRows, there: Sequence[bool], room: int) -> tuple[list[int], list[int]]:
+        """Return who runs on the device at once, at most ``room``, and who after a copy."""
+        num_tokens = np.diff(np.array(rows.pair_offsets))
+        on_gpu: Choice = np.array(there, np.bool_)
+        choice = self.layers.scheduler(self.layers.costs[self.layer_idx].work(num_tokens, on_gpu)).on_gpu
+        chosen = [(i, is_there) for i, is_there, on in zip(rows.expert_ids, there, choice, strict=True) if on]
+        return [i for i, is_there in chosen if is_there][:room], [i for i, is_there in chosen if not is_there]
+
+    def launch(
+        self,
+        rows: StepRows,
+        inputs: DeviceInputs,
+        expert_ids: list[int],
+        addresses: list[int],
+        after: list[int],
+    ) -> int:
+        """Queue some experts' rows on the device; returns the launch."""
+        offsets, tokens = [0], list[int]()
+        for expert_id in expert_ids:
+            tokens += rows.pair_tokens[pairs_of(rows, expert_id)]
+            offsets.append(len(tokens))
+        launch = self.layers.tier.device.launch(
+            self.device_kernel, self.kernel.native, inputs, expert_ids, addresses, offsets, tokens, after
+        )
+        if self.layers.launched is not None:
+            self.layers.launched[launch] = self.layer_idx, expert_ids
+        return launch
+
+    def upload(self, rows: StepRows) -> DeviceInputs:
+        """Put a step's inputs on the device."""
+        hidden_size = self.kernel.layout.hidden_size
+        return self.layers.tier.device.upload(rows.hidden_address, rows.num_tokens, hidden_size)
+
+    def collect(self, rows: StepRows, launch: int, expert_ids: list[int]) -> DeviceError | None:
+        """Wait for a launch and put its rows in their places; returns why it failed."""
+        device, started = self.layers.tier.device, time.perf_counter()
+        wait_launch(device, launch)
+        places = [pair for i in expert_ids for pair in _range(pairs_of(rows, i))]
+        failure = device.collect(launch, rows.rows_address, places)
+        self.layers.counters.device_wait_s += time.perf_counter() - started
+        return None if failure is None else DeviceError(failure[0], int(failure[1]))
+
+    def compute(self, rows: StepRows, expert_ids: list[int], addresses: list[int]) -> float:
+        """Compute some experts' rows on the CPU; returns the seconds."""
+        started = time.perf_counter()
+        rows.compute([bisect_left(rows.expert_ids, i) for i in expert_ids], addresses)
+        ended = time.perf_counter()
+        if self.layers.span is not None:
+            self.layers.span(self.layer_idx, expert_ids, started, ended)
+        return ended - started
+
+    def failed(self, error: DeviceError) -> None:
+        """Take note of a failure between steps, and tell the user what changes."""
+        note = self.layers.tier.failed(error)
+        if note:
+            print(f"moe-offload: note: {note}", file=sys.stderr)
+
+
+def pairs_of(rows: StepRows, expert_id: int) -> slice:
+    """Return the pairs of an expert of the step."""
+    position = bisect_left(rows.expert_ids, expert_id)
+    return slice(rows.pair_offsets[position], rows.pair_offsets[position + 1])
+
+
+def _range(pairs: slice) -> range:
+    return range(pairs.start, pairs.stop)

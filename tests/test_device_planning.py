@@ -1,0 +1,164 @@
+"""The device tier's pure parts and its books in RAM: budgets, admission, costs, holds, order of victims."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated_disk import ARENA_ADDRESS, SimulatedDisk
+
+from moe_offload.config import DeviceChoice, ModelSpec, PoolPlan, parse_device
+from moe_offload.errors import BudgetError
+from moe_offload.planning.admission import SecondMiss
+from moe_offload.planning.cost_model import device_workspace_bytes
+from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
+from moe_offload.planning.placement import plan_device
+from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.runtime.hybrid_stream import alternate
+from moe_offload.stats import OffloadStats
+from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType, MatrixFormat, RowOrder
+
+GATE_UP, DOWN = MatrixFormat(GgmlType.Q4_0, 128, 64), MatrixFormat(GgmlType.Q4_0, 64, 64)
+LAYOUTS = {i: ExpertLayout(i, 8, RowOrder.GATE_UP, (GATE_UP, DOWN)) for i in range(2)}
+SPEC = ModelSpec("toy", 64, 2, 100, 128, 8, 2, 64, (0, 1), (1, 1))
+SLOT = LAYOUTS[0].slot_bytes
+
+
+def test_a_device_is_named_with_units() -> None:
+    assert parse_device("emulated:vram=512MiB,link=12GB/s,latency=1ms,pinned=1GiB", None) == DeviceChoice(
+        "emulated", 512 << 20, 12e9, 1e-3, 1 << 30
+    )
+    assert parse_device("emulated:vram=512MiB", "1GiB") == parse_device("emulated:vram=512MiB", None)
+    assert parse_device("emulated:link=1GB/s", "3MiB") == DeviceChoice("emulated", 3 << 20, 1e9)
+    assert parse_device("cpu", None) is parse_device(None, None) is None
+
+
+def test_a_larger_device_never_has_fewer_slots_and_stays_within_its_memory() -> None:
+    fixed, before = device_workspace_bytes(SPEC), 0
+    for extra in range(2, 20):
+        vram_bytes = fixed + 100 + extra * SLOT + 7
+        plan = plan_device(SPEC, LAYOUTS, vram_bytes=vram_bytes, context_bytes=100)
+        (pool,) = plan.pools
+        assert pool.num_slots == min(extra, 16) >= before
+        assert plan.context_bytes + plan.workspace_bytes + plan.expert_bytes <= vram_bytes
+        before = pool.num_slots
+    with pytest.raises(BudgetError, match=f"would do is {fixed + 2 * SLOT} bytes"):
+        plan_device(SPEC, LAYOUTS, vram_bytes=fixed + 2 * SLOT - 1, context_bytes=0)
+
+
+def test_only_what_missed_before_is_admitted() -> None:
+    second = SecondMiss(num_slots=1)  # remembers four
+    keys = [ExpertKey(0, i) for i in range(6)]
+    assert not any(second.admits(key) for key in keys[:4])
+    assert second.admits(keys[3]) and not second.admits(keys[3]), "admitted once, it starts anew"
+    assert not second.admits(keys[4]) and not second.admits(keys[0]), "the oldest was forgotten"
+    second.remember(keys[5])
+    assert second.admits(keys[5])
+
+
+def test_costs_follow_what_steps_show() -> None:
+    costs = RunningCosts(MeasuredCosts(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),), 5e-4))
+    tokens = np.array([1, 4, 7])
+    assert costs.cpu_s(tokens) == pytest.approx([1e-3, 2e-3, 3e-3])
+    work = costs.work(tokens, np.array([True, False, False]))
+    assert work.copy_s == 5e-4 and work.gpu_s == pytest.approx([1e-4] * 3) and work.in_ram.all()
+    for _ in range(100):
+        costs.saw_cpu(float(costs.cpu_s(tokens).sum()), 12e-3)
+        costs.saw_copies(costs.copy_s, 1e-3)
+    assert costs.cpu_s(tokens).sum() == pytest.approx(12e-3, rel=0.01)
+    assert costs.copy_s == pytest.approx(1e-3, rel=0.01) and costs.gpu_factor == 1.0
+    costs.saw_gpu(0.0, 1.0)
+    assert costs.gpu_factor == 1.0, "what was expected to take no time shows nothing"
+
+
+@given(st.lists(st.integers(0, 50), unique=True), st.integers(0, 50))
+def test_taking_turns_loses_nobody_and_starts_both_sides_early(ids: list[int], split: int) -> None:
+    first, second = ids[:split], ids[split:]
+    order = alternate(first, second)
+    assert sorted(order) == sorted(ids)
+    for part in (first, second):
+        assert [i for i in order if i in part] == part
+    if first and second:
+        lengths = sorted((len(first), len(second)))
+        latest = -(-lengths[1] // lengths[0])
+        assert order.index(first[0]) <= latest and order.index(second[0]) <= latest
+
+
+class TwoTiers:
+    """RAM under a device's cache of as many slots, two of them staging, on simulated disks."""
+
+    def __init__(self, num_slots: int = 6) -> None:
+        pool = PoolPlan(SLOT, (0, 1), 16, num_slots, num_staging=2)
+        self.disk, self.link = SimulatedDisk(LAYOUTS), SimulatedDisk(LAYOUTS, seed=1)
+        self.waited, self.held = 0, set[ExpertKey]()
+        self.ram, self.device = (
+            ExpertCache(
+                [pool], LAYOUTS, source, _Memory(), lambda: make_policy("lru"), OffloadStats(), top_k=2
+            )
+            for source in (self.disk, self.link)
+        )
+        self.ram.put_below(self.device, self.finish)
+
+    def finish(self) -> None:
+        self.waited += 1
+        for key in list(self.held):
+            self.ram.let_go(key)
+        self.held.clear()
+
+    @staticmethod
+    def use(cache: ExpertCache, layer_idx: int, expert_ids: list[int]) -> None:
+        step = cache.begin(layer_idx, expert_ids)
+        assert step is not None
+        for expert_id in step.pending:
+            cache.wait(step, expert_id)
+        cache.end(step)
+
+
+class _Memory:
+    address = ARENA_ADDRESS
+
+    def give_back(self, offset: int, num_bytes: int) -> None:
+        pass
+
+
+def test_ram_evicts_first_what_the_device_has() -> None:
+    tiers = TwoTiers()
+    for ids in ([0, 1], [2, 3]):
+        tiers.use(tiers.ram, 0, ids)
+    tiers.use(tiers.device, 0, [2, 3])  # the most recent, which LRU would keep
+    tiers.use(tiers.ram, 0, [4, 5])
+    assert [key.expert_id for key in tiers.ram.residents()] == [0, 1, 4, 5]
+    assert tiers.ram.absent(0, [2, 6]) == [6], "nothing is read ahead that the device has"
+    tiers.ram.check()
+
+
+def test_what_is_being_copied_stays_in_its_place_until_the_copy_ends() -> None:
+    tiers = TwoTiers()
+    for ids in ([0, 1], [2, 3]):
+        tiers.use(tiers.ram, 0, ids)
+    tiers.held = {ExpertKey(0, 0)}
+    tiers.ram.hold(ExpertKey(0, 0))
+    tiers.use(tiers.ram, 0, [4, 5])
+    assert [key.expert_id for key in tiers.ram.residents()] == [0, 3, 4, 5] and tiers.waited == 0
+    for ids in ([6, 7], [1, 2], [3, 4]):
+        tiers.use(tiers.ram, 1, ids)
+    assert ExpertKey(0, 0) in tiers.ram.residents() and tiers.waited == 0
+    tiers.ram.let_go(ExpertKey(0, 0))
+    tiers.use(tiers.ram, 0, [6, 7])
+    assert ExpertKey(0, 0) not in tiers.ram.residents()
+    tiers.ram.check()
+
+
+def test_where_nothing_may_stay_the_end_of_a_step_waits_for_its_copies() -> None:
+    tiers = TwoTiers(num_slots=2)
+    step = tiers.ram.begin(0, [0, 1])
+    assert step is not None
+    for expert_id in step.pending:
+        tiers.ram.wait(step, expert_id)
+    tiers.ram.hold(ExpertKey(0, 1))
+    tiers.held = {ExpertKey(0, 1)}
+    tiers.ram.end(step)
+    assert tiers.waited == 1 and not tiers.ram.residents()
+    tiers.ram.check()

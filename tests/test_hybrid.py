@@ -1,0 +1,360 @@
+"""Experts on a device and the CPU at once: the same bits under every budget, scheduler, policy and fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_models import save_toy_model
+
+import moe_offload
+from moe_offload import BudgetError, ConfigError
+from moe_offload.config import DEMO_MODEL
+from moe_offload.planning.scheduler import SCHEDULERS, Schedule
+
+NUM_TOKENS = 16
+VRAM, SMALL_VRAM = "12MiB", "5MiB"  # 7.2 MiB of experts, or hardly one token's; 4.5 MiB are workspace
+# (vram, scheduler, experts in RAM, policy, through the native step)
+PLACEMENTS = [
+    (VRAM, "hybrid", None, "horizon", True),
+    (VRAM, "hybrid", "12%", "lru", True),
+    (VRAM, "hybrid", "25%", "ewma", False),
+    (SMALL_VRAM, "hybrid", 4, "horizon", True),
+    ("64MiB", "hybrid", "all", "horizon", True),
+    (VRAM, "on_demand", None, "lru", True),
+    (SMALL_VRAM, "on_demand", "12%", "horizon", False),
+    (VRAM, "static_split", "25%", "horizon", True),
+    (VRAM, "fiddler", "12%", "horizon", True),
+    (SMALL_VRAM, "hybrimoe_greedy", "25%", "ewma", True),
+]
+
+
+@contextmanager
+def loaded(
+    vram: str | None = VRAM,
+    *,
+    path: Path = DEMO_MODEL,
+    link: str = "2GB/s",
+    native: bool = True,
+    **kwargs: Any,
+) -> Iterator[Any]:
+    device = f"emulated:vram={vram},link={link}" if vram is not None else None
+    model = moe_offload.from_pretrained(
+        path, ram="2GiB", warm_start=False, device=device, **{"context": 256, **kwargs}
+    )
+    try:
+        if not native:
+            model.offload.native_step = None
+        yield model
+    finally:
+        model.offload.close()
+
+
+def generate(model: Any, prompt_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the greedy continuation and the logits of every step."""
+    out = model.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.fixture(scope="module")
+def prompt_ids() -> torch.Tensor:
+    ids: torch.Tensor = moe_offload.load_tokenizer(DEMO_MODEL)(
+        "The old bridge was", return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+@pytest.fixture(scope="module")
+def expected(prompt_ids: torch.Tensor) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
+    """The CPU's own, by whether the native step computes; the two are close, not the same."""
+    with loaded(None) as model:
+        native = generate(model, prompt_ids)
+        model.offload.native_step = None
+        return {True: native, False: generate(model, prompt_ids)}
+
+
+def assert_same(actual: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.equal(actual[0], wanted[0])
+    assert torch.equal(actual[1], wanted[1]), "the logits differ in bits"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_a_device_changes_time_and_never_a_bit(placement, prompt_ids, expected) -> None:
+    vram, scheduler, experts, policy, native = placement
+    with loaded(vram, scheduler=scheduler, experts=experts, policy=policy, native=native) as model:
+        assert_same(generate(model, prompt_ids), expected[native])
+        hybrid = model.offload.hybrid
+        counters = hybrid.counters
+        assert counters.device_experts > 0 and not hybrid.tier.off_reason
+        if scheduler == "on_demand":
+            assert counters.cpu_experts == 0 or vram == SMALL_VRAM
+            assert counters.copied_experts > 0
+        if scheduler == "static_split":
+            assert counters.copied_experts == 0 and counters.cpu_experts > 0
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+
+
+def test_several_sequences_at_once_have_the_cpus_bits(prompt_ids) -> None:
+    batch = prompt_ids.repeat(3, 1)
+    batch[1], batch[2] = batch[1].flip(0), batch[2].roll(1)
+    with loaded(None) as model:
+        wanted = generate(model, batch)
+    with loaded(experts="25%") as model:
+        assert_same(generate(model, batch), wanted)
+        assert model.offload.hybrid.counters.device_experts > 0
+
+
+@pytest.fixture(scope="module")
+def long_prompt() -> torch.Tensor:
+    """Two chunks: 512 tokens and 28 more."""
+    return torch.randint(5, 8000, (1, 540), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def expected_of_long(long_prompt) -> torch.Tensor:
+    with loaded(None, context=600) as model, torch.no_grad():
+        logits: torch.Tensor = model(long_prompt).logits
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("vram", "scheduler", "experts"),
+    [
+        (VRAM, "hybrid", None),
+        (VRAM, "on_demand", "12%"),
+        (SMALL_VRAM, "hybrid", 4),
+        (VRAM, "static_split", "25%"),
+        ("64MiB", "hybrid", "all"),
+    ],
+)
+def test_a_prompt_streams_over_both_sides_with_the_cpus_bits(
+    vram, scheduler, experts, long_prompt, expected_of_long
+) -> None:
+    with loaded(vram, scheduler=scheduler, experts=experts, context=600) as model, torch.no_grad():
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        hybrid = model.offload.hybrid
+        if scheduler == "on_demand":
+            assert hybrid.counters.copied_experts > 0 == hybrid.counters.cpu_experts
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+        assert torch.equal(model(long_prompt).logits, expected_of_long), "with what the first one left"
+        assert hybrid.counters.device_experts > 0
+        model.offload.cache.check()
+
+
+def test_a_copy_that_fails_in_a_prompt_is_computed_on_the_cpu(long_prompt, expected_of_long) -> None:
+    with loaded(scheduler="on_demand", experts="12%", context=600) as model, torch.no_grad():
+        hybrid = model.offload.hybrid
+        hybrid.tier.device.inject(after=10, times=2)
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert hybrid.counters.redone_experts > 0 and hybrid.tier.is_on
+        hybrid.tier.device.inject(after=10, lost=True)
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert not hybrid.tier.is_on
+        model.offload.cache.check()
+
+
+def test_a_failed_copy_is_computed_on_the_cpu(prompt_ids, expected) -> None:
+    with loaded(scheduler="on_demand") as model:
+        hybrid = model.offload.hybrid
+        hybrid.tier.device.inject(after=5, times=2)
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert 0 < hybrid.counters.redone_experts <= 8 and not hybrid.tier.off_reason
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_lost_device_leaves_the_rest_to_the_cpu(native, prompt_ids, expected, capsys) -> None:
+    with loaded(experts="25%", native=native) as model:
+        model.offload.hybrid.tier.device.inject(after=40, lost=True)
+        assert_same(generate(model, prompt_ids), expected[native])
+        assert "lost" in model.offload.hybrid.tier.off_reason
+        assert "the CPU goes on alone" in capsys.readouterr().err
+        model.offload.cache.check()
+        assert_same(generate(model, prompt_ids), expected[native])
+
+
+def test_a_launch_without_memory_gives_slots_back_and_goes_on(prompt_ids, expected, capsys) -> None:
+    with loaded(scheduler="on_demand") as model:
+        tier = model.offload.hybrid.tier
+        before = tier.cache.slot_bytes
+        tier.device.inject_no_memory(2)
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert tier.is_on and tier.cache.slot_bytes < before
+        assert "slots were given back" in capsys.readouterr().err
+        tier.cache.check()
+
+
+def test_without_pinned_memory_it_runs_and_says_so(prompt_ids, expected, capsys) -> None:
+    with loaded(f"{VRAM},pinned=1MiB") as model:
+        assert "the system pins 1.00 MiB of" in capsys.readouterr().err
+        assert_same(generate(model, prompt_ids), expected[True])
+
+
+def test_an_interrupt_in_the_middle_of_a_step_leaves_both_tiers_usable(prompt_ids, expected) -> None:
+    with loaded(experts="25%", scheduler="on_demand") as model:
+        hybrid, calls = model.offload.hybrid, iter(range(1000))
+        launch = type(hybrid.tier.device).launch
+
+        class Interrupting:
+            """The device, whose 30th launch is followed by Ctrl-C."""
+
+            def __getattr__(self, name):
+                return getattr(device, name)
+
+            def launch(self, *args):
+                ticket = launch(device, *args)
+                if next(calls) == 30:
+                    raise KeyboardInterrupt
+                return ticket
+
+        device, hybrid.tier.device = hybrid.tier.device, Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt_ids)
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+        assert_same(generate(model, prompt_ids), expected[True])
+
+
+def spans(path: Path, row: str) -> list[tuple[float, float, dict[str, Any]]]:
+    """(begin, end, arguments) of the events in a row whose name begins so."""
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {e["tid"] for e in events if e["ph"] == "M" and e["args"]["name"].startswith(row)}
+    found = [e for e in events if e["ph"] == "X" and e["tid"] in rows]
+    return [(e["ts"], e["ts"] + e["dur"], e["args"]) for e in found]
+
+
+def overlaps(left: list[Any], right: list[Any]) -> int:
+    """How many pairs of events overlap."""
+    return sum(a[0] < b[1] and b[0] < a[1] for a in left for b in right)
+
+
+def test_a_timeline_shows_cpu_device_and_link_at_work_at_once(long_prompt, tmp_path) -> None:
+    path = tmp_path / "timeline.json"
+    with loaded(link="200MB/s", context=600) as model, torch.no_grad():
+        hybrid = model.offload.hybrid
+        # Every other expert to the device, as fast as the scheduler's figures may say that the CPU is.
+        hybrid.scheduler_name, hybrid.switch = "every_other", None
+        SCHEDULERS["every_other"] = lambda work: Schedule(
+            work.on_gpu | (np.arange(len(work.on_gpu)) % 2 == 0), 0.0
+        )
+        try:
+            with model.offload.timeline(path):
+                model(long_prompt)
+        finally:
+            del SCHEDULERS["every_other"]
+    cpu, device, link = (spans(path, row) for row in ("CPU", "device", "link"))
+    assert overlaps(cpu, device) and overlaps(cpu, link) and overlaps(device, link)
+    layers = {arguments["layer"] for _, _, arguments in device}
+    assert layers == set(range(12)) and {a["layer"] for _, _, a in link} <= layers
+    assert all(a["bytes"] > 54 * 1024 for _, _, a in link), "an expert is one span"
+
+
+def test_a_timeline_needs_a_device(tmp_path) -> None:
+    with (
+        loaded(None) as model,
+        pytest.raises(ConfigError, match="load the model with device="),
+        model.offload.timeline(tmp_path / "x.json"),
+    ):
+        pass
+
+
+def test_the_account_adds_up(prompt_ids) -> None:
+    with loaded() as model:
+        generate(model, prompt_ids)
+        stats = model.offload.stats()
+        device = stats.device
+        assert device.device_hits + device.device_misses == device.device_experts + device.cpu_experts
+        assert device.device_misses == device.cpu_experts + device.copied_experts
+        assert device.link_bytes > 0 and 0 < device.device_hit_rate < 1
+        assert device.vram_slot_bytes <= device.vram_bytes == 12 * 2**20
+        figures = stats.as_dict()
+        assert figures["link_bytes"] == device.link_bytes and "device_state" not in figures
+        assert device.device_state.startswith("emulated, hybrid")
+
+
+@pytest.mark.parametrize(("experts", "into_device"), [("all", True), ("25%", False)])
+def test_what_is_prefetched_goes_to_the_tier_that_lacks_experts(experts, into_device, prompt_ids) -> None:
+    with loaded(experts=experts) as model:
+        prefetcher, tier = model.offload.prefetcher, model.offload.hybrid.tier
+        prefetcher.switch = None
+        generate(model, prompt_ids)
+        assert (prefetcher._cache is tier.cache) is into_device
+        device = model.offload.stats().device
+        assert device.prefetched_bytes + device.prefetch_wasted_device_bytes > 0 or not into_device
+
+
+def test_hybrid_falls_back_to_a_static_split_where_that_is_faster(prompt_ids, expected) -> None:
+    """Its switch is told that steps with copies take twice the time."""
+    with loaded(VRAM, experts="25%") as model:
+        hybrid = model.offload.hybrid
+        generate(model, prompt_ids)
+        while hybrid.switch.gain is None:
+            hybrid.switch.record(2.0 if hybrid.switch.is_on else 1.0)
+        hybrid.tier.replaces = hybrid.switch.is_on
+        before = hybrid.counters.copied_experts
+        held = set(hybrid.tier.cache.residents())
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert hybrid.counters.copied_experts == before
+        assert held <= set(hybrid.tier.cache.residents()), "only free slots are filled"
+        assert "off: it costs 100.0% of a static split" in model.offload.stats().device.device_state
+
+
+def least_vram(path: Path) -> int:
+    """What the refusal of too little names."""
+    with pytest.raises(BudgetError, match=r"the smallest vram that would do is (\d+) bytes") as refusal:
+        moe_offload.from_pretrained(path, device="emulated:vram=4KiB")
+    return int(str(refusal.value).split("would do is ")[1].split(" ")[0])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2"])
+def test_other_layouts_have_the_cpus_bits(family, tmp_path) -> None:
+    """Interleaved and transposed rows with biases; a family without a native step, with shared experts."""
+    path = save_toy_model(family, tmp_path, dtype=torch.bfloat16)
+    prompt = torch.randint(5, 60, (1, 30), generator=torch.Generator().manual_seed(2))
+    with loaded(None, path=path, context=64) as model:
+        wanted = generate(model, prompt)
+    with loaded(str(least_vram(path) + 200_000), path=path, context=64, scheduler="on_demand") as model:
+        assert_same(generate(model, prompt), wanted)
+        counters = model.offload.hybrid.counters
+        assert counters.device_experts > counters.copied_experts > 0 == counters.cpu_experts
+
+
+def test_too_little_memory_is_refused_with_what_would_do() -> None:
+    with loaded(str(least_vram(DEMO_MODEL))) as model:
+        assert model.offload.hybrid.tier.plan.expert_bytes > 0
+        assert "key/value" not in model.offload.hybrid.tier.plan.describe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "emulated:link=1GB/s"}, "has the memory that it is given"),
+        ({"device": "emulated:vram=1GiB,lnik=1GB/s"}, "is not understood"),
+        ({"device": "emulated:vram=1GiB,latency=soon"}, "is no time"),
+        ({"device": "tpu"}, "device='tpu' is unknown"),
+        ({"device": "cuda"}, "device='cuda' is not possible"),
+        ({"vram": "1GiB"}, "is for an accelerator"),
+        ({"scheduler": "best"}, "known are hybrid"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused_by_name(arguments, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        moe_offload.from_pretrained(DEMO_MODEL, **arguments)
