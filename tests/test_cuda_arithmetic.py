@@ -23,7 +23,7 @@ QUANTIZED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
 )
-ARCHITECTURES = (75, 80, 86, 87, 89, 90, 120)
+ARCHITECTURES = (75, 80, 120)  # without int8 tensor cores, with, and the newest; a wheel has all
 # The flags that keep the bits: no contraction, subnormals, IEEE division.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-ftz=false", "-prec-div=true"]
 
@@ -85,7 +85,7 @@ def test_gates(on_host: ctypes.CDLL, kind: ActivationKind) -> None:
 
 
 @pytest.mark.slow
-def test_nvcc_compiles_for_every_architecture(tmp_path: Path) -> None:
+def test_nvcc_compiles_for_old_and_new_architectures(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
