@@ -14,7 +14,7 @@ import torch
 from toy_models import save_toy_model
 
 import moe_offload
-from moe_offload import BudgetError, ConfigError
+from moe_offload import BudgetError, ConfigError, cli
 from moe_offload.config import DEMO_MODEL
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
 
@@ -358,3 +358,31 @@ def test_too_little_memory_is_refused_with_what_would_do() -> None:
 def test_devices_that_cannot_be_are_refused_by_name(arguments, message) -> None:
     with pytest.raises(ConfigError, match=message):
         moe_offload.from_pretrained(DEMO_MODEL, **arguments)
+
+
+def test_the_command_line_takes_a_device_and_writes_the_timeline(tmp_path, capsys) -> None:
+    path = tmp_path / "timeline.json"
+    arguments = [
+        "generate",
+        "--raw",
+        "--prompt",
+        "The old bridge",
+        "--temperature",
+        "0",
+        "--json",
+        "--ram",
+        "2GiB",
+    ]
+    arguments += ["--max-new-tokens", "6", "--no-warm-start", "--stats"]
+    device = ["--device", "emulated:link=1GB/s", "--vram", VRAM, "--scheduler", "on_demand"]
+    assert cli.main(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert cli.main([*arguments, *device, "--timeline", str(path)]) == 0
+    out, err = capsys.readouterr()
+    both = json.loads(out)
+    assert both["token_ids"] == alone["token_ids"]
+    assert both["stats"]["device_experts"] > 0 and "device_experts" not in alone["stats"]
+    assert "vram: 12.00 MiB at most" in err and "link_bytes_per_s" in err
+    assert spans(path, "device") and spans(path, "link")
+    assert cli.main([*arguments, "--timeline", str(path)]) == cli.EXIT_USER_ERROR
+    assert "load the model with device=" in capsys.readouterr().err
