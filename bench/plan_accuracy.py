@@ -185,7 +185,9 @@ def predict(path: Path, share: str, context: int, trace: Any, overheads: Any) ->
     }
     for phase, (first, end) in splits.items():
         part = trace if end is None else trace.head(end)
-        hit_rate = replayed_hit_rates(checkpoint, placement, part, planner.config.policy, split=first)[1]
+        hit_rate = replayed_hit_rates(checkpoint, placement.pools, part, planner.config.policy, split=first)[
+            1
+        ]
         speed = decode_speed(planner.token, machine, planner.shape(placement), hit_rate=hit_rate)
         found[phase] = {
             "tokens_per_s": speed.tokens_per_s, "binding": speed.binding, "hit_rate": hit_rate,

@@ -242,6 +242,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"
     )
+    parser.add_argument(
+        "--vram",
+        metavar="SIZE|auto",
+        help="of the profile's GPU for experts; default: the CPU computes alone",
+    )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
     _add_kv(parser)
     parser.add_argument(

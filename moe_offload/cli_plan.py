@@ -15,6 +15,7 @@ from typing import Any
 from moe_offload.cli_inspect import open_measured
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
 from moe_offload.device import DeviceProfile, load_profile
+from moe_offload.errors import ConfigError
 from moe_offload.header_costs import context_bytes
 from moe_offload.outlook import Outlook, Planner
 from moe_offload.planning.profile_speed import profile_speed
@@ -24,6 +25,7 @@ from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.terminal import Progress
 from moe_offload.trace import read_trace
 
+DISPLAY_RESERVE_BYTES = GIB  # of a profile's VRAM, for what draws the screen
 SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a browser
 
 
@@ -55,7 +57,28 @@ def _planner(
     trace = read_trace(args.trace, checkpoint.spec.num_experts) if args.trace else None
     config = RuntimeConfig(context_tokens=args.context, kv=args.kv, allow_dense=args.allow_dense)
     machine = _measured_speed(checkpoint, overheads) if profile is None else profile_speed(profile)
-    return Planner(checkpoint, machine, config, trace=trace)
+    vram_bytes = _vram_bytes(args.vram, profile)
+    return Planner(checkpoint, machine, config, vram_bytes=vram_bytes, trace=trace)
+
+
+def _vram_bytes(asked: str | None, profile: DeviceProfile | None) -> int:
+    """Return how much of the profile's GPU is used: none unless asked for.
+
+    Raises:
+        ConfigError: nothing is known of a GPU, or it has less.
+    """
+    if asked is None:
+        return 0
+    capacity = None if profile is None else profile.get("gpu", "vram")
+    if profile is None or capacity is None or not profile.has("link"):
+        where = "this machine" if profile is None else f"profile {profile.name}"
+        raise ConfigError(
+            f"--vram {asked}: {where} has no figures of a GPU with its own memory; give a --profile that has"
+        )
+    vram_bytes = int(capacity) - DISPLAY_RESERVE_BYTES if asked == "auto" else parse_bytes(asked)
+    if vram_bytes > capacity:
+        raise ConfigError(f"--vram {asked} is more than the {gib(capacity)} of profile {profile.name}")
+    return vram_bytes
 
 
 def _measured_overheads() -> Overheads:
@@ -112,8 +135,10 @@ def as_text(planner: Planner, outlook: Outlook) -> str:
 def _facts(planner: Planner, outlook: Outlook) -> dict[str, str]:
     if outlook.placement is None:
         return {"does not fit": outlook.reason}
+    vram = {"vram": f"{outlook.device.describe()}; {outlook.device_rate:.0%} hits"} if outlook.device else {}
     return {
         "fits": outlook.placement.describe(),
+        **vram,
         "key/values": _kv_line(planner),
         "hit rate": f"{outlook.hit_rate:.0%} expected with {outlook.resident_share:.0%} of the experts "
         f"resident ({outlook.hit_source})",
@@ -137,6 +162,7 @@ def _changes(planner: Planner, outlook: Outlook) -> str:
     """Return what would make decoding faster: more RAM, or a faster part."""
     assert outlook.decode
     now, lines = outlook.decode.tokens_per_s, [_change(outlook, more) for more in planner.changes(outlook)]
+    lines += [_device_change(outlook, more) for more in planner.device_changes(outlook)]
     for part, rate in planner.relieved(outlook).items():
         if rate >= 1.05 * now:
             lines.append(f"twice the {part}: {now:.3g} → {rate:.3g} tok/s")
@@ -149,6 +175,12 @@ def _change(now: Outlook, then: Outlook) -> str:
         f"+{gib(then.ram_bytes - now.ram_bytes)} RAM: "
         f"{now.decode.tokens_per_s:.3g} → {then.decode.tokens_per_s:.3g} tok/s"
     )
+
+
+def _device_change(now: Outlook, then: Outlook) -> str:
+    assert now.decode and then.decode and now.device and then.device
+    more_bytes = then.device.vram_bytes - now.device.vram_bytes
+    return f"+{gib(more_bytes)} VRAM: {now.decode.tokens_per_s:.3g} → {then.decode.tokens_per_s:.3g} tok/s"
 
 
 def _speed_line(speed: Speed | None, condition: str) -> str:

@@ -6,11 +6,18 @@ nothing is called runnable that would be refused. The speed is planning/roofline
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moe_offload.config import PREFILL_CHUNK_TOKENS, PlacementPlan, RuntimeConfig
+from moe_offload.config import (
+    PREFILL_CHUNK_TOKENS,
+    DeviceChoice,
+    DevicePlan,
+    PlacementPlan,
+    PoolPlan,
+    RuntimeConfig,
+)
 from moe_offload.errors import BudgetError, CheckpointError
 from moe_offload.header_costs import (
     Process,
@@ -24,7 +31,7 @@ from moe_offload.header_costs import (
 )
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_hit_rate
-from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
+from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram_bytes
 from moe_offload.planning.roofline import (
     DecoderShape,
     MachineSpeed,
@@ -40,6 +47,8 @@ from moe_offload.trace import RoutingTrace
 
 STEPS_BYTES = tuple(gibs << 30 for gibs in (1, 2, 4, 8))
 GAIN_WORTH_TELLING = 1.05
+DRIVER_BYTES = 512 << 20  # what a CUDA context and its kernels take of a card, an estimate
+Pools = tuple[PoolPlan, ...]
 TRACE_TOKENS = 2000  # of a trace; replaying them takes a second or two
 
 
@@ -54,6 +63,8 @@ class Outlook:
     resident_share: float = 0.0
     hit_rate: float = 0.0
     hit_source: str = ""
+    device: DevicePlan | None = None
+    device_rate: float | None = None
     decode: Speed | None = None
     prefill: Speed | None = None
 
@@ -64,6 +75,7 @@ class Planner:
     Args:
         config: what the user chose; its budget is not looked at.
         process: of the process that would load; the estimate for a new one otherwise.
+        vram_bytes: of the machine's accelerator; 0: it is not used.
         trace: routing of the model, replayed for the hit rate; the family's curve otherwise.
         prompt_tokens: of the prompt that ``prefill`` is about.
     """
@@ -75,11 +87,15 @@ class Planner:
         config: RuntimeConfig,
         *,
         process: Process | None = None,
+        vram_bytes: int = 0,
         trace: RoutingTrace | None = None,
         prompt_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> None:
+        if vram_bytes:  # as from_pretrained(device="cuda", vram=...) would plan
+            config = replace(config, device=DeviceChoice("cuda", vram_bytes))
         self.checkpoint, self.machine, self.config = checkpoint, machine, config
-        self.process = process or fresh_process(checkpoint)
+        self.vram_bytes = vram_bytes
+        self.process = replace(process or fresh_process(checkpoint), drives_device=vram_bytes > 0)
         self.context_tokens = resolve_context(checkpoint, config.context_tokens)
         self.prompt_tokens = min(prompt_tokens, self.context_tokens)
         self.token = bytes_per_token(checkpoint, self.context_tokens, config.kv)
@@ -102,28 +118,56 @@ class Planner:
         layouts = self.checkpoint.experts.layouts.values()
         return self.fixed.total_bytes + sum(layout.slot_bytes * layout.num_experts for layout in layouts)
 
-    def outlook(self, ram_bytes: int) -> Outlook:
-        """Return what would happen under ``ram_bytes``."""
+    def outlook(self, ram_bytes: int, vram_bytes: int | None = None) -> Outlook:
+        """Return what would happen under ``ram_bytes``, and of an accelerator's memory the planner's own."""
+        vram_bytes = self.vram_bytes if vram_bytes is None else vram_bytes
         try:
             placement = place(self.checkpoint, self.config, ram_bytes=ram_bytes, process=self.process)
+            device = self._place_on_device(vram_bytes)
         except BudgetError as error:
             return Outlook(ram_bytes, False, str(error))
-        share = resident_share(placement)
-        hit_rate, source = self._hit_rate(placement, share)
-        shape = self.shape(placement)
-        decode = decode_speed(self.token, self.machine, shape, hit_rate=hit_rate)
-        prefill = self._prefill(shape, share)
-        return Outlook(ram_bytes, True, "", placement, share, hit_rate, source, decode, prefill)
+        share, shape = resident_share(placement.pools), self.shape(placement)
+        hit_rate, source = self._hit_rate(placement.pools)
+        device_rate = None if device is None else self._hit_rate(device.pools)[0]
+        return Outlook(
+            ram_bytes,
+            True,
+            "",
+            placement,
+            share,
+            hit_rate,
+            source,
+            device,
+            device_rate,
+            self._decode(shape, hit_rate, device_rate),
+            self._prefill(shape, share),
+        )
 
-    def _hit_rate(self, placement: PlacementPlan, share: float) -> tuple[float, str]:
+    def _place_on_device(self, vram_bytes: int) -> DevicePlan | None:
+        if not vram_bytes or not self.checkpoint.experts.layouts:
+            return None
+        return plan_device(
+            self.checkpoint.spec,
+            self.checkpoint.experts.layouts,
+            vram_bytes=vram_bytes,
+            context_bytes=DRIVER_BYTES,
+        )
+
+    def _decode(self, shape: DecoderShape, hit_rate: float, device_rate: float | None) -> Speed:
+        """Take the larger of RAM's and VRAM's experts to hold the smaller's: nothing is read that one has."""
+        found = max(hit_rate, device_rate or 0.0)
+        return decode_speed(self.token, self.machine, shape, hit_rate=found, device_rate=device_rate)
+
+    def _hit_rate(self, pools: Pools) -> tuple[float, str]:
+        share = resident_share(pools)
         if self._trace is not None and share < 1:
-            return self._replayed(placement), f"{self._trace.num_tokens} tokens of a trace replayed"
+            return self._replayed(pools), f"{self._trace.num_tokens} tokens of a trace replayed"
         rate, curve = expected_hit_rate(self.checkpoint.spec.model_type, share)
         return rate, f"curve {curve!r}"
 
-    def _replay(self, placement: PlacementPlan) -> float:
+    def _replay(self, pools: Pools) -> float:
         assert self._trace is not None
-        return replayed_hit_rates(self.checkpoint, placement, self._trace, self.config.policy)[1]
+        return replayed_hit_rates(self.checkpoint, pools, self._trace, self.config.policy)[1]
 
     def shape(self, placement: PlacementPlan) -> DecoderShape:
         """Return what of model and placement costs a step beside bytes."""
@@ -153,11 +197,21 @@ class Planner:
 
     def changes(self, outlook: Outlook) -> list[Outlook]:
         """Return the outlooks of more RAM that would be at least 5% faster, each than the one before."""
+        return self._gains(outlook, lambda step: self.outlook(outlook.ram_bytes + step))
+
+    def device_changes(self, outlook: Outlook) -> list[Outlook]:
+        """Return the same for more of an accelerator's memory; nothing where there is none."""
+        if outlook.device is None:
+            return []
+        return self._gains(outlook, lambda step: self.outlook(outlook.ram_bytes, self.vram_bytes + step))
+
+    @staticmethod
+    def _gains(outlook: Outlook, grown: Callable[[int], Outlook]) -> list[Outlook]:
         if outlook.decode is None:
             return []
         found, best = [], outlook.decode.tokens_per_s
         for step in STEPS_BYTES:
-            more = self.outlook(outlook.ram_bytes + step)
+            more = grown(step)
             if more.decode and more.decode.tokens_per_s >= best * GAIN_WORTH_TELLING:
                 found.append(more)
                 best = more.decode.tokens_per_s
@@ -166,19 +220,21 @@ class Planner:
     def relieved(self, outlook: Outlook) -> dict[str, float]:
         """Return tokens per second if one wall were twice as far away, for each wall of decoding."""
         assert outlook.placement is not None
-        shape = self.shape(outlook.placement)
+        shape, found = self.shape(outlook.placement), max(outlook.hit_rate, outlook.device_rate or 0.0)
         machines = {
             "RAM bandwidth": _faster(self.machine, "ram_bytes_per_s", "expert_bytes_per_s"),
             "disk bandwidth": _faster(self.machine, "disk_bytes_per_s"),
         }
         return {
-            name: decode_speed(self.token, machine, shape, hit_rate=outlook.hit_rate).tokens_per_s
+            name: decode_speed(
+                self.token, machine, shape, hit_rate=found, device_rate=outlook.device_rate
+            ).tokens_per_s
             for name, machine in machines.items()
         }
 
 
 def replayed_hit_rates(
-    checkpoint: Checkpoint, placement: PlacementPlan, trace: RoutingTrace, policy: str, split: int = 0
+    checkpoint: Checkpoint, pools: Pools, trace: RoutingTrace, policy: str, split: int = 0
 ) -> tuple[float, float]:
     """Return the hit rates of a trace's tokens before and after ``split``, from a cold cache.
 
@@ -187,7 +243,7 @@ def replayed_hit_rates(
     """
     expert_bytes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
     first, whole = (
-        replay(part, placement.pools, lambda: make_policy(policy), expert_bytes)
+        replay(part, pools, lambda: make_policy(policy), expert_bytes)
         for part in (trace.head(split or trace.num_tokens // 2), trace)
     )
     later_hits, later_misses = whole.hits - first.hits, whole.misses - first.misses
@@ -216,8 +272,8 @@ def _checked(trace: RoutingTrace, checkpoint: Checkpoint) -> RoutingTrace:
     return trace.head(min(TRACE_TOKENS, trace.num_tokens))
 
 
-def resident_share(placement: PlacementPlan) -> float:
+def resident_share(pools: Pools) -> float:
     """Return resident experts over all, staging left out; 1 for a dense model."""
-    experts = sum(pool.num_experts for pool in placement.pools)
-    residents = sum(pool.num_slots - pool.num_staging for pool in placement.pools)
+    experts = sum(pool.num_experts for pool in pools)
+    residents = sum(pool.num_slots - pool.num_staging for pool in pools)
     return residents / experts if experts else 1.0

@@ -22,11 +22,13 @@ from moe_offload import cli
 from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 from moe_offload.header_costs import Process, dense_read_bytes, dense_weights
-from moe_offload.outlook import Planner, replayed_hit_rates
+from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hit_rates
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
+from moe_offload.planning.placement import plan_device
 from moe_offload.planning.roofline import (
     DecoderShape,
+    DeviceSpeed,
     MachineSpeed,
     Overheads,
     decode_speed,
@@ -255,7 +257,7 @@ def test_a_trace_is_replayed_at_the_plans_slots() -> None:
     ram_bytes = plan.smallest_ram_bytes + 8 * MIB
     outlook = plan.outlook(ram_bytes)
     assert outlook.placement is not None and "400 tokens of a trace" in outlook.hit_source
-    first, later = replayed_hit_rates(plan.checkpoint, outlook.placement, trace, "horizon")
+    first, later = replayed_hit_rates(plan.checkpoint, outlook.placement.pools, trace, "horizon")
     assert outlook.hit_rate == later and 0 < first < 1
     assert outlook.hit_rate != plain.outlook(ram_bytes).hit_rate
     assert plan.outlook(plan.whole_ram_bytes).hit_rate == 1.0
@@ -270,3 +272,45 @@ def test_walls_that_move_away_are_never_slower() -> None:
     relieved = plan.relieved(now)
     assert relieved["disk bandwidth"] > 1.3 * now.decode.tokens_per_s
     assert relieved["RAM bandwidth"] >= now.decode.tokens_per_s
+
+
+def test_a_devices_experts_run_beside_the_others() -> None:
+    device = DeviceSpeed(bytes_per_s=6000.0, link_bytes_per_s=500.0, step_s=0.01)
+    machine = replace(MACHINE, device=device)
+    half = decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0, device_rate=0.5)
+    # 300 bytes take 0.05 s there; the CPU and the link share the other 300 at 1500 bytes/s.
+    assert 1 / half.tokens_per_s == pytest.approx(0.4 + 0.2 + 0.01)
+    assert half.walls_s["VRAM"] == pytest.approx(0.05) and half.walls_s["link"] == pytest.approx(0.2)
+    whole = decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0, device_rate=1.0)
+    assert 1 / whole.tokens_per_s == pytest.approx(0.4 + 0.1 + 0.01)
+    assert decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0).tokens_per_s == pytest.approx(1.0)
+
+
+def test_vram_is_planned_by_the_runtimes_function(capsys: pytest.CaptureFixture[str]) -> None:
+    device = DeviceSpeed(bytes_per_s=200e9, link_bytes_per_s=12e9)
+    config = RuntimeConfig(context_tokens=64)
+    machine = MachineSpeed(20e9, 1e9, 1e11, device=device)
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    ram_bytes = Planner(checkpoint, machine, config).whole_ram_bytes
+    few, more = (
+        Planner(checkpoint, machine, config, vram_bytes=DRIVER_BYTES + room * MIB).outlook(ram_bytes)
+        for room in (12, 16)
+    )
+    assert few.device and more.device and few.decode and more.decode
+    assert few.device == plan_device(
+        checkpoint.spec,
+        checkpoint.experts.layouts,
+        vram_bytes=few.device.vram_bytes,
+        context_bytes=DRIVER_BYTES,
+    )
+    assert few.device_rate is not None and more.device_rate is not None and few.device_rate < more.device_rate
+    assert few.decode.tokens_per_s < more.decode.tokens_per_s
+    refused = Planner(checkpoint, machine, config, vram_bytes=MIB).outlook(ram_bytes)
+    assert not refused.fits and "vram=1.00 MiB" in refused.reason
+    assert cli.main(["plan", "--vram", "6GiB", "--profile", "rtx-4060-laptop"]) == 0
+    assert "VRAM" in capsys.readouterr().out
+    for wrong in (
+        ["--vram", "9GiB", "--profile", "rtx-4060-laptop"],
+        ["--vram", "1GiB", "--profile", "cpu-laptop-16gb"],
+    ):
+        assert cli.main(["plan", *wrong]) == 2

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_offload.planning.roofline import MachineSpeed, Overheads
+from moe_offload.planning.roofline import DeviceSpeed, MachineSpeed, Overheads
 from moe_offload.profile_schema import DeviceProfile
 
 SUSTAINED_SHARE = 0.75  # of a data sheet's peak
+TYPICAL_LAUNCH_S = 10e-6  # of a kernel, and of waiting for one, where a profile does not say
 
 
 # What a step costs beside bytes where a profile does not say: measured on 2 cores of an AVX-512 server by
@@ -31,6 +32,19 @@ def profile_speed(profile: DeviceProfile) -> MachineSpeed:
         macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
         disk_latency_s=profile.get("disk", "latency") or 0.0,
         overheads=_overheads(profile.get("model", "layer_overhead")),
+        device=_device(profile),
+    )
+
+
+def _device(profile: DeviceProfile) -> DeviceSpeed | None:
+    """Return the GPU and its link; None without one of its own memory."""
+    if not profile.has("gpu") or not profile.has("link"):
+        return None
+    launch_s, sync_s = (profile.get("gpu", name) for name in ("launch_latency", "sync_latency"))
+    return DeviceSpeed(
+        bytes_per_s=_sustained(profile, "gpu", "read_bandwidth"),
+        link_bytes_per_s=_sustained(profile, "link", "to_device_bandwidth"),
+        step_s=(launch_s or TYPICAL_LAUNCH_S) + (sync_s or TYPICAL_LAUNCH_S),
     )
 
 

@@ -47,6 +47,21 @@ class Overheads:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """What an accelerator above RAM gives; every figure of a profile's [gpu] and [link].
+
+    Attributes:
+        bytes_per_s: experts in its memory.
+        link_bytes_per_s: copies to it; they take from the CPU what it would compute later than the device.
+        step_s: launch of a layer's experts and waiting for them.
+    """
+
+    bytes_per_s: float
+    link_bytes_per_s: float
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpeed:
     """What the machine gives to this program.
 
@@ -66,6 +81,7 @@ class MachineSpeed:
     expert_macs_per_s: float | None = None
     disk_latency_s: float = 0.0
     overheads: Overheads = field(default_factory=Overheads)
+    device: DeviceSpeed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +123,25 @@ def active_expert_macs(spec: ModelSpec, layouts: Mapping[int, ExpertLayout]) -> 
     return sum(spec.top_k * macs for macs in per_layer)
 
 
-def decode_speed(token: TokenBytes, machine: MachineSpeed, shape: DecoderShape, *, hit_rate: float) -> Speed:
+def decode_speed(
+    token: TokenBytes,
+    machine: MachineSpeed,
+    shape: DecoderShape,
+    *,
+    hit_rate: float,
+    device_rate: float | None = None,
+) -> Speed:
     """Return tokens per second of decoding with experts on disk.
 
     Args:
         hit_rate: share of a token's experts that are resident, 0 to 1.
+        device_rate: share that is in an accelerator's memory; None: there is none.
     """
-    experts_s = token.expert_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s)
+    cpu_bytes_per_s = machine.expert_bytes_per_s or machine.ram_bytes_per_s
+    experts_s = token.expert_bytes / cpu_bytes_per_s
+    device_walls: dict[str, float] = {}
+    if device_rate is not None and machine.device is not None:
+        experts_s, device_walls = _shared_experts(token, machine.device, cpu_bytes_per_s, shape, device_rate)
     attention_s = max(
         token.kv_bytes / machine.ram_bytes_per_s, shape.attention_macs * machine.overheads.attention_mac_s
     )
@@ -123,8 +151,21 @@ def decode_speed(token: TokenBytes, machine: MachineSpeed, shape: DecoderShape, 
     disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     stall_s = _stall_s(token, machine, shape, experts_s, hit_rate)
     total_s = max(ram_s + overhead_s + stall_s, disk_s)
-    walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s}
+    walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s, **device_walls}
     return Speed(1 / total_s, walls_s, max(walls_s, key=lambda wall: walls_s[wall]))
+
+
+def _shared_experts(
+    token: TokenBytes, device: DeviceSpeed, cpu_bytes_per_s: float, shape: DecoderShape, device_rate: float
+) -> tuple[float, dict[str, float]]:
+    """Return a token's experts on the device and beside it, and the walls that come with a device.
+
+    What is not in the device's memory is computed by the CPU or copied, so that both end together.
+    """
+    device_s = device_rate * token.expert_bytes / device.bytes_per_s
+    rest_s = (1 - device_rate) * token.expert_bytes / (cpu_bytes_per_s + device.link_bytes_per_s)
+    walls_s = {"VRAM": device_s, "link": rest_s}
+    return max(device_s, rest_s) + shape.moe_layers * device.step_s, walls_s
 
 
 def _step_overhead_s(overheads: Overheads, shape: DecoderShape) -> float:
