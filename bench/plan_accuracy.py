@@ -31,7 +31,7 @@ SHARES = ("12.5%", "25%", "50%", "100%")
 CONTEXTS = (64, 640)
 COLD_TOKENS, BETWEEN_TOKENS, WARM_TOKENS = 32, 32, 48
 DECODED_TOKENS = COLD_TOKENS + BETWEEN_TOKENS + WARM_TOKENS
-OTHER_TEXT = 2000  # where the measured ids begin in a synthetic's process; the trace's begin at 0
+OTHER_TEXT = 2000  # tokens after which the measured text begins; the trace's is what comes first
 GOAL, GOAL_SHARE = 0.2, 0.9
 SLACK_BYTES = 64 << 20  # the cap on experts decides, not bytes
 
@@ -115,9 +115,8 @@ def token_ids(path: Path, context: int) -> tuple[list[int], list[int]]:
     import moe_offload
 
     tokenizer = moe_offload.load_tokenizer()
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/LOG.md", "README.md")]
-    traced, measured = (tokenizer(text[: 16 * count])["input_ids"][:count] for text in texts)
-    return traced, measured
+    ids = tokenizer((ROOT / "README.md").read_text(encoding="utf-8"))["input_ids"]
+    return ids[:count], ids[OTHER_TEXT : OTHER_TEXT + count]
 
 
 def load(path: Path, share: str, context: int) -> Any:

@@ -222,13 +222,10 @@ def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int, kv: str | None =
     )
 
 
-def attention_macs(checkpoint: Checkpoint, cached_tokens: int) -> int:
-    """Return the multiply-adds of one token's attention over ``cached_tokens``, all layers together."""
-    config, spec = checkpoint.config, checkpoint.spec
-    heads = int(config["num_attention_heads"])
-    width = int(config.get("kv_lora_rank") or config.get("head_dim") or spec.hidden_size // heads)
-    layers = sum(elements > 0 for elements in spec.kv_elements_per_token)
-    return 2 * heads * width * cached_tokens * layers
+def attention_scores(checkpoint: Checkpoint, cached_tokens: int) -> int:
+    """Return how many scores one token's attention makes over ``cached_tokens``, all layers together."""
+    layers = sum(elements > 0 for elements in checkpoint.spec.kv_elements_per_token)
+    return int(checkpoint.config["num_attention_heads"]) * cached_tokens * layers
 
 
 def dense_read_bytes(checkpoint: Checkpoint) -> int:

@@ -21,7 +21,7 @@ from moe_offload.config import (
 from moe_offload.errors import BudgetError, CheckpointError
 from moe_offload.header_costs import (
     Process,
-    attention_macs,
+    attention_scores,
     bytes_per_token,
     dense_weights,
     fixed_costs,
@@ -178,7 +178,7 @@ class Planner:
             top_k=spec.top_k,
             num_experts=spec.num_experts,
             hidden_size=spec.hidden_size,
-            attention_macs=attention_macs(self.checkpoint, self.context_tokens),
+            attention_scores=attention_scores(self.checkpoint, self.context_tokens),
             is_native=native_step_reason(self.checkpoint.config) is None,
             all_resident=all(pool.num_slots >= pool.num_experts for pool in placement.pools),
         )

@@ -314,3 +314,10 @@ def test_vram_is_planned_by_the_runtimes_function(capsys: pytest.CaptureFixture[
         ["--vram", "1GiB", "--profile", "cpu-laptop-16gb"],
     ):
         assert cli.main(["plan", *wrong]) == 2
+
+
+def test_attention_is_bound_by_bytes_or_by_scores() -> None:
+    busy = replace(MACHINE, overheads=Overheads(attention_score_s=0.01))
+    for scores, expected_s in ((10, 1.0), (100, 1.8)):  # 200 bytes of cache take 0.2 s
+        speed = decode_speed(TOKEN, busy, replace(SHAPE, attention_scores=scores), hit_rate=1.0)
+        assert 1 / speed.tokens_per_s == pytest.approx(expected_s)

@@ -32,7 +32,7 @@ class Overheads:
         chunk_layer_s: of a layer for a chunk of a prompt.
         chunk_expert_s: of an expert's call in a chunk.
         chunk_element_s: of an element of a token's hidden state, for a layer of a chunk.
-        attention_mac_s: of a multiply-add of decoding's attention, the cache's bytes at hand.
+        attention_score_s: of one head and one cached token in decoding, the cache's bytes at hand.
     """
 
     native_layer_s: float = 0.0
@@ -43,7 +43,7 @@ class Overheads:
     chunk_layer_s: float = 0.0
     chunk_expert_s: float = 0.0
     chunk_element_s: float = 0.0
-    attention_mac_s: float = 0.0
+    attention_score_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class DecoderShape:
     top_k: int
     num_experts: int = 0  # of a layer
     hidden_size: int = 0
-    attention_macs: int = 0  # of a token over what is cached, all layers
+    attention_scores: int = 0  # of a token: heads x cached tokens, all layers
     is_native: bool = True
     all_resident: bool = False
 
@@ -143,7 +143,7 @@ def decode_speed(
     if device_rate is not None and machine.device is not None:
         experts_s, device_walls = _shared_experts(token, machine.device, cpu_bytes_per_s, shape, device_rate)
     attention_s = max(
-        token.kv_bytes / machine.ram_bytes_per_s, shape.attention_macs * machine.overheads.attention_mac_s
+        token.kv_bytes / machine.ram_bytes_per_s, shape.attention_scores * machine.overheads.attention_score_s
     )
     ram_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s + experts_s
     misses = shape.moe_layers * shape.top_k * (1 - hit_rate)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
-from moe_offload.header_costs import attention_macs, bytes_per_token, dense_weights
+from moe_offload.header_costs import attention_scores, bytes_per_token, dense_weights
 from moe_offload.measure_steps import measure_steps
 from moe_offload.planning.roofline import MachineSpeed, Overheads, active_expert_macs
 from moe_offload.residency.memory import process_bytes
@@ -62,7 +62,7 @@ def measure_overheads() -> Overheads:
     short_rest_s = max(0.0, short_s - demo.chunk_s(machine, SHORT_TOKENS) - layers * modules_layer_s)
     chunk_rest_s = chunk_s - demo.chunk_s(machine, PREFILL_CHUNK_TOKENS) - layers * modules_layer_s
     more_elements = layers * (PREFILL_CHUNK_TOKENS - SHORT_TOKENS) * checkpoint.spec.hidden_size
-    more_macs = demo.attention_macs(FAR_TOKENS) - demo.attention_macs(PROMPT_TOKENS)
+    more_scores = demo.attention_scores(FAR_TOKENS) - demo.attention_scores(PROMPT_TOKENS)
     return Overheads(
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
@@ -72,7 +72,7 @@ def measure_overheads() -> Overheads:
         chunk_layer_s=modules_layer_s,
         chunk_expert_s=short_rest_s / layers / num_experts,
         chunk_element_s=max(0.0, chunk_rest_s - short_rest_s) / more_elements,
-        attention_mac_s=max(0.0, far_s - native_s) / more_macs,
+        attention_score_s=max(0.0, far_s - native_s) / more_scores,
     )
 
 
@@ -94,8 +94,8 @@ class _Demo:
         layers = min(misses, len(self.checkpoint.spec.moe_layers))
         return layers * machine.disk_latency_s + misses * layout.expert_bytes / machine.disk_bytes_per_s
 
-    def attention_macs(self, cached_tokens: int) -> int:
-        return attention_macs(self.checkpoint, cached_tokens)
+    def attention_scores(self, cached_tokens: int) -> int:
+        return attention_scores(self.checkpoint, cached_tokens)
 
     def chunk_s(self, machine: MachineSpeed, num_tokens: int) -> float:
         spec, layouts = self.checkpoint.spec, self.checkpoint.experts.layouts
