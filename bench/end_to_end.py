@@ -8,7 +8,7 @@ Makes synthetic models of Qwen3-30B-A3B's layers where --dir has none, then runs
 time in a process of its own: all in RAM, and in memory cgroups with nothing of the file in the page cache.
 Prefill is one prompt, decode forces the ids that follow. Every result is written to DIR/end_to_end.jsonl as
 soon as it is there; --resume keeps those. Ceilings (moe_offload/planning/cost_model.py): packed bytes that a
-token needs over the memory's read bandwidth, and what it missed over the disk's, both measured in each round.
+token needs over the memory's read bandwidth, and what it missed over the disk's, measured beside each run.
 Prints a card, tables and one last line of JSON.
 """
 
@@ -216,7 +216,7 @@ def estimate(args: argparse.Namespace) -> int:
     """Return about how many runs there will be, for the progress line."""
     pair = 1 if args.no_peer else 2
     num_cgroups = len([place for place in args.places if place != "ram"])
-    in_cgroups = max(1, args.rounds - 1) * num_cgroups * pair
+    in_cgroups = max(1, args.rounds - 1) * num_cgroups * (1 + pair)
     return len(args.mixes) * (2 + args.rounds * (1 + pair) + in_cgroups + len(peer.IN_MEMORY) - 1)
 
 
@@ -230,11 +230,11 @@ def schedule(args: argparse.Namespace, records: Records) -> Iterator[Run]:
             if round_idx == 0:
                 yield Run(mix, "ram", "routing", 0)
                 yield Run(mix, "ram", "flip", 0)
-            yield Run(mix, "ram", "bandwidth", round_idx)
             for place in places:
                 if place != "ram" and 0 < round_idx == args.rounds - 1:
                     continue  # a round less: the peer takes minutes there
-                runs = [Run(mix, place, "ours", round_idx)]
+                # Disks of virtual machines change by the minute: measured right beside ours.
+                runs = [Run(mix, place, "bandwidth", round_idx), Run(mix, place, "ours", round_idx)]
                 if not args.no_peer:
                     runs += [
                         Run(mix, place, "llama", round_idx, settings)
@@ -265,7 +265,7 @@ def measure(run: Run, sizes: Sizes, model: Path, args: argparse.Namespace) -> di
     if is_small:
         spec["ram"] = str(3 * GIB)
     with ExitStack() as stack:
-        if run.place != "ram":
+        if run.place != "ram" and run.program != "bandwidth":
             limit_bytes = parse_bytes(run.place)
             group = stack.enter_context(MemoryCgroup(limit_bytes))
             drop_page_cache(model)

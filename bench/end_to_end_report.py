@@ -103,7 +103,8 @@ def place_result(
     bandwidth = {
         row["round"]: row
         for row in rows
-        if row["mix"] == mix and row["program"] == "bandwidth" and "disk_bytes_per_s" in row
+        if (row["mix"], row["place"], row["program"]) == (mix, place, "bandwidth")
+        and "disk_bytes_per_s" in row
     }
     result: Row = {
         "mix": mix, "place": place, "token_bytes": token.total_bytes,

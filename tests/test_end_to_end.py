@@ -43,9 +43,9 @@ def llama(round_idx, name, token_s, prefill_s):
     }  # fmt: skip
 
 
-def bandwidth(round_idx, ram, disk):
+def bandwidth(round_idx, ram, disk, place="p"):
     return {
-        "mix": "m", "place": "ram", "program": "bandwidth", "round": round_idx,
+        "mix": "m", "place": place, "program": "bandwidth", "round": round_idx,
         "ram_bytes_per_s": ram, "disk_bytes_per_s": disk,
     }  # fmt: skip
 
@@ -81,8 +81,9 @@ def test_ratios_pair_the_runs_of_a_round_at_the_peers_best_settings():
     assert result["ours_prefill"]["median"] == 50.0
 
 
-def test_ceilings_come_from_what_was_missed_and_measured_in_the_round():
+def test_ceilings_come_from_what_was_missed_and_measured_beside_the_run():
     rows = [ours(0, [0.5, 0.5]), ours(1, [0.5, 0.5]), bandwidth(0, 10000.0, 500.0), bandwidth(1, 4000.0, 1e9)]
+    rows.append(bandwidth(0, 1.0, 1.0, place="elsewhere"))
     result = report.place_result(rows, "m", "p", TOKEN, 100)
     assert result["needed_read_bytes_per_token"] == 150 and result["wasted_read_bytes_per_token"] == 5
     # Round 0: 150 of 500 B/s are 0.3 s of 0.5 s; round 1: 1000 of 4000 B/s are 0.25 s.
