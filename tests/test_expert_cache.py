@@ -555,3 +555,21 @@ TestAnyOrderOfEvents = CacheMachine.TestCase
 TestAnyOrderOfEvents.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def test_a_policy_is_left_alone_while_nobody_can_leave_and_told_when_somebody_must() -> None:
+    """With a slot for every expert its book-keeping would only slow the steps."""
+    bench = Bench(num_slots=3 * NUM_EXPERTS)
+    told: list[list[int]] = []
+    policy = bench.cache._pools[0].policy
+    on_route = policy.on_route
+    policy.on_route = lambda layer, ids, weights: (told.append(list(ids)), on_route(layer, ids, weights))
+    for layer_idx in range(3):
+        bench.run(layer_idx, *range(NUM_EXPERTS))
+    bench.run(2, 0, 1)
+    assert told == []
+    bench.cache.give_back(2 * bench.pool.slot_bytes)
+    assert told == [*([list(range(NUM_EXPERTS))] * 3), [0, 1]]
+    bench.run(1, 5)
+    assert told[-1] == [5]
+    bench.cache.check()

@@ -244,7 +244,7 @@ class ExpertCache:
     def used_residents(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
         """Count a step that ran on ``resident_tables`` as ``begin`` and ``end`` would have."""
         self._stats.hits += len(expert_ids)
-        self._pool_of[layer_idx].policy.on_route(layer_idx, expert_ids, weights)
+        self._pool_of[layer_idx].routed(layer_idx, expert_ids, weights)
 
     def end(self, step: Step) -> None:
         """Unpin, show the policy the step, make its misses residents, then evict what is too many."""
@@ -258,7 +258,7 @@ class ExpertCache:
         for entry in step.entries:
             entry.pins -= 1
         self._open = None
-        pool.policy.on_route(step.layer_idx, *(step.routed or (step.expert_ids, step.weights)))
+        pool.routed(step.layer_idx, *(step.routed or (step.expert_ids, step.weights)))
         excess = len(pool.residents) - pool.capacity
         if excess > 0:
             pool.evict(excess, pool.residents.keys())
@@ -493,6 +493,8 @@ class ExpertCache:
 
     def policy_states(self) -> list[Mapping[str, NDArray[Any]]]:
         """Return what each pool's policy has learned; empty where it keeps none of it."""
+        for pool in self._pools:
+            pool.tell_policy()
         states = (getattr(pool.policy, "state", None) for pool in self._pools)
         return [state() if state is not None else {} for state in states]
 

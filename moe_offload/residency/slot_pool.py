@@ -6,7 +6,8 @@ One thread uses it: reads finish in the background, but a pool learns of it only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +18,8 @@ from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
+
+UNTOLD_PASSES = 64  # that a policy learns of late
 
 
 class ExpertSource(Protocol):
@@ -101,6 +104,8 @@ class SlotPool:
         self.warming: dict[
             ExpertKey, Entry
         ] = {}  # of the staged: read at the start for no step in particular
+        self._untold: deque[tuple[int, Sequence[int], Sequence[float] | None]]
+        self._untold = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # steps, see routed
         self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
         self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
         self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
@@ -206,11 +211,24 @@ class SlotPool:
         self.residents[entry.key] = entry
         self.policy.on_insert(entry.key)
 
+    def routed(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None) -> None:
+        """Show the policy a step; later, if ever, while every expert has a slot: nobody is to leave then."""
+        if self.is_full_size:
+            self._untold.append((layer_idx, expert_ids, weights))
+        else:
+            self.policy.on_route(layer_idx, expert_ids, weights)
+
+    def tell_policy(self) -> None:
+        """Show the policy what was put off, the last ``UNTOLD_PASSES`` passes of it."""
+        while self._untold:
+            self.policy.on_route(*self._untold.popleft())
+
     def evict(self, count: int, candidates: Collection[ExpertKey]) -> None:
         """Free the slots of ``count`` residents that the policy chooses among ``candidates``.
 
         What the tier above has goes first: its bytes would be here twice.
         """
+        self.tell_policy()
         if self.held and count:
             candidates = self._not_held(count, candidates)
         twice = self.above.residents.keys() & candidates if self.above is not None and count else set()
@@ -395,6 +413,7 @@ class SlotPool:
                 self._recover_entry(entry)
         self.num_slots = len(self.free) + len(self.draining) + len(self.residents)
         self.policy = policy
+        self._untold.clear()
         for key in self.residents:
             policy.on_insert(key)
 

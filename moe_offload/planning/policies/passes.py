@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
 from moe_offload.storage.expert_format import ExpertKey
@@ -110,13 +111,30 @@ class PlecPolicy(TablePolicy):
         super().__init__()
         self._transitions: dict[int, FloatArray] = {}  # layer -> (experts, experts) counts
         self._previous: dict[int, list[int]] = {}
+        self._all_transitions: FloatArray = np.zeros((0, 0, 0))  # (layers, experts, experts), of a replay
+        self._all_previous: NDArray[np.intp] | None = None  # (layers, K)
 
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
         if isinstance(row, np.ndarray):
-            for layer_row, layer_ids in zip(row[:, 0].tolist(), np.asarray(expert_ids), strict=True):
-                self._observe_layer(layer_row, layer_ids.tolist())
+            self._observe_layers(np.asarray(expert_ids))
         else:
             self._observe_layer(row, list(expert_ids))
+
+    def _observe_layers(self, expert_ids: NDArray[np.intp]) -> None:
+        """``_observe_layer`` of all layers at once; (layers, K)."""
+        num_layers, num_experts = self._resident.shape
+        if self._all_previous is None:
+            self._all_transitions = np.zeros((num_layers, num_experts, num_experts))
+        rows = np.arange(num_layers)[:, None]
+        if self._all_previous is not None:
+            pairs = self._all_previous[:, :, None], expert_ids[:, None, :]
+            self._all_transitions[rows[:, :, None], *pairs] += 1.0
+        self._all_previous = expert_ids
+        self.last_use[rows, expert_ids] = self.clock
+        chance = self._all_transitions[rows, expert_ids].sum(axis=1)
+        most = min(2 * expert_ids.shape[1], num_experts)
+        threshold = np.partition(chance, num_experts - most, axis=1)[:, num_experts - most, None]
+        self.chance[:] = np.where(chance >= np.maximum(threshold, 1.0), chance, 0.0)
 
     def _observe_layer(self, row: int, expert_ids: list[int]) -> None:
         layer, num_experts = self.layers[row], self._resident.shape[1]
