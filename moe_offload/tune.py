@@ -79,7 +79,7 @@ class Stage:
     layer_overhead_s: float = 0.0
     ram_bytes: int = 0
     slots: int = 0
-    slower: list[Choice] = field(default_factory=list)  # than the defaults, beyond noise
+    slower: list[Choice] = field(default_factory=list)  # than the defaults in any turns, beyond noise or not
     runs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -266,10 +266,11 @@ class Tuner:
                 entry["modelled_tokens_per_s"] = 1 / token_s(choice, facts)
             if choice != stage.defaults:
                 gain = paired_gain(base, seconds)
+                stage.slower += [choice] if gain.speedup < 1.0 else []
                 entry["against_defaults"] = gain.speedup
                 if len(seconds) > 1:
                     entry |= {"low": gain.low, "high": gain.high}
-                    stage.slower += [choice] if gain.high < 1.0 else []
+
             stage.runs.append(entry)
 
     def _layer_overhead(
@@ -290,8 +291,8 @@ class _Result:
 def combined(stages: list[Stage]) -> tuple[Choice, Stage]:
     """Return the settings that hold in every stage, and the stage that gained most.
 
-    The first stage decides the threads, the last one what is kept and read ahead; what is clearly slower than
-    the defaults in either is not taken.
+    The first stage decides the threads, the last one what is kept and read ahead; what was slower than
+    the defaults in any turns of the last stage is not taken: in doubt the defaults stay.
     """
     choice = stages[0].choice
     if len(stages) > 1 and stages[-1].choice != stages[-1].defaults:
