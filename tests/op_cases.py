@@ -74,7 +74,7 @@ LINEAR_CASES = [LinearCase(ggml_type, 3, 7, cols_of(ggml_type)) for ggml_type in
 
 # Every type in every shape for every number of tokens: rows and tokens that fill no tile, one block a row
 # and incomplete groups of blocks.
-GRID_TOKENS = (1, 2, 7, 33)
+GRID_TOKENS = (1, 2, 7, 20, 33)
 
 
 def grid_shapes(ggml_type: GgmlType) -> tuple[tuple[int, int], ...]:

@@ -24,6 +24,7 @@ def write_cases(path: Path, *, spoiled: bool = False) -> int:
     parts = [np.int32([len(names)]).tobytes()]
     for name in names:
         packed, x, y = (golden[f"{name}/{array}"] for array in ("packed", "x", "y"))
+        x, y = (np.tile(array, (17 // len(x) + 1, 1)) for array in (x, y))  # few tokens have another path
         grid = codebook(GgmlType[name])
         parts.append(np.int32([GgmlType[name], len(packed), x.shape[1], len(x), grid.size]).tobytes())
         parts += [array.tobytes() for array in (grid, packed, x, y)]

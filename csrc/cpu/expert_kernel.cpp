@@ -14,7 +14,8 @@ namespace moe {
 namespace {
 
 constexpr const char* kOp = "ExpertKernel";
-constexpr int64_t kUnitTile = kRowTile / 2;  // a unit is one gate row and one up row
+constexpr int64_t kUnitTile = kRowTile;  // a unit is one gate row and one up row
+constexpr int kPairTile = 128;           // pairs whose gate and up rows wait for their activation
 
 // Kept between operations, guarded by ThreadPool::Operation.
 ActivationBuffer hidden_inputs, down_inputs;
@@ -32,7 +33,8 @@ constexpr int64_t kMaxRawGateUp = int64_t(1) << 20;
 
 constexpr int64_t kTokensPerChunk = 4;  // quantized by a thread at once
 
-constexpr int64_t kPairsPerGroup = 512;  // sum() keeps the rows of so many pairs at once, or of one expert
+constexpr int64_t kPairsPerGroup = 512;  // sum() works on so many pairs at once, or on one expert's
+constexpr int64_t kFewPairs = 128;       // sum() reads down in the order of addresses and adds afterwards
 
 int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -94,7 +96,6 @@ struct ExpertKernel::Step {
     const ExpertPairs& pairs;
     Activations gate_up_inputs, down_inputs;
     float* h;        // (num_pairs, intermediate_size)
-    float* out;      // (num_pairs, hidden_size)
     float* gate_up;  // (num_pairs, 2 * intermediate_size) in stored order, where rows are streamed
     int32_t* tiles_to_do;
 
@@ -141,48 +142,77 @@ void ExpertKernel::check_pairs(const ExpertPairs& pairs, int64_t num_tokens) con
 void ExpertKernel::rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const {
     check_pairs(pairs, num_tokens);
     ThreadPool::Operation operation(ThreadPool::instance());
-    compute_rows(hidden, num_tokens, pairs, out);
+    const Activations inputs = prepare_inputs(hidden, num_tokens, hidden_size(), quantizes_inputs(), pairs);
+    compute_rows(inputs, pairs, out);
 }
 
 void ExpertKernel::sum(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs,
                        const float* pair_weights, float* out) const {
     check_pairs(pairs, num_tokens);
     ThreadPool::Operation operation(ThreadPool::instance());
+    const Activations inputs = prepare_inputs(hidden, num_tokens, hidden_size(), quantizes_inputs(), pairs);
     for (int64_t begin = 0, end; begin < pairs.num_experts; begin = end) {
         const int32_t first = pairs.pair_offsets[begin];
         for (end = begin + 1; end < pairs.num_experts; ++end)
             if (pairs.pair_offsets[end + 1] - first > kPairsPerGroup) break;
         const ExpertPairs group = group_of(pairs, begin, end, num_matrices(), group_offsets);
+        if (group.num_pairs > kFewPairs) {
+            sum_many(inputs, group, pair_weights + first, out);
+            continue;
+        }
         float* rows = at_least(pair_rows, group.num_pairs * hidden_size());
-        compute_rows(hidden, num_tokens, group, rows);
+        compute_rows(inputs, group, rows);
         weighted_sum(out, num_tokens, hidden_size(), rows, group.pair_tokens, pair_weights + first,
                      group.num_pairs);
     }
 }
 
-// The caller holds the pool.
-void ExpertKernel::compute_rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs,
-                                float* out) const {
-    ThreadPool& pool = ThreadPool::instance();
-    const int64_t num_units = intermediate_size();
-    Step step{pairs, {}, {}, at_least(intermediate, pairs.num_pairs * num_units), out, nullptr, nullptr};
+bool ExpertKernel::quantizes_inputs() const {
     bool quantized = false;
     for (size_t i = 0; i + 1 < matrices_.size(); ++i) quantized |= !is_float(matrices_[i].type);
-    step.gate_up_inputs = prepare_inputs(hidden, num_tokens, hidden_size(), quantized, pairs);
+    return quantized;
+}
+
+// The caller holds the pool.
+void ExpertKernel::compute_rows(const Activations& inputs, const ExpertPairs& pairs, float* out) const {
+    const Step step = compute_hidden(inputs, pairs);
+    const int64_t row_tiles = ceil_div(hidden_size(), kRowTile);
+    ThreadPool::instance().run(pairs.num_experts * row_tiles, [&](int64_t chunk) {
+        const int64_t expert = chunk / row_tiles, row = chunk % row_tiles * kRowTile;
+        const int32_t begin = pairs.pair_offsets[expert], end = pairs.pair_offsets[expert + 1];
+        const uint8_t* next = nullptr;
+        if (row + kRowTile >= hidden_size() && expert + 1 < pairs.num_experts)
+            next = step.weights(expert + 1, num_matrices() - 1, num_matrices());
+        down_rows(step, expert, row, begin, end, next, out + begin * hidden_size() + row, hidden_size());
+    });
+}
+
+// Columns of ``out`` are shared out, so that each element sees its pairs in order.
+void ExpertKernel::sum_many(const Activations& inputs, const ExpertPairs& pairs, const float* pair_weights,
+                            float* out) const {
+    const Step step = compute_hidden(inputs, pairs);
+    ThreadPool::instance().run(ceil_div(hidden_size(), kRowTile), [&](int64_t chunk) {
+        for (int64_t expert = 0; expert < pairs.num_experts; ++expert)
+            add_down_rows(step, expert, chunk * kRowTile, pair_weights, out);
+    });
+}
+
+// h = act(gate_up(x)) of every pair, and what down reads of it.
+ExpertKernel::Step ExpertKernel::compute_hidden(const Activations& inputs, const ExpertPairs& pairs) const {
+    ThreadPool& pool = ThreadPool::instance();
+    const int64_t num_units = intermediate_size();
+    Step step{pairs, inputs, {}, at_least(intermediate, pairs.num_pairs * num_units), nullptr, nullptr};
     const bool down_quantized = !is_float(matrices_.back().type);
     if (pairs.num_pairs * 2 * num_units <= kMaxRawGateUp) {
         step.down_inputs = down_inputs.reserve(step.h, pairs.num_pairs, num_units, down_quantized);
         stream_gate_up(step);
-    } else {
-        const int64_t unit_tiles = ceil_div(num_units, kUnitTile);
-        pool.run(pairs.num_experts * unit_tiles, [&](int64_t chunk) {
-            gate_up_units(step, chunk / unit_tiles, chunk % unit_tiles * kUnitTile);
-        });
-        step.down_inputs = down_inputs.prepare(kernels(), step.h, pairs.num_pairs, num_units, down_quantized);
+        return step;
     }
-    const int64_t row_tiles = ceil_div(hidden_size(), kRowTile);
-    pool.run(pairs.num_experts * row_tiles,
-             [&](int64_t chunk) { down_rows(step, chunk / row_tiles, chunk % row_tiles * kRowTile); });
+    const int64_t unit_tiles = ceil_div(num_units, kUnitTile);
+    pool.run(pairs.num_experts * unit_tiles,
+             [&](int64_t chunk) { gate_up_units(step, chunk / unit_tiles, chunk % unit_tiles * kUnitTile); });
+    step.down_inputs = down_inputs.prepare(kernels(), step.h, pairs.num_pairs, num_units, down_quantized);
+    return step;
 }
 
 // Few pairs: the bytes set the pace, and they come fastest in the order of addresses. All of gate, then
@@ -214,13 +244,12 @@ void ExpertKernel::gate_up_rows(const Step& step, int64_t expert, int64_t m, int
     else if (last_row == matrix.rows && expert + 1 < pairs.num_experts)
         next = step.weights(expert + 1, 0, num_matrices());
     const float* bias = gate_up_bias_ ? gate_up_bias_ + pairs.expert_ids[expert] * width + column : nullptr;
-    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
-        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
-        float* y = step.gate_up + p * width + column;
-        rows_of(matrix)({step.weights(expert, m, num_matrices()), matrix.rows, matrix.cols, first_row,
-                         last_row, &step.gate_up_inputs, pairs.pair_tokens + p, tile, y, width, next});
-        if (bias) add_bias(y, width, tile, bias, last_row - first_row);
-    }
+    const int32_t p = pairs.pair_offsets[expert];
+    const int num_tokens = pairs.pair_offsets[expert + 1] - p;
+    float* y = step.gate_up + p * width + column;
+    rows_of(matrix)({step.weights(expert, m, num_matrices()), matrix.rows, matrix.cols, first_row, last_row,
+                     &step.gate_up_inputs, pairs.pair_tokens + p, num_tokens, y, width, next});
+    if (bias) add_bias(y, width, num_tokens, bias, last_row - first_row);
 }
 
 void ExpertKernel::activate_expert(const Step& step, int64_t expert) const {
@@ -241,18 +270,21 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
     const int64_t last_unit = std::min(num_units, first_unit + kUnitTile), n = last_unit - first_unit;
     const float* bias = gate_up_bias_ ? gate_up_bias_ + pairs.expert_ids[expert] * 2 * num_units : nullptr;
     const bool interleaved = row_order_ == RowOrder::INTERLEAVED;
-    alignas(32) float y[kTokenTile][kRowTile];  // interleaved, or gate units then up units
-    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
-        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
+    constexpr int64_t kWidth = 2 * kUnitTile;
+    alignas(64) float y[kPairTile][kWidth];  // interleaved, or gate units then up units
+    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kPairTile) {
+        const int tile = std::min(kPairTile, pairs.pair_offsets[expert + 1] - p);
         const auto compute = [&](int64_t m, int64_t row, int64_t num_rows, int64_t bias_row, float* to) {
             const Matrix& matrix = matrices_[m];
             rows_of(matrix)({step.weights(expert, m, num_matrices()), matrix.rows, matrix.cols, row,
-                             row + num_rows, &step.gate_up_inputs, pairs.pair_tokens + p, tile, to,
-                             kRowTile});
-            if (bias) add_bias(to, kRowTile, tile, bias + bias_row, num_rows);
+                             row + num_rows, &step.gate_up_inputs, pairs.pair_tokens + p, tile, to, kWidth});
+            if (bias) add_bias(to, kWidth, tile, bias + bias_row, num_rows);
         };
         if (interleaved) {
-            compute(0, 2 * first_unit, 2 * n, 2 * first_unit, y[0]);
+            for (int64_t row = 2 * first_unit, end = row + 2 * n, rows; row < end; row += rows) {
+                rows = std::min<int64_t>(kRowTile, end - row);
+                compute(0, row, rows, row, y[0] + row - 2 * first_unit);
+            }
         } else {
             const bool split = row_order_ == RowOrder::SPLIT;
             compute(0, first_unit, n, first_unit, y[0]);
@@ -265,22 +297,41 @@ void ExpertKernel::gate_up_units(const Step& step, int64_t expert, int64_t first
     }
 }
 
-void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row) const {
+// Rows [first_row, first_row + kRowTile) of down for pairs [begin, end), which are one expert's.
+void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row, int32_t begin, int32_t end,
+                             const uint8_t* next, float* out, int64_t out_stride) const {
     const ExpertPairs& pairs = step.pairs;
     const Matrix& matrix = matrices_.back();
     const int64_t last = num_matrices() - 1, last_row = std::min(matrix.rows, first_row + kRowTile);
-    const uint8_t* next = nullptr;
-    if (last_row == matrix.rows && expert + 1 < pairs.num_experts)
-        next = step.weights(expert + 1, last, num_matrices());
     const float* bias = down_bias_ ? down_bias_ + pairs.expert_ids[expert] * matrix.rows : nullptr;
-    for (int32_t p = pairs.pair_offsets[expert]; p < pairs.pair_offsets[expert + 1]; p += kTokenTile) {
-        const int tile = std::min(kTokenTile, pairs.pair_offsets[expert + 1] - p);
-        int32_t tokens[kTokenTile];
+    for (int32_t p = begin; p < end; p += kPairTile) {
+        const int tile = std::min(kPairTile, end - p);
+        int32_t tokens[kPairTile];
         for (int i = 0; i < tile; ++i) tokens[i] = p + i;
-        float* y = step.out + p * matrix.rows + first_row;
+        float* y = out + (p - begin) * out_stride;
         rows_of(matrix)({step.weights(expert, last, num_matrices()), matrix.rows, matrix.cols, first_row,
-                         last_row, &step.down_inputs, tokens, tile, y, matrix.rows, next});
-        if (bias) add_bias(y, matrix.rows, tile, bias + first_row, last_row - first_row);
+                         last_row, &step.down_inputs, tokens, tile, y, out_stride, next});
+        if (bias) add_bias(y, out_stride, tile, bias + first_row, last_row - first_row);
+    }
+}
+
+// The same, weighted and added to ``out``, (num_tokens, hidden_size).
+void ExpertKernel::add_down_rows(const Step& step, int64_t expert, int64_t first_row,
+                                 const float* pair_weights, float* out) const {
+    const ExpertPairs& pairs = step.pairs;
+    const auto add_weighted = kernels().add_weighted;
+    const int64_t num_rows = std::min<int64_t>(kRowTile, hidden_size() - first_row);
+    const uint8_t* next = nullptr;  // the same rows of the next expert
+    if (expert + 1 < pairs.num_experts)
+        next = step.weights(expert + 1, num_matrices() - 1, num_matrices()) +
+               matrix_bytes(matrices_.back()) / hidden_size() * first_row;
+    alignas(64) float y[kPairTile][kRowTile];
+    for (int32_t p = pairs.pair_offsets[expert], end; p < pairs.pair_offsets[expert + 1]; p = end) {
+        end = std::min(p + kPairTile, pairs.pair_offsets[expert + 1]);
+        down_rows(step, expert, first_row, p, end, next, y[0], kRowTile);
+        for (int32_t i = p; i < end; ++i)
+            add_weighted(out + pairs.pair_tokens[i] * hidden_size() + first_row, y[i - p], pair_weights[i],
+                         num_rows);
     }
 }
 

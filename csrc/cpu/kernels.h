@@ -9,7 +9,7 @@ namespace moe {
 
 constexpr int kBlock = 32;        // activations share a scale in blocks of 32
 constexpr int kSuperblock = 256;  // 8 blocks: one step of the 8 chains
-constexpr int kTokenTile = 32;    // tokens that one call of a rows kernel serves at most
+constexpr int kTokenTile = 32;    // tokens that a kernel keeps the sums of at most
 constexpr int kRowTile = 32;      // rows that one call computes at most
 
 // ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType and OwnType.
@@ -72,7 +72,7 @@ struct RowsArgs {
     int64_t rows, cols;          // of the matrix as used; transposed ones are stored (cols, rows)
     int64_t row_begin, row_end;  // at most kRowTile
     const Activations* activations;
-    const int32_t* tokens;  // (num_tokens,) which activations; at most kTokenTile
+    const int32_t* tokens;  // (num_tokens,) which activations
     int num_tokens;
     float* out;  // out[i * out_stride + row - row_begin]
     int64_t out_stride;

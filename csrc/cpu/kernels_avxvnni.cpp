@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace moe {
 #define KERNELS kernels_avxvnni

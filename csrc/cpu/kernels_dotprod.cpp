@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace moe {
 #define KERNELS kernels_dotprod

@@ -32,17 +32,14 @@ namespace {
 void linear_tile(const LinearPart& part, const Activations& inputs, int64_t row, int64_t first,
                  int64_t last) {
     const Matrix& matrix = part.matrix;
-    const RowsFn rows_kernel = rows_of(matrix);
     const int64_t row_end = std::min(matrix.rows, row + kRowTile);
-    for (int64_t t = first; t < last; t += kTokenTile) {
-        int32_t tokens[kTokenTile];
-        const int tile = int(std::min<int64_t>(kTokenTile, last - t));
-        for (int i = 0; i < tile; ++i) tokens[i] = int32_t(t + i);
-        float* tile_out = part.out + t * matrix.rows + row;
-        rows_kernel({part.weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, tile, tile_out,
-                     matrix.rows});
-        if (part.bias) add_bias(tile_out, matrix.rows, tile, part.bias + row, row_end - row);
-    }
+    const int num_tokens = int(last - first);
+    int32_t tokens[kTokensPerChunk];
+    for (int i = 0; i < num_tokens; ++i) tokens[i] = int32_t(first + i);
+    float* out = part.out + first * matrix.rows + row;
+    rows_of(matrix)(
+        {part.weight, matrix.rows, matrix.cols, row, row_end, &inputs, tokens, num_tokens, out, matrix.rows});
+    if (part.bias) add_bias(out, matrix.rows, num_tokens, part.bias + row, row_end - row);
 }
 
 }  // namespace

@@ -91,12 +91,19 @@ class ExpertKernel {
   private:
     struct Step;
     void check_pairs(const ExpertPairs& pairs, int64_t num_tokens) const;
-    void compute_rows(const float* hidden, int64_t num_tokens, const ExpertPairs& pairs, float* out) const;
+    bool quantizes_inputs() const;
+    void compute_rows(const Activations& inputs, const ExpertPairs& pairs, float* out) const;
+    void sum_many(const Activations& inputs, const ExpertPairs& pairs, const float* pair_weights,
+                  float* out) const;
+    Step compute_hidden(const Activations& inputs, const ExpertPairs& pairs) const;
     void stream_gate_up(Step& step) const;
     void gate_up_rows(const Step& step, int64_t expert, int64_t m, int64_t first_row) const;
     void activate_expert(const Step& step, int64_t expert) const;
     void gate_up_units(const Step& step, int64_t expert, int64_t first_unit) const;
-    void down_rows(const Step& step, int64_t expert, int64_t first_row) const;
+    void down_rows(const Step& step, int64_t expert, int64_t first_row, int32_t begin, int32_t end,
+                   const uint8_t* next, float* out, int64_t out_stride) const;
+    void add_down_rows(const Step& step, int64_t expert, int64_t first_row, const float* pair_weights,
+                       float* out) const;
 
     std::vector<Matrix> matrices_;
     RowOrder row_order_;

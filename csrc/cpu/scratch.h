@@ -1,0 +1,11 @@
+// Memory that a thread keeps between the kernels it runs.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+// At least ``num_bytes`` bytes at a multiple of 64; what the last call gave may be gone.
+uint8_t* thread_scratch(int64_t num_bytes);
+
+}  // namespace moe
