@@ -184,9 +184,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vram", metavar="SIZE", help="the device's memory to use: 6GiB, auto")
     group.add_argument(
         "--scheduler",
-        default="hybrid",
         metavar="NAME",
-        help="who computes an expert: hybrid (default), static_split, on_demand, fiddler, hybrimoe_greedy",
+        help="who computes an expert: hybrid (default, unless tuned), static_split, on_demand, fiddler, "
+        "hybrimoe_greedy",
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="default: cores that may be used, unless tuned"
@@ -267,6 +267,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="measure it, too, and choose a scheduler: cuda, or emulated:vram=512MiB,link=12GB/s",
+    )
+    parser.add_argument("--vram", metavar="SIZE", help="the device's memory to use: 6GiB, auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

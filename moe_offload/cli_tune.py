@@ -8,16 +8,18 @@ import io
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_offload.cli_session import import_libraries
-from moe_offload.config import DEMO_MODEL
+from moe_offload.config import DEMO_MODEL, DeviceChoice, DevicePlan, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
 from moe_offload.planning.time_budget import TimeBudget
-from moe_offload.profile_schema import DeviceProfile
+from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile
-from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.residency.accelerator import Device, check_device, open_device
+from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.terminal import Progress, seconds
 
@@ -40,10 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from moe_offload.residency.machine_state import machine_state
 
     before, key = machine_state(), checkpoint_key(checkpoint)
+    choice, device_plan = _device(args, checkpoint)
     with Progress("measuring", sys.stderr) as progress, contextlib.redirect_stderr(io.StringIO()):
-        tiers, stages = _measure(args, checkpoint, budget, progress)
+        tiers, stages = _measure(args, checkpoint, budget, progress, choice, device_plan)
     name = args.output.stem if args.output is not None else key
-    profile = tune_profile.assemble(name, _command(args), key, tiers, stages, budget.spent_s)
+    device = "cpu" if choice is None else choice.kind
+    profile = tune_profile.assemble(name, _command(args), key, tiers, stages, budget.spent_s, device)
     kept = tune_profile.keep(profile, key)
     if args.output is not None:
         _write(args.output, profile)
@@ -54,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    args: argparse.Namespace, checkpoint: Any, budget: TimeBudget, progress: Progress
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    budget: TimeBudget,
+    progress: Progress,
+    choice: DeviceChoice | None,
+    plan: DevicePlan | None,
 ) -> tuple[Tiers, list[Stage]]:
     """Measure the tiers and verify settings; loading's own lines are not the user's business here."""
     from moe_offload import tune, tune_tiers
@@ -62,10 +71,49 @@ def _measure(
     def say(what: str, share: float) -> None:
         progress.step(what)(share, 1.0)
 
-    tiers = tune_tiers.measure_all(checkpoint, budget.share(TIERS_SHARE), say)
-    load = {"ram": args.ram, "experts": args.experts, "context": args.context}
+    share = budget.share(TIERS_SHARE)
+    with _opened(choice, plan) as device:
+        tiers = tune_tiers.measure_all(checkpoint, share, say, device=device)
+    if plan is not None:
+        note = "that may be used, driver and workspace included"
+        tiers.figures["gpu"]["vram"] = Figure(plan.vram_bytes, "measured", note)
+    load = {name: getattr(args, name) for name in ("ram", "experts", "context", "device", "vram")}
     tuner = tune.Tuner(checkpoint, args.model or DEMO_MODEL, tiers, budget, load, say=say)
     return tiers, tuner.stages()
+
+
+def _device(
+    args: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[DeviceChoice | None, DevicePlan | None]:
+    """Return the accelerator that was asked for, and how its memory is divided.
+
+    Raises:
+        ConfigError: it is not there, or the model has no experts for it.
+        BudgetError: it has too little memory.
+    """
+    from moe_offload.runtime.device_setup import plan_vram
+
+    choice = parse_device(args.device, args.vram)
+    if choice is None:
+        return None, None
+    check_device(choice)
+    plan = plan_vram(checkpoint, RuntimeConfig(device=choice))
+    if plan is None:
+        raise ConfigError("--device: the model has no experts, and nothing else runs there; tune without it")
+    return choice, plan
+
+
+@contextlib.contextmanager
+def _opened(choice: DeviceChoice | None, plan: DevicePlan | None) -> Iterator[Device | None]:
+    """Open the device with the memory that experts will have."""
+    if choice is None or plan is None:
+        yield None
+        return
+    device = open_device(choice, plan.expert_bytes)
+    try:
+        yield device
+    finally:
+        device.close()
 
 
 def _seconds(args: argparse.Namespace) -> float:
@@ -84,6 +132,8 @@ def _command(args: argparse.Namespace) -> str:
         "--ram": args.ram,
         "--experts": args.experts,
         "--context": args.context,
+        "--device": args.device,
+        "--vram": args.vram,
     }
     words = ["moe-offload tune", *(["--quick"] if args.quick else [])]
     words += [f"{flag} {value}" for flag, value in given.items() if value not in (None, "auto")]
@@ -124,6 +174,7 @@ def as_text(profile: DeviceProfile, path: Path | None) -> str:
         "experts are read",
         "disk": f"experts at {_gb(profile, 'disk', 'read_bandwidth')}, "
         f"{_gb(profile, 'disk', 'read_bandwidth_busy')} while the kernel runs",
+        **({"device": _device_line(profile)} if profile.has("gpu") else {}),
         "settings": ", ".join(f"{name} {value}" for name, value in profile.settings.items()),
         "verdict": evidence["verdict"],
         "took": seconds(evidence["seconds"]),
@@ -131,6 +182,13 @@ def as_text(profile: DeviceProfile, path: Path | None) -> str:
     }
     shown = [f"{name:10} {text}" for name, text in lines.items()]
     return "\n".join([*shown, "", *map(_run_line, evidence["run"][:MOST_RUNS_SHOWN])])
+
+
+def _device_line(profile: DeviceProfile) -> str:
+    link = f"link {_gb(profile, 'link', 'to_device_bandwidth')}"
+    return (
+        f"experts at {_gb(profile, 'gpu', 'read_bandwidth')}, {link}, {profile.settings['vram_slots']} slots"
+    )
 
 
 def _gb(profile: DeviceProfile, section: str, name: str) -> str:

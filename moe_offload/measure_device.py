@@ -17,7 +17,7 @@ import torch
 from moe_offload import ops
 from moe_offload._native import Device
 from moe_offload.errors import ConfigError
-from moe_offload.expert_bench import ExpertBench, median_of, timed
+from moe_offload.expert_bench import ExpertBench, median_of
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import Curve, ExpertTime, Figure
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType
@@ -130,8 +130,13 @@ def _link(part: _OnDevice, shares: Iterator[TimeBudget]) -> dict[str, Figure]:
     def multiply() -> object:
         return ops.linear(x, weights, GgmlType.F32, 1024, 1024)
 
-    alone_s = median_of(timed(part.copy_all), next(shares))
-    busy_s = median_of(timed(lambda: part.copy_all(multiply)), next(shares))
+    def link_s(meanwhile: Callable[[], object] | None) -> float:
+        before = part.device.counters()["busy_seconds"]
+        part.copy_all(meanwhile)
+        return max(1e-9, part.device.counters()["busy_seconds"] - before)
+
+    alone_s = median_of(lambda: link_s(None), next(shares))
+    busy_s = median_of(lambda: link_s(multiply), next(shares))  # not the clock's: a product outlasts a copy
     return {
         "to_device_bandwidth": Figure(num_bytes / alone_s, "measured", f"{len(part.keys)} experts"),
         "to_device_bandwidth_busy": Figure(num_bytes / busy_s, "measured", "while the CPU multiplied"),

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_offload import ops
-from moe_offload.header_costs import bytes_per_token
-from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.scheduler import SCHEDULERS
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.planning.tuning import (
     DUEL_ROUNDS,
@@ -33,12 +30,10 @@ from moe_offload.planning.tuning import (
     token_s,
     worth_a_duel,
 )
-from moe_offload.replay import replay
 from moe_offload.runtime.model import from_pretrained
 from moe_offload.runtime.predictor_choice import GATE_DEPTH, NEEDS_FIT, choose_predictor
 from moe_offload.runtime.tuning_run import (
     DEPTHS,
-    HISTORIES,
     MOST_TOKENS,
     Rounds,
     Text,
@@ -46,17 +41,14 @@ from moe_offload.runtime.tuning_run import (
     take_turns,
 )
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.trace import RoutingTrace
+from moe_offload.tune_facts import DEFAULT_POLICY, DEFAULT_PREDICTOR, Say, device_pools, tuning_facts
 from moe_offload.tune_tiers import Tiers
 
-POLICIES = ("horizon", "ewma", "lru", "lfu", "class_lru", "least_stale")
 TIGHT = "25%"  # where every expert fits, what is kept and read ahead is judged with a quarter of them
 MOST_CANDIDATES = 6
 SCREEN_SHARE, WRITE_SHARE, RECORD_SHARE = 0.45, 0.12, 0.12  # of a stage's time
 FIRST_SHARE = 0.4  # of the time, for threads alone where every expert fits
-DEFAULT_POLICY, DEFAULT_PREDICTOR = "horizon", "auto"
-
-Say = Callable[[str, float], None]  # what is being done, and the share that is done
+DEFAULT_SCHEDULER = "hybrid"
 
 
 @dataclass
@@ -79,6 +71,7 @@ class Stage:
     layer_overhead_s: float = 0.0
     ram_bytes: int = 0
     slots: int = 0
+    device_slots: int = 0
     slower: list[Choice] = field(default_factory=list)  # than the defaults in any turns, beyond noise or not
     runs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -89,22 +82,22 @@ class Plan:
 
     name: str
     experts: str | int | None
-    threads: bool
     cache: bool
 
 
-def default_choice(checkpoint: Checkpoint) -> Choice:
+def default_choice(checkpoint: Checkpoint, has_device: bool = False) -> Choice:
     """Return what from_pretrained does without a profile."""
     found = choose_predictor(DEFAULT_PREDICTOR, checkpoint)
     depth = found.fit.depth if found.fit is not None and found.name in NEEDS_FIT else GATE_DEPTH
-    return Choice(ops.usable_cores(), DEFAULT_POLICY, DEFAULT_PREDICTOR, depth)
+    scheduler = DEFAULT_SCHEDULER if has_device else None
+    return Choice(ops.usable_cores(), DEFAULT_POLICY, DEFAULT_PREDICTOR, depth, scheduler)
 
 
 class Tuner:
     """Verifies settings on one checkpoint.
 
     Args:
-        load: further arguments of from_pretrained: ram, experts, context.
+        load: further arguments of from_pretrained: ram, experts, context, device, vram.
         budget: of all stages together.
         say: told what is being done.
     """
@@ -122,17 +115,19 @@ class Tuner:
     ) -> None:
         self.checkpoint, self.path, self.tiers, self.budget = checkpoint, path, tiers, budget
         self.load, self.say, self.clock = load, say, clock
+        self.defaults = default_choice(checkpoint, tiers.device is not None)
+        self.schedulers = list(SCHEDULERS) if tiers.device is not None else [None]
 
     def stages(self) -> list[Stage]:
         """Verify settings in the caller's budget, and where all experts fit into it, in a tight one, too."""
-        first = self._stage(Plan("as the budget has it", self.load.get("experts"), True, True), self.budget)
+        first = self._stage(Plan("as the budget has it", self.load.get("experts"), True), self.budget)
         if not first.slots_hold_all:
             return [first.stage]
-        tight = Plan(f"with {TIGHT} of the experts in memory", TIGHT, False, True)
-        second = self._stage(tight, self.budget, threads=first.stage.choice.num_threads)
+        tight = Plan(f"with {TIGHT} of the experts in memory", TIGHT, True)
+        second = self._stage(tight, self.budget, first.stage.choice)
         return [first.stage, second.stage]
 
-    def _stage(self, plan: Plan, budget: TimeBudget, threads: int | None = None) -> _Result:
+    def _stage(self, plan: Plan, budget: TimeBudget, before: Choice | None = None) -> _Result:
         self.say(f"loading the model, {plan.name}", 0.0)
         model = from_pretrained(
             self.path,
@@ -149,50 +144,34 @@ class Tuner:
             share = FIRST_SHARE if holds_all else 1.0  # the rest is for the tight budget
             run = TuningRun(model, self.checkpoint, self.clock)
             part = TimeBudget(share * budget.left_s, self.clock)
-            stage = self._verify(run, replace(plan, cache=plan.cache and not holds_all), part, threads)
+            stage = self._verify(run, replace(plan, cache=plan.cache and not holds_all), part, before)
             stage.ram_bytes = model.offload.plan.ram_bytes
             stage.slots = sum(pool.num_slots for pool in model.offload.plan.pools)
+            stage.device_slots = sum(pool.num_slots for pool in device_pools(run))
             return _Result(stage, holds_all)
         finally:
             model.offload.close()
 
-    def _verify(self, run: TuningRun, plan: Plan, budget: TimeBudget, threads: int | None) -> Stage:
-        defaults = default_choice(self.checkpoint)
+    def _verify(self, run: TuningRun, plan: Plan, budget: TimeBudget, before: Choice | None) -> Stage:
+        """Return what runs under one budget show; threads and scheduler stay as decided ``before``."""
+        defaults = self.defaults
         stage = Stage(plan.name, defaults, defaults)
         self.say(f"recording {plan.name}", 0.0)
         text = run.write(MOST_TOKENS, budget.share(WRITE_SHARE))
         trace = run.record(text, budget.share(RECORD_SHARE))
-        facts = self._facts(run, text, trace, plan)
-        counts = [threads] if threads else thread_counts(ops.usable_cores()) if plan.threads else []
-        ranking = ranked(facts, counts, DEPTHS)
+        facts = tuning_facts(run, self.tiers, text, trace, has_cache=plan.cache, say=self.say)
+        counts = [before.num_threads] if before else thread_counts(ops.usable_cores())
+        schedulers = [before.scheduler] if before else self.schedulers
+        ranking = ranked(facts, counts, DEPTHS, schedulers)
         if not plan.cache:
-            ranking = [replace(defaults, num_threads=count) for count in counts]
+            same = [replace(defaults, num_threads=count) for count in counts]
+            ranking = [replace(choice, scheduler=name) for choice in same for name in schedulers]
+            ranking.sort(key=lambda choice: token_s(choice, facts))
         candidates = to_verify(defaults, ranking, MOST_CANDIDATES)
-        if threads and threads != defaults.num_threads:
-            candidates = list(dict.fromkeys([defaults, replace(defaults, num_threads=threads), *candidates]))
+        if before is not None and before != defaults:
+            candidates = list(dict.fromkeys([defaults, before, *candidates]))
         self._decide(run, text, stage, candidates, facts, budget)
         return stage
-
-    def _facts(self, run: TuningRun, text: Text, trace: RoutingTrace, plan: Plan) -> TuningFacts:
-        """Return what the cost model ranks candidates by: hit rates and recall on the model's own text."""
-        offload, checkpoint = run.model.offload, self.checkpoint
-        hit_rate, predictors = {DEFAULT_POLICY: 1.0}, {}
-        if plan.cache:
-            sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
-            self.say("replaying eviction policies", 0.0)
-            for policy in POLICIES:
-                pools, maker = offload.plan.pools, partial(make_policy, policy)
-                hit_rate[policy] = replay(trace, pools, maker, sizes).hit_rate
-            self.say("asking predictors", 0.0)
-            predictors = run.predictability((DEFAULT_PREDICTOR, *HISTORIES), text, trace)
-        return TuningFacts(
-            token=bytes_per_token(checkpoint, 0),
-            num_layers=checkpoint.spec.num_hidden_layers,
-            ram_bytes_per_s=self.tiers.kernel_by_threads,
-            disk_bytes_per_s=self.tiers.disk_busy or self.tiers.disk,
-            hit_rate=hit_rate,
-            predictors=predictors,
-        )
 
     def _decide(
         self,
@@ -277,7 +256,7 @@ class Tuner:
         self, run: TuningRun, seconds: list[float], facts: TuningFacts, num_tokens: int
     ) -> float:
         """Return what a layer costs beside bytes and waiting for them, in the defaults' runs."""
-        bytes_s = facts.token.total_bytes / facts.ram_bytes_per_s[default_choice(self.checkpoint).num_threads]
+        bytes_s = facts.token.total_bytes / facts.ram_bytes_per_s[self.defaults.num_threads]
         step_s = statistics.median(seconds) / run.counted_tokens(num_tokens)
         return max(0.0, step_s - run.stall_s - bytes_s) / max(1, facts.num_layers)
 
@@ -291,8 +270,8 @@ class _Result:
 def combined(stages: list[Stage]) -> tuple[Choice, Stage]:
     """Return the settings that hold in every stage, and the stage that gained most.
 
-    The first stage decides the threads, the last one what is kept and read ahead; what was slower than
-    the defaults in any turns of the last stage is not taken: in doubt the defaults stay.
+    The first stage decides the threads and the scheduler, the last one what is kept and read ahead; what
+    was slower than the defaults in any turns of the last stage is not taken: in doubt the defaults stay.
     """
     choice = stages[0].choice
     if len(stages) > 1 and stages[-1].choice != stages[-1].defaults:

@@ -16,12 +16,19 @@ from moe_offload.tune_tiers import Tiers
 
 
 def assemble(
-    name: str, command: str, checkpoint: str, tiers: Tiers, stages: list[Stage], seconds: float
+    name: str,
+    command: str,
+    checkpoint: str,
+    tiers: Tiers,
+    stages: list[Stage],
+    seconds: float,
+    device: str = "cpu",
 ) -> DeviceProfile:
     """Return the profile: what was measured, what was chosen, and the evidence.
 
     Args:
         checkpoint: its key.
+        device: what computed beside the CPU.
     """
     choice, best = combined(stages)
     overhead_s = stages[0].layer_overhead_s
@@ -48,10 +55,10 @@ def assemble(
         curves=tiers.curves,
         expert_times=tiers.expert_times,
         notes={
-            "machine": {"key": machine_key(), "device": "cpu"},
+            "machine": {"key": machine_key(), "device": device},
             "state": profile_store.state_notes(),
             "checkpoint": {"key": checkpoint},
-            "settings": as_settings(choice, stages[0].slots),
+            "settings": as_settings(choice, stages[0].slots, stages[0].device_slots),
             "evidence": evidence,
         },
     )
@@ -87,7 +94,7 @@ def _is_possible(section: str, name: str, value: float) -> bool:
     return least <= value <= most
 
 
-def as_settings(choice: Choice, slots: int) -> dict[str, Any]:
+def as_settings(choice: Choice, slots: int, device_slots: int = 0) -> dict[str, Any]:
     """Return a choice as [settings] of a profile; without prefetch there is nothing to say of predictors."""
     settings: dict[str, Any] = {
         "num_threads": choice.num_threads,
@@ -97,6 +104,8 @@ def as_settings(choice: Choice, slots: int) -> dict[str, Any]:
     }
     if choice.prefetch:
         settings |= {"predictor": choice.predictor, "prefetch_depth": choice.prefetch_depth}
+    if choice.scheduler is not None:
+        settings |= {"scheduler": choice.scheduler, "vram_slots": device_slots}
     return settings
 
 

@@ -26,6 +26,15 @@ LEAST_WEIGHTS_BYTES = 8 * MIB
 Say = Callable[[str, float], None]  # what is being done, and the share that is done
 
 
+@dataclass(frozen=True)
+class DeviceCosts:
+    """Seconds of one token's expert on the device, of an expert over the link, of a launch and its end."""
+
+    expert_s: float
+    copy_s: float
+    step_s: float
+
+
 @dataclass
 class Tiers:
     """Parts of a profile, and the few numbers that the cost model takes from them."""
@@ -34,6 +43,7 @@ class Tiers:
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     expert_times: list[ExpertTime] = field(default_factory=list)
     kernel_by_threads: dict[int, float] = field(default_factory=dict)
+    device: DeviceCosts | None = None
 
     @property
     def disk(self) -> float:
@@ -141,3 +151,9 @@ def _device(tiers: Tiers, bench: ExpertBench, device: Device, share: TimeBudget)
     found = measure_device(device, bench, share)
     tiers.figures |= found.figures
     tiers.expert_times += found.expert_times
+    gpu, expert_bytes = found.figures["gpu"], tiers.figures["model"]["expert_size"].value
+    tiers.device = DeviceCosts(
+        expert_s=found.expert_times[0].curve.points[0][1],
+        copy_s=expert_bytes / found.figures["link"]["to_device_bandwidth_busy"].value,
+        step_s=gpu["launch_latency"].value + gpu["sync_latency"].value,
+    )

@@ -34,6 +34,7 @@ READING_ORDER = [
     ("predictors",),
     ("runtime",),
     ("tune_tiers",),
+    ("tune_facts",),
     ("tune",),
     ("tune_profile",),
     (

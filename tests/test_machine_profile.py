@@ -12,7 +12,7 @@ import torch
 
 import moe_offload
 from moe_offload import ops, profile_store
-from moe_offload.config import MIB, PlacementPlan, RuntimeConfig
+from moe_offload.config import MIB, DeviceChoice, PlacementPlan, RuntimeConfig
 from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.roofline import MachineSpeed
@@ -46,6 +46,16 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(machine_profile, "measure_machine", look)
     yield taken
+
+
+def test_a_tuned_scheduler_needs_a_device_and_yields_to_what_is_given() -> None:
+    profile = tuned({**TUNED, "scheduler": "static_split", "vram_slots": 5})
+    found = profile_store.ProfileInUse(profile, profile_store.GIVEN, None)
+    assert with_settings(RuntimeConfig(), found, []).scheduler == "hybrid"
+    config = RuntimeConfig(device=DeviceChoice("emulated", 2**23), scheduler="fiddler")
+    assert with_settings(config, found, []).scheduler == "static_split"
+    assert with_settings(config, found, ["scheduler"]).scheduler == "fiddler"
+    assert with_settings(config, found, ["predictor"]).scheduler == "static_split"
 
 
 def tuned(settings: dict[str, Any] = TUNED) -> DeviceProfile:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import moe_offload
 from moe_offload import cli, cli_tune, ops, profile_store, tune, tune_profile, tune_tiers
+from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.planning.time_budget import TimeBudget
@@ -19,7 +21,7 @@ from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS
 from moe_offload.profile_schema import Curve, Figure
 from moe_offload.residency.machine_state import machine_key
 from moe_offload.runtime import offload
-from moe_offload.runtime.tuning_run import TuningRun
+from moe_offload.runtime.tuning_run import Text, TuningRun
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 
@@ -125,6 +127,85 @@ def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) ->
     ops.set_num_threads(threads)
 
 
+DEVICE = "emulated:vram=8MiB,link=2GB/s"
+
+
+def test_a_scheduler_is_chosen_kept_and_used_with_a_device(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = fake_runs(monkeypatch, lambda choice, number: 0.8 if choice.scheduler == "static_split" else 1.0)
+    monkeypatch.setattr(TuningRun, "write", short_text)
+    monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.02)
+    output, threads = tmp_path / "p.toml", ops.num_threads()
+    arguments = ["tune", "--ram", "2GiB", "--experts", "50%", "--seconds", "60", "-o", str(output)]
+    try:
+        assert cli.main([*arguments, "--device", DEVICE]) == 0
+        assert "device " in capsys.readouterr().out
+        assert len({choice.scheduler for choice in ran}) > 1 and None not in {c.scheduler for c in ran}
+        profile = load_profile(output)
+        assert profile.settings["scheduler"] == "static_split" and profile.settings["vram_slots"] > 0
+        assert profile.has("link") and profile.value("gpu", "vram") == 8 * MIB
+        for device, given, scheduler in [
+            (DEVICE, {}, "emulated, static_split"),
+            (DEVICE, {"scheduler": "hybrid"}, "emulated, hybrid"),
+            (None, {}, None),
+        ]:
+            model = moe_offload.from_pretrained(ram="2GiB", experts="50%", device=device, **given)
+            hybrid = model.offload.hybrid
+            shown = None if hybrid is None else hybrid.describe()
+            model.offload.close()
+            assert shown == scheduler if scheduler is None else str(shown).startswith(scheduler)
+    finally:
+        ops.set_num_threads(threads)
+
+
+def short_text(self: TuningRun, num_tokens: int, budget: TimeBudget) -> Text:
+    tokens = torch.arange(24)[None]
+    return Text(tokens, [1e-3] * 23)
+
+
+def test_a_run_finds_on_the_device_what_its_own_last_run_left() -> None:
+    model = moe_offload.from_pretrained(
+        ram="2GiB", experts="50%", context=64, device=DEVICE, profile="none", warm_start=False
+    )
+    try:
+        run = TuningRun(model, open_checkpoint(DEMO_MODEL), Clock())
+        text = Text(torch.arange(24)[None], [])
+        tier = model.offload.hybrid.tier
+        split = Choice(2, "horizon", NO_PREDICTOR, 1, "static_split")
+        moving = Choice(2, "lru", NO_PREDICTOR, 1, "on_demand")
+        run.run(split, text, 24)
+        left = tier.cache.residents()
+        assert left and not tier.replaces
+        run.apply(moving)
+        assert tier.cache.residents() == [] and tier.replaces
+        run.run(moving, Text(torch.arange(24, 48)[None], []), 24)
+        assert tier.cache.residents() != left
+        run.apply(split)
+        found = set(tier.cache.residents())
+        assert found and found <= set(left) and model.offload.hybrid.scheduler_name == "static_split"
+        tier.cache.check()
+    finally:
+        model.offload.close()
+        ops.set_num_threads(ops.usable_cores())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vram", "1GiB"], "name it, device="),
+        (["--device", "emulated:vram=1MiB"], "is too small"),
+        (["--device", "tpu"], "is unknown"),
+    ],
+)
+def test_a_device_that_cannot_be_is_refused_before_anything_is_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune_tiers, "measure_all", None)
+    assert cli.main(["tune", *arguments]) in (2, 3)
+    assert message in capsys.readouterr().err
+
+
 def test_where_all_fit_threads_and_caches_are_judged_apart(
     tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +255,7 @@ def test_the_command_keeps_what_the_next_load_uses(
         "--ram",
         "4GiB",
         "--seconds",
-        "3",
+        "1.5",
         "-o",
         str(output),
         "--json",
@@ -188,7 +269,7 @@ def test_the_command_keeps_what_the_next_load_uses(
     profile = load_profile(output)
     assert (
         profile.name == "my-machine"
-        and profile.measured["command"] == "moe-offload tune --seconds 3.0 --ram 4GiB"
+        and profile.measured["command"] == "moe-offload tune --seconds 1.5 --ram 4GiB"
     )
     assert {time.busy for time in profile.expert_times} == {False, True}
     assert str(tmp_path) not in output.read_text(), "no paths"

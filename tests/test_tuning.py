@@ -25,6 +25,7 @@ from moe_offload.planning.tuning import (
     token_s,
     worth_a_duel,
 )
+from moe_offload.planning.tuning_device import DeviceFacts
 
 FACTS = TuningFacts(
     token=TokenBytes(dense_bytes=400, expert_bytes=800, kv_bytes=0),
@@ -44,6 +45,37 @@ def test_a_token_by_hand() -> None:
     assert token_s(Choice(2, "lru", NO_PREDICTOR), FACTS) == pytest.approx(4 * (3.0 + 2.0 - 1.0))
     # Four fifths predicted: 0.4 s + 0.2 s of surprises hide behind the 1 s at hand; the asking costs.
     assert token_s(Choice(2, "lru", "gate"), FACTS) == pytest.approx(4 * 3.05)
+
+
+def with_device(**changes: float) -> TuningFacts:
+    known = {"expert_s": 1.0, "copy_s": 10.0, "step_s": 0.0, **changes}
+    device = DeviceFacts(top_k=2, hit_rate={"horizon": 0.5, "lru": 0.0}, **known)  # type: ignore[arg-type]
+    return TuningFacts(**{**FACTS.__dict__, "device": device})
+
+
+def test_a_token_on_a_device_by_hand() -> None:
+    # Two experts of 1 s on either side: both on one side 2 s, one on each 1 s, 1.5 s on average, and 1 s of
+    # other weights; the second of misses in RAM hides behind them.
+    split = Choice(2, "horizon", NO_PREDICTOR, scheduler="static_split")
+    assert token_s(split, with_device()) == pytest.approx(4 * (1.0 + 1.5))
+    # Half a second for a launch: 2, 1.5 and 2.5 s.
+    assert token_s(split, with_device(step_s=0.5)) == pytest.approx(4 * (1.0 + 1.875))
+    assert token_s(split, FACTS) == pytest.approx(4 * 3.0), "no device, no share for it"
+
+
+def test_schedulers_are_ranked_by_the_link() -> None:
+    schedulers = ["hybrid", "static_split", "on_demand"]
+
+    def order(facts: TuningFacts) -> list[str | None]:
+        ranking = ranked(facts, [2], [1], schedulers)
+        return [c.scheduler for c in ranking if c.policy == "horizon" and not c.prefetch]
+
+    assert order(with_device()) == ["hybrid", "static_split", "on_demand"], "copies take 10 s"
+    assert order(with_device(copy_s=0.01, expert_s=0.01))[-1] == "static_split", "it lets the CPU do half"
+    by_setting = to_verify(
+        Choice(2, "horizon", "gate", 1, "hybrid"), ranked(with_device(), [2, 1], [1], schedulers), 6
+    )
+    assert len({choice.scheduler for choice in by_setting}) > 1
 
 
 def test_the_ranking_knows_that_prediction_is_useless_where_nothing_is_waited_for() -> None:

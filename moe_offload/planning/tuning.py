@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_offload.planning.cost_model import TokenBytes
+from moe_offload.planning.tuning_device import DeviceFacts
 
 NO_PREDICTOR = "none"
 MARGIN = 0.02  # a gain below this is none
@@ -30,12 +31,14 @@ class Choice:
     Attributes:
         predictor: "none": nothing is read ahead.
         prefetch_depth: layers ahead; 1 where nothing is.
+        scheduler: of device and CPU; None: there is no device.
     """
 
     num_threads: int
     policy: str
     predictor: str
     prefetch_depth: int = 1
+    scheduler: str | None = None
 
     @property
     def prefetch(self) -> bool:
@@ -45,7 +48,8 @@ class Choice:
         """Return it in a few words."""
         ahead = f"{self.predictor} {self.prefetch_depth} ahead" if self.prefetch else "no prefetch"
         threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
-        return f"{threads}, {self.policy}, {ahead}"
+        shared = f", {self.scheduler}" if self.scheduler is not None else ""
+        return f"{threads}, {self.policy}, {ahead}{shared}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class TuningFacts:
         hit_rate: by policy, of the recorded trace replayed in this budget's slots.
         predictors: by name.
         layer_overhead_s: what a layer costs beside bytes.
+        device: None without one.
     """
 
     token: TokenBytes
@@ -80,21 +85,27 @@ class TuningFacts:
     hit_rate: Mapping[str, float]
     predictors: Mapping[str, Predictability]
     layer_overhead_s: float = 0.0
+    device: DeviceFacts | None = None
 
 
 def token_s(choice: Choice, facts: TuningFacts) -> float:
     """Return the modelled seconds of a decoded token.
 
     A layer reads its weights from RAM; the reads of its misses run beside the experts at hand, those that
-    were predicted beside the layers before, too, and wrong guesses take their share of the disk.
+    were predicted beside the layers before, too, and wrong guesses take their share of the disk. On a device
+    the experts take what the choice's scheduler makes of them.
     """
     layers = max(1, facts.num_layers)
     ram_bytes_per_s = facts.ram_bytes_per_s[choice.num_threads]
-    compute_s = facts.token.total_bytes / layers / ram_bytes_per_s + facts.layer_overhead_s
     hit_rate = facts.hit_rate[choice.policy]
     expert_bytes = facts.token.expert_bytes / layers
+    experts_s = expert_bytes / ram_bytes_per_s
+    other_s = facts.token.total_bytes / layers / ram_bytes_per_s - experts_s
+    if facts.device is not None and choice.scheduler is not None:
+        experts_s = facts.device.layer_s(choice.scheduler, choice.policy, experts_s / facts.device.top_k)
+    compute_s = other_s + experts_s + facts.layer_overhead_s
     miss_s = (1 - hit_rate) * expert_bytes / facts.disk_bytes_per_s
-    at_hand_s = hit_rate * expert_bytes / ram_bytes_per_s
+    at_hand_s = hit_rate * experts_s
     known = facts.predictors.get(choice.predictor)
     if known is None or not choice.prefetch:
         return layers * (compute_s + max(0.0, miss_s - at_hand_s))
@@ -106,15 +117,21 @@ def token_s(choice: Choice, facts: TuningFacts) -> float:
     return layers * max(layer_s, miss_s + wrong_s)
 
 
-def ranked(facts: TuningFacts, threads: Sequence[int], depths: Sequence[int]) -> list[Choice]:
+def ranked(
+    facts: TuningFacts,
+    threads: Sequence[int],
+    depths: Sequence[int],
+    schedulers: Sequence[str | None] = (None,),
+) -> list[Choice]:
     """Return every candidate, the fastest by the model first; of equals the one named first."""
     choices = [
-        Choice(num_threads, policy, predictor, depth)
+        Choice(num_threads, policy, predictor, depth, scheduler)
         for num_threads in threads
         for policy in facts.hit_rate
         for predictor in (NO_PREDICTOR, *facts.predictors)
         for depth in (depths if predictor != NO_PREDICTOR else (1,))
         if predictor == NO_PREDICTOR or depth in facts.predictors[predictor].recall
+        for scheduler in schedulers
     ]
     return sorted(choices, key=lambda choice: token_s(choice, facts))
 
@@ -142,7 +159,8 @@ def to_verify(defaults: Choice, ranking: Sequence[Choice], most: int) -> list[Ch
 
 def _changed(one: Choice, other: Choice) -> list[str]:
     """Return the settings in which two choices differ; prefetch on against off is one."""
-    changed = [name for name in ("num_threads", "policy") if getattr(one, name) != getattr(other, name)]
+    plain = ("num_threads", "policy", "scheduler")
+    changed = [name for name in plain if getattr(one, name) != getattr(other, name)]
     if one.predictor != other.predictor:
         changed.append("predictor" if one.prefetch and other.prefetch else "prefetch")
         if not (one.prefetch and other.prefetch):

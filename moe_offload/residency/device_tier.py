@@ -7,7 +7,7 @@ those that a step waits for; and a device may fail, after which RAM and the CPU 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moe_offload.config import DevicePlan
 from moe_offload.errors import DeviceError
@@ -123,6 +123,13 @@ class DeviceTier:
         self.cache.preload_share(
             layer_idx, [i for i in expert_ids if self.ram.is_resident(ExpertKey(layer_idx, i))]
         )
+
+    def hold_only(self, keys: Sequence[ExpertKey]) -> None:
+        """Have these experts alone, as far as RAM has their bytes; between steps, waits for copies."""
+        self.cache.keep_only(keys)
+        self.cache.preload([key for key in keys if self.ram.is_resident(key)])
+        self.cache.finish_reads()
+        self.absorb()
 
     def worked(self) -> None:
         """Take note of a step on the device that went well."""

@@ -491,6 +491,18 @@ class ExpertCache:
             for pool in self._pools:
                 pool.absorb()
 
+    def keep_only(self, keys: Iterable[ExpertKey]) -> None:
+        """Let all residents leave but ``keys``, between steps, and whatever was being read."""
+        assert self._open is None, "residents leave between steps"
+        self._tables = None
+        self.finish_reads()
+        kept = set(keys)
+        for pool in self._pools:
+            for entry in list(pool.staged.values()):
+                pool.discard(entry)
+            others = pool.residents.keys() - kept
+            pool.evict(len(others), others)
+
     def policy_states(self) -> list[Mapping[str, NDArray[Any]]]:
         """Return what each pool's policy has learned; empty where it keeps none of it."""
         for pool in self._pools:

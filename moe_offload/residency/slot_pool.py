@@ -361,7 +361,8 @@ class SlotPool:
     def absorb(self) -> None:
         """Make residents of what ``preload`` has read meanwhile, as long as there is room."""
         for entry in list(self.warming.values()):
-            if not self.store.done(entry.ticket) or self.settle(entry) is None:
+            under_way = entry.state is SlotState.IN_FLIGHT and not self.store.done(entry.ticket)
+            if under_way or self.settle(entry) is None:  # whoever waited for all reads has settled some
                 continue
             self.stats.warm_bytes += entry.num_bytes
             del self.warming[entry.key]

@@ -92,6 +92,12 @@ class HybridLayers:
     def scheduler(self) -> Scheduler:
         return SCHEDULERS["static_split" if self.is_frozen else self.scheduler_name]
 
+    def use(self, scheduler: str, switch: GainSwitch) -> None:
+        """Go on with another scheduler, between steps; ``switch``: for "hybrid", what it has learned."""
+        self.scheduler_name = scheduler
+        self.switch = switch if scheduler == "hybrid" else None
+        self.tier.replaces = scheduler != "static_split" and not self.is_frozen
+
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time: what is slower than a static split is not done.
 

@@ -20,7 +20,7 @@ from moe_offload.storage.checkpoint_key import checkpoint_key
 
 DISK, LAYER = "disk_bytes_per_s", "layer_s"  # names in a RunningCorrection
 LEAST_WEIGHTS_BYTES = 4 * MIB
-SETTINGS = ("num_threads", "policy", "predictor", "prefetch", "prefetch_depth")
+SETTINGS = ("num_threads", "policy", "predictor", "prefetch", "prefetch_depth", "scheduler")
 
 
 def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInUse | None:
@@ -50,7 +50,11 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
         return config
     tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
     if "predictor" in given or "prefetch" in given:  # one question in three parts
-        tuned = {name: value for name, value in tuned.items() if name in ("num_threads", "policy")}
+        tuned = {
+            name: value for name, value in tuned.items() if name in ("num_threads", "policy", "scheduler")
+        }
+    if config.device is None:
+        tuned.pop("scheduler", None)
     return replace(config, **{name: value for name, value in tuned.items() if name not in given})
 
 

@@ -83,7 +83,7 @@ def from_pretrained(
     kv: str | None = None,
     device: str | None = None,
     vram: str | int | None = None,
-    scheduler: str = "hybrid",
+    scheduler: str | None = None,
     dtype: str | torch.dtype = "auto",
     progress: Callable[[int, int], None] | None = None,
     quant_progress: Callable[[int, int], None] | None = None,
@@ -117,8 +117,8 @@ def from_pretrained(
             Changes time, never tokens.
         vram: the device's memory to use, the driver's own included ("6GiB", bytes), or "auto" for what is
             free less a reserve.
-        scheduler: who computes an expert, the device or the CPU: "hybrid"; baselines "static_split",
-            "on_demand", "fiddler", "hybrimoe_greedy".
+        scheduler: who computes an expert, the device or the CPU: default what was tuned, else "hybrid";
+            baselines "static_split", "on_demand", "fiddler", "hybrimoe_greedy".
         dtype: of activations and float dense weights; "auto" is the checkpoint's own (float32 for GGUF).
         progress: called with (bytes done, bytes in all) while dense weights are read.
         quant_progress: the same while ``quant`` writes its file, or waits for a process that does.
@@ -149,9 +149,9 @@ def from_pretrained(
         warm_start=warm_start,
         kv=kv,
         device=parse_device(device, vram),
-        scheduler=scheduler,
+        scheduler="hybrid" if scheduler is None else scheduler,
     )
-    check_scheduler(scheduler)
+    check_scheduler(config.scheduler)
     if config.device is not None:
         check_device(config.device)
     quant = None if quant is None else check_quant(quant)
@@ -161,8 +161,10 @@ def from_pretrained(
     compute_dtype = _resolve_dtype(dtype, checkpoint)
     found = machine_profile.find_profile(profile, checkpoint)
     chosen = {"policy": policy, "predictor": predictor, "prefetch": prefetch, "num_threads": num_threads}
+    chosen["scheduler"] = scheduler
     given = [name for name, value in chosen.items() if value is not None]
     config = machine_profile.with_settings(config, found, given)
+    check_scheduler(config.scheduler)  # of a profile, it may be any word
     make_policy(config.policy)  # a wrong name is an error before anything is read
     choice = choose_predictor(config.predictor if config.prefetch else "none", checkpoint)
     if config.num_threads is not None:

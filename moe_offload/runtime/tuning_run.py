@@ -28,6 +28,7 @@ from moe_offload.predictors.fit import Recording
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.predictor_choice import choose_predictor, make_predictor
 from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.trace import RoutingTrace
 
 SEED = 0
@@ -54,6 +55,9 @@ class _State:
     switch: GainSwitch
     threshold: Threshold
     policy_states: Sequence[Mapping[str, NDArray[Any]]] = field(default=())
+    sharing: GainSwitch = field(default_factory=GainSwitch)  # of device and CPU
+    device_states: Sequence[Mapping[str, NDArray[Any]]] = field(default=())  # of the device's policies
+    on_device: Sequence[ExpertKey] = field(default=())
 
 
 class TuningRun:
@@ -106,8 +110,16 @@ class TuningRun:
                 self.model(input_ids=token, past_key_values=cache, use_cache=True)
         seconds = self.clock() - started
         self.stall_s = (offload.stats().stall_s - stall_s) / max(1, ids.shape[1] - warm)
-        self._states[choice].policy_states = offload.cache.policy_states()
+        self._remember(choice)
         return seconds
+
+    def _remember(self, choice: Choice) -> None:
+        """Keep what a choice learned for its next run, and what it had on the device."""
+        offload, state = self.model.offload, self._states[choice]
+        state.policy_states = offload.cache.policy_states()
+        if offload.hybrid is not None:
+            device = offload.hybrid.tier.cache
+            state.device_states, state.on_device = device.policy_states(), device.residents()
 
     def counted_tokens(self, num_tokens: int) -> int:
         """Return how many tokens of a run's ``num_tokens`` are in its seconds."""
@@ -129,6 +141,20 @@ class TuningRun:
             offload.prefetcher.use(
                 state.predictor, switch=state.switch, threshold=state.threshold, link=self._link
             )
+
+        self._apply_device(choice, state)
+
+    def _apply_device(self, choice: Choice, state: _State) -> None:
+        """Let the choice's scheduler find what its own last run left on the device: nothing, at first.
+
+        A static split would else live on what another scheduler had copied.
+        """
+        hybrid = self.model.offload.hybrid
+        if hybrid is None or choice.scheduler is None or not hybrid.tier.is_on:
+            return
+        hybrid.tier.cache.use_policy(lambda: make_policy(choice.policy), state.device_states)
+        hybrid.tier.hold_only(state.on_device)
+        hybrid.use(choice.scheduler, state.sharing)
 
     def predictor(self, name: str, depth: int) -> Predictor | None:
         """Return a predictor of this model by name, as from_pretrained would make it."""
