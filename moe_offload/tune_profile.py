@@ -14,6 +14,9 @@ from moe_offload.residency.machine_state import cpu_name, machine_key
 from moe_offload.tune import Stage, combined
 from moe_offload.tune_tiers import Tiers
 
+EMULATED = "emulated"  # a device that the machine does not have
+MACHINE_SECTIONS = ("cpu", "ram", "disk", "gpu", "link")
+
 
 def assemble(
     name: str,
@@ -111,8 +114,10 @@ def as_settings(choice: Choice, slots: int, device_slots: int = 0) -> dict[str, 
 
 def keep(profile: DeviceProfile, checkpoint: str) -> Path | None:
     """Keep the profile for this checkpoint, and its figures for all others on this machine."""
-    figures = {name: section for name, section in profile.figures.items() if name != "model"}
+    own = ("cpu", "ram", "disk") if profile.notes["machine"]["device"] == EMULATED else MACHINE_SECTIONS
+    figures = {name: section for name, section in profile.figures.items() if name in own}
+    times = [time for time in profile.expert_times if time.device == "cpu" or "gpu" in own]
     notes = {name: notes for name, notes in profile.notes.items() if name in ("machine", "state")}
-    machine = replace(profile, name=machine_key(), figures=figures, notes=notes)
+    machine = replace(profile, name=machine_key(), figures=figures, expert_times=times, notes=notes)
     profile_store.keep(machine, None)
     return profile_store.keep(profile, checkpoint)

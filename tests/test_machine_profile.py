@@ -48,10 +48,10 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield taken
 
 
-def test_a_tuned_scheduler_needs_a_device_and_yields_to_what_is_given() -> None:
+def test_what_was_tuned_with_a_device_needs_one_and_yields_to_what_is_given() -> None:
     profile = tuned({**TUNED, "scheduler": "static_split", "vram_slots": 5})
     found = profile_store.ProfileInUse(profile, profile_store.GIVEN, None)
-    assert with_settings(RuntimeConfig(), found, []).scheduler == "hybrid"
+    assert with_settings(RuntimeConfig(), found, []) == RuntimeConfig()
     config = RuntimeConfig(device=DeviceChoice("emulated", 2**23), scheduler="fiddler")
     assert with_settings(config, found, []).scheduler == "static_split"
     assert with_settings(config, found, ["scheduler"]).scheduler == "fiddler"

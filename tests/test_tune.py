@@ -135,13 +135,14 @@ def test_a_scheduler_is_chosen_kept_and_used_with_a_device(
 ) -> None:
     ran = fake_runs(monkeypatch, lambda choice, number: 0.8 if choice.scheduler == "static_split" else 1.0)
     monkeypatch.setattr(TuningRun, "write", short_text)
-    monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.02)
+    monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.002)
     output, threads = tmp_path / "p.toml", ops.num_threads()
-    arguments = ["tune", "--ram", "2GiB", "--experts", "50%", "--seconds", "60", "-o", str(output)]
+    arguments = ["tune", "--ram", "2GiB", "--experts", "50%", "--seconds", "600", "-o", str(output)]
     try:
         assert cli.main([*arguments, "--device", DEVICE]) == 0
         assert "device " in capsys.readouterr().out
         assert len({choice.scheduler for choice in ran}) > 1 and None not in {c.scheduler for c in ran}
+        assert not load_profile(cache / f"{machine_key()}.toml").has("gpu"), "the machine has none"
         profile = load_profile(output)
         assert profile.settings["scheduler"] == "static_split" and profile.settings["vram_slots"] > 0
         assert profile.has("link") and profile.value("gpu", "vram") == 8 * MIB

@@ -78,6 +78,17 @@ def test_the_next_run_finds_the_hottest_resident_and_its_policy_informed(tmp_pat
     cache.check()
 
 
+def test_waiting_for_all_reads_does_not_lose_the_start() -> None:
+    state = state_of(used_cache(), "horizon")
+    cache, _, stats = make_cache(10, HorizonPolicy)
+    begin_warm(cache, state, "horizon")
+    cache.finish_reads()
+    cache.absorb()
+    assert cache.residents() == sorted(state.hottest()[:6]) and not cache.is_warming
+    assert stats.warm_bytes == 6 * cache.expert_bytes(0)
+    cache.check()
+
+
 def test_scores_of_another_policy_are_left_alone_but_heat_counts() -> None:
     state = state_of(used_cache(), "horizon")
     cache, disk, _ = make_cache(10, HorizonPolicy)

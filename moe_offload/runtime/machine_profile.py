@@ -43,18 +43,20 @@ def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInU
 def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Collection[str]) -> RuntimeConfig:
     """Return ``config`` with what was tuned in place of defaults; what the caller gave stays.
 
+    What was tuned with a device is for loads with one.
+
     Args:
         given: names of the arguments that the caller chose.
     """
     if found is None:
         return config
+    if config.device is None and "scheduler" in found.profile.settings:
+        return config  # tuned with a device, which may even take threads from the CPU
     tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
     if "predictor" in given or "prefetch" in given:  # one question in three parts
         tuned = {
             name: value for name, value in tuned.items() if name in ("num_threads", "policy", "scheduler")
         }
-    if config.device is None:
-        tuned.pop("scheduler", None)
     return replace(config, **{name: value for name, value in tuned.items() if name not in given})
 
 
