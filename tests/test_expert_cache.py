@@ -329,6 +329,24 @@ def test_a_stream_reads_ahead_through_the_free_slots(bench: Bench) -> None:
     stream.close()
 
 
+def test_a_stream_gives_out_residents_together(bench: Bench) -> None:
+    bench.run(1, 2, 5)
+    batches = [[expert_id for expert_id, _ in batch] for batch in bench.cache.stream_batches(1, [2, 5])]
+    assert batches == [[2, 5]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_batch_ends_with_what_was_read(seed: int) -> None:
+    """Its slot is then free for the next read, whatever residents were computed with it."""
+    bench = Bench(num_slots=10, seed=seed)
+    there = {1, 2, 5}
+    bench.run(0, *there)
+    batches = [[i for i, _ in batch] for batch in bench.cache.stream_batches(0, list(range(NUM_EXPERTS)))]
+    assert [i for batch in batches for i in batch] == list(range(NUM_EXPERTS))
+    assert all(there.issuperset(batch[:-1]) for batch in batches)
+    assert any(len(batch) > 1 for batch in batches)
+
+
 @pytest.mark.parametrize("consumed", range(NUM_EXPERTS))
 def test_a_stream_closed_early_leaves_a_usable_cache(consumed: int) -> None:
     bench = Bench(num_slots=4, seed=consumed)

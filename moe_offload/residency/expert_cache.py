@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from moe_offload.config import PoolPlan
 from moe_offload.errors import CheckpointError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.placement import staging_slots
-from moe_offload.residency.prompt_stream import Copies, stream_experts
+from moe_offload.residency.prompt_stream import Batch, Copies, stream_experts
 from moe_offload.residency.route_log import RouteLog
 from moe_offload.residency.slot_pool import Entry, ExpertSource, SlotPool, SlotState
 from moe_offload.stats import OffloadStats
@@ -290,16 +290,33 @@ class ExpertCache:
         num_tokens: Sequence[int] | None = None,
         copies: Copies | None = None,
     ) -> Generator[tuple[int, tuple[int, ...]], None, None]:
-        """Yield (expert_id, matrix addresses) for ``expert_ids`` in their order.
+        """Yield (expert_id, matrix addresses) for ``expert_ids`` in their order, one after the other.
+
+        See ``stream_batches``.
+        """
+        with closing(self.stream_batches(layer_idx, expert_ids, num_tokens, copies)) as batches:
+            for batch in batches:
+                yield from batch
+
+    def stream_batches(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        num_tokens: Sequence[int] | None = None,
+        copies: Copies | None = None,
+    ) -> Generator[Batch, None, None]:
+        """Yield lists of (expert_id, matrix addresses), together ``expert_ids`` in their order.
 
         Residents are used in place; the others are read once each through the free slots, as many
-        ahead as there are. An address is good until the next one is asked for. Nothing is evicted.
-        Closing the generator early leaves the cache consistent without blocking.
+        ahead as there are. A list holds residents and, at its end, at most one that was read; its addresses
+        are good until the next list is asked for. Nothing is evicted. Closing the generator early leaves
+        the cache consistent without blocking.
 
         Args:
             num_tokens: how many tokens chose each of ``expert_ids``; the most used ones become
                 residents where there is room.
             copies: of what was yielded, to a faster tier: a slot is not used again while it is copied.
+                Lists are then of one expert.
 
         Raises:
             CheckpointError: a read failed.

@@ -1,4 +1,4 @@
-"""The experts of a prompt, one after the other, past the residents of a pool."""
+"""The experts of a prompt, in batches of what is in memory, past the residents of a pool."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Protocol
 
 from moe_offload.residency.slot_pool import Entry, SlotPool, SlotState
 from moe_offload.storage.expert_format import ExpertKey
+
+Batch = list[tuple[int, tuple[int, ...]]]  # (expert_id, matrix addresses)
 
 
 class Copies(Protocol):
@@ -55,8 +57,8 @@ def stream_experts(
     expert_ids: Sequence[int],
     num_tokens: Sequence[int] | None,
     copies: Copies | None = None,
-) -> Generator[tuple[int, tuple[int, ...]], None, None]:
-    """Yield (expert_id, matrix addresses); see ``ExpertCache.stream``."""
+) -> Generator[Batch, None, None]:
+    """Yield what is at hand, at least one expert; see ``ExpertCache.stream_batches``."""
     held: dict[int, Entry] = {}  # pinned, by expert id: what is there and what is being read ahead
     lingering = _Lingering(copies)
 
@@ -70,21 +72,23 @@ def stream_experts(
         warm = _hold_what_is_there(pool, layer_idx, expert_ids, held)
         unread = deque(expert_id for expert_id in expert_ids if expert_id not in held)
         keepers = warm | _choose_keepers(pool, layer_idx, expert_ids, num_tokens, len(warm))
-        for expert_id in expert_ids:
+        left = deque(expert_ids)
+        while left:
             for entry in lingering.copied(wait=False):
                 release(entry)
-            if expert_id not in held and not pool.free:
+            if left[0] not in held and not pool.free:
                 for entry in lingering.copied(wait=True):
                     release(entry)
-            if expert_id not in held and not pool.free:
+            if left[0] not in held and not pool.free:
                 pool.free_one()
             _read_ahead(pool, layer_idx, unread, held)
-            entry = held[expert_id]
-            pool.wait(entry)
-            yield expert_id, entry.addresses
-            del held[expert_id]
-            if not lingering.keep(entry):
-                release(entry)
+            pool.wait(held[left[0]])
+            batch = _take_what_is_at_hand(pool, left, held) if copies is None else [left.popleft()]
+            yield [(expert_id, held[expert_id].addresses) for expert_id in batch]
+            for expert_id in batch:
+                entry = held.pop(expert_id)
+                if not lingering.keep(entry):
+                    release(entry)
         while lingering.all():
             for entry in lingering.copied(wait=True):
                 release(entry)
@@ -93,6 +97,23 @@ def stream_experts(
             entry.pins -= 1
             if entry.state is not SlotState.RESIDENT and pool.find(entry.key) is entry:
                 pool.discard(entry)
+
+
+def _take_what_is_at_hand(pool: SlotPool, left: deque[int], held: dict[int, Entry]) -> list[int]:
+    """Take residents from the front of ``left``, and what was read where it comes first or after them.
+
+    No more than one of these: its slot is needed for the next read.
+    """
+    batch: list[int] = []
+    while left and (entry := held.get(left[0])) is not None:
+        if batch and entry.state is SlotState.IN_FLIGHT and not pool.store.done(entry.ticket):
+            break
+        is_resident = entry.state is SlotState.RESIDENT
+        pool.wait(entry)
+        batch.append(left.popleft())
+        if not is_resident:
+            break
+    return batch
 
 
 def _hold_what_is_there(

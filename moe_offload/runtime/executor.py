@@ -7,6 +7,7 @@ a policy or a prefetch changes the time of a token and never the token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -190,26 +191,28 @@ class ExpertExecutor:
         return np.array(addresses, np.uint64)
 
     def _stream(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
-        """Serve many tokens: each expert once, past the decode cache."""
+        """Serve many tokens: each expert once, past the decode cache, added in ascending id."""
         if self.is_hybrid:
             assert self.hybrid is not None
             shared = TorchRows(self.kernel, hidden, routing, [])
             stream_layer(self.hybrid, shared)
             weighted_sum(out, shared.rows, routing.pair_tokens, routing.pair_weights)
             return
-        tokens_per_expert = np.diff(routing.pair_offsets).tolist()
-        stream = self.cache.stream(self.layer_idx, routing.expert_ids.tolist(), tokens_per_expert)
-        try:
-            for position, (expert_id, addresses) in enumerate(stream):
-                pairs = routing.pairs_of(position)
-                tokens = np.ascontiguousarray(routing.pair_tokens[pairs])
-                offsets = np.array([0, len(tokens)], np.int32)
-                rows = self.kernel.rows(
-                    hidden, np.array([expert_id], np.int32), np.array([addresses], np.uint64), offsets, tokens
-                )
-                weighted_sum(out, rows, tokens, routing.pair_weights[pairs].contiguous())
-        finally:
-            stream.close()
+        self._stream_from_ram(hidden, routing, out)
+
+    def _stream_from_ram(self, hidden: Tensor, routing: Routing, out: Tensor) -> None:
+        """Compute what is in memory in one call while the rest is being read."""
+        offsets, ids = routing.pair_offsets, routing.expert_ids
+        batches = self.cache.stream_batches(self.layer_idx, ids.tolist(), np.diff(offsets).tolist())
+        start = 0
+        with closing(batches):
+            for batch in batches:
+                end = start + len(batch)
+                pairs = slice(int(offsets[start]), int(offsets[end]))
+                addresses = np.array([there for _, there in batch], np.uint64)
+                part = offsets[start : end + 1] - offsets[start], routing.pair_tokens[pairs]
+                self.kernel.sum(hidden, ids[start:end], addresses, *part, routing.pair_weights[pairs], out)
+                start = end
 
 
 def make_kernel(experts: Any, layout: ExpertLayout) -> ExpertKernel:
