@@ -4,8 +4,9 @@
 
 - AddressSanitizer and UBSan: the extension is built with both, and the tests of ops, of the header
   parsers and of the reader run on that build, in this interpreter with the libraries preloaded.
-- ThreadSanitizer: programs that hammer the thread pool and the reader, and the tests of the cache, of the
-  reader and of eviction on a build of the extension: all that needs no torch, whose threads it does not know.
+- ThreadSanitizer: programs that hammer the thread pool, the reader and a device, and the tests of the cache,
+  of the reader, of eviction and of a device's copies on a build of the extension: all that needs no torch,
+  whose threads it does not know.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ TESTS = {
     "address": (
         "test_ops.py", "test_expert_ops.py", "test_thread_pool.py", "test_gguf.py", "test_safetensors.py",
         "test_arena.py", "test_direct_read.py", "test_expert_store.py", "test_horizon.py", "test_op_grid.py",
-        "test_native_step.py", "test_scheduler.py",
+        "test_native_step.py", "test_scheduler.py", "test_emulated_device.py", "test_device_launches.py",
+        "test_packed_kv.py", "test_policies.py",
     ),
-    "thread": ("test_expert_cache.py", "test_direct_read.py", "test_expert_store.py", "test_eviction.py"),
+    "thread": (
+        "test_expert_cache.py", "test_direct_read.py", "test_expert_store.py", "test_eviction.py",
+        "test_emulated_device.py",
+    ),
 }  # fmt: skip
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 OPTIONS = {
@@ -36,6 +41,16 @@ OPTIONS = {
 STRESS = {
     "stress_thread_pool": (["cpu/thread_pool.cpp", "cpu/usable_cores.cpp"], ["40"]),
     "stress_direct_read": (["io/*.cpp"], ["{folder}/data.bin", "100"]),
+    "stress_device": (
+        [
+            "device/copy_queue.cpp",
+            "device/launch_queue.cpp",
+            "device/link.cpp",
+            "cpu/thread_pool.cpp",
+            "cpu/usable_cores.cpp",
+        ],
+        ["100"],
+    ),
 }
 CLOCKLOCK = ROOT / "tests" / "native" / "tsan_clocklock.h"
 
