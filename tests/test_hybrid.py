@@ -290,6 +290,17 @@ def test_the_account_adds_up(prompt_ids) -> None:
         assert device.device_state.startswith("emulated, hybrid")
 
 
+def test_a_copy_that_arrives_after_the_decision_is_not_counted_twice(prompt_ids, monkeypatch) -> None:
+    with loaded(scheduler="on_demand") as model:
+        generate(model, prompt_ids)
+        cache = model.offload.hybrid.tier.cache
+        monkeypatch.setattr(cache, "has_bytes", lambda layer_idx, expert_ids: [False] * len(expert_ids))
+        generate(model, prompt_ids)
+        device = model.offload.stats().device
+        assert device.device_misses == device.cpu_experts + device.copied_experts
+        assert device.device_hits + device.device_misses == device.device_experts + device.cpu_experts
+
+
 @pytest.mark.parametrize(("experts", "into_device"), [("all", True), ("25%", False)])
 def test_what_is_prefetched_goes_to_the_tier_that_lacks_experts(experts, into_device, prompt_ids) -> None:
     with loaded(experts=experts) as model:

@@ -83,7 +83,10 @@ class _Run:
         assert self.device_step is not None
         try:
             if to_copy:
+                misses_before = self.tier.stats.misses
                 self.tier.cache.extend(self.device_step, to_copy)
+                # A copy that was on its way when the step was planned may have arrived meanwhile.
+                self.layers.counters.copied_experts += self.tier.stats.misses - misses_before
             self.copied += to_copy
             self._launch([*resident, *to_copy])
         except DeviceError as error:  # the inputs found no memory
@@ -175,7 +178,6 @@ class _Run:
         counters.cpu_s += self.cpu_s
         counters.cpu_experts += len(self.rows.expert_ids) - len(self.on_device)
         counters.device_experts += len(self.on_device)
-        counters.copied_experts += len(self.copied)
         if self.failure is not None:
             return
         num_tokens = np.diff(np.array(self.rows.pair_offsets))
