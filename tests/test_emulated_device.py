@@ -13,6 +13,7 @@ from moe_offload.errors import ConfigError
 
 QUEUED, COPYING, DONE, FAILED, CANCELLED = range(5)
 MIB = 1 << 20
+sources: list[np.ndarray] = []  # of a test; they outlive its device, whose copies read them
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def device() -> Iterator[_native.EmulatedDevice]:
     device = _native.EmulatedDevice(16 * MIB, 100 * MIB, 1e-4)
     yield device
     device.close()
+    sources.clear()
 
 
 def spans(device: _native.EmulatedDevice, source: np.ndarray, offset: int) -> np.ndarray:
@@ -34,7 +36,8 @@ def on_device(device: _native.EmulatedDevice, offset: int, num_bytes: int) -> by
 
 
 def source_of(num_bytes: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
+    sources.append(np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8))
+    return sources[-1]
 
 
 def test_bytes_arrive_whole_and_in_their_place(device: _native.EmulatedDevice) -> None:
