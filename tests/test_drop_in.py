@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import shutil
 import threading
@@ -25,7 +26,7 @@ import moe_offload
 from moe_offload import BudgetError, ConfigError
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.residency.memory import process_bytes
-from moe_offload.runtime.arguments import read_arguments
+from moe_offload.runtime.arguments import _OWN, read_arguments
 from moe_offload.runtime.footprint import trim_heap
 from moe_offload.runtime.offload import base_bytes, live_handles
 
@@ -424,3 +425,10 @@ def test_closing_from_inside_a_forward_is_refused(tiny_moe):
     model.offload.on_prefill = None
     assert model(torch.arange(20).reshape(1, -1)).logits.shape[1] == 20
     model.offload.close()
+
+
+def test_a_misspelt_argument_is_answered_with_any_of_our_own_names() -> None:
+    """So that a new argument of from_pretrained is not forgotten in the list of suggestions."""
+    parameters = inspect.signature(moe_offload.from_pretrained).parameters.values()
+    ours = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert ours == set(_OWN)

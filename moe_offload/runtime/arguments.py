@@ -57,7 +57,7 @@ _REFUSED = {
 }
 _OWN = (
     "ram", "experts", "context", "policy", "predictor", "prefetch", "num_threads", "allow_dense", "quant",
-    "dtype", "progress", "quant_progress", "profile", "device", "vram", "scheduler",
+    "dtype", "progress", "quant_progress", "profile", "device", "vram", "scheduler", "kv", "warm_start",
 )  # fmt: skip
 _HONOURED = (
     "torch_dtype", "attn_implementation", "device_map", "max_memory", "gguf_file", "subfolder",
