@@ -20,7 +20,15 @@ from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 8, 2
-CODE = ("expert_cache.py", "slot_pool.py", "prompt_stream.py")
+CODE = (
+    "expert_cache.py",
+    "cache_hints.py",
+    "cache_pools.py",
+    "cache_upkeep.py",
+    "prompt_stream.py",
+    "slot_pool.py",
+    "slot_reads.py",
+)
 
 
 class ForgetfulDisk(SimulatedDisk):

@@ -13,7 +13,7 @@ import numpy as np
 from moe_offload.errors import DeviceError
 from moe_offload.residency.accelerator import Device, DeviceFault, wait_copy
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.slot_pool import ExpertSource
+from moe_offload.residency.slot_entry import ExpertSource
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
 DONE, CANCELLED = 2, 4  # csrc/io/direct_read.h: TicketState

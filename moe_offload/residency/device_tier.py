@@ -16,7 +16,7 @@ from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.residency.accelerator import Device, DeviceFault
 from moe_offload.residency.device_source import DeviceSource
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.slot_pool import ExpertSource, SlotState
+from moe_offload.residency.slot_entry import ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
-from moe_offload.residency.slot_pool import Entry, SlotPool, SlotState
+from moe_offload.residency.slot_entry import Entry, SlotState
+from moe_offload.residency.slot_pool import SlotPool
 from moe_offload.storage.expert_format import ExpertKey
 
 Batch = list[tuple[int, tuple[int, ...]]]  # (expert_id, matrix addresses)

@@ -1,88 +1,22 @@
-"""Slots of one byte size: which expert is in which, and the reads that fill them.
-
-Owns the mechanism only (take a slot, read into it, free it); expert_cache.py decides when.
-One thread uses it: reads finish in the background, but a pool learns of it only when asked.
-"""
+"""Whose slot is freed for whom, in a pool of slots of one byte size."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
 
 from moe_offload.config import PoolPlan
-from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
+from moe_offload.residency.slot_reads import SlotReads
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
 UNTOLD_PASSES = 64  # that a policy learns of late
 
 
-class ExpertSource(Protocol):
-    """What the cache asks of storage/expert_store.py; tests put a simulated disk here.
-
-    Every ticket ends in exactly one ``wait`` that returns or raises CheckpointError, or in one
-    ``cancel`` that returned True, followed by ``forget``.
-    """
-
-    def read(self, key: ExpertKey, slot_address: int, *, speculative: bool) -> int:
-        """Queue the reads of an expert; a demand read goes before every queued speculative one."""
-
-    def done(self, ticket: int) -> bool:
-        """Whether ``wait`` would not block: finished, well or not."""
-
-    def wait(self, ticket: int) -> None:
-        """Block until the bytes are in the slot and forget the ticket, also when it raises this.
-
-        Raises:
-            CheckpointError: the read failed.
-            DeviceError: it was a copy to a device, and failed.
-        """
-
-    def promote(self, ticket: int) -> bool:
-        """Turn a speculative read into a demand read, where it has not begun."""
-
-    def cancel(self, ticket: int) -> bool:
-        """Take back a read that has not begun; False when it has, and the slot is still written."""
-
-    def forget(self, ticket: int) -> bool:
-        """Drop the record of a read that was cancelled."""
-
-    def addresses(self, key: ExpertKey, slot_address: int) -> tuple[int, ...]:
-        """First byte of each of the expert's matrices in the slot."""
-
-    def expert_bytes(self, key: ExpertKey) -> int:
-        """Bytes of the expert in the file."""
-
-
-class SlotState(Enum):
-    """Of an expert that has a slot; drawn in expert_cache.py."""
-
-    IN_FLIGHT = "in flight"
-    STAGED = "staged"  # its bytes are there; not resident (yet)
-    RESIDENT = "resident"
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """An expert in a slot."""
-
-    key: ExpertKey
-    slot: int
-    addresses: tuple[int, ...]
-    num_bytes: int
-    ticket: int  # meaningful while in flight
-    state: SlotState
-    unclaimed: bool  # speculative, and no step has asked for it yet
-    pins: int = 0
-
-
-class SlotPool:
-    """``plan.num_slots`` slots from ``first_address`` on, shared by the experts of ``plan.layers``."""
+class SlotPool(SlotReads):
+    """A pool with a policy for its residents, and an order in which everything else gives way."""
 
     def __init__(
         self,
@@ -94,122 +28,13 @@ class SlotPool:
         first_address: int,
         clock: Callable[[], float],
     ) -> None:
-        self.slot_bytes, self.num_experts = plan.slot_bytes, plan.num_experts
-        self.num_slots, self.num_staging = plan.num_slots, plan.num_staging
-        self.store, self.policy, self.stats = store, policy, stats
-        self.first_address, self.clock = first_address, clock
-        self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
-        self.residents: dict[ExpertKey, Entry] = {}
-        self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
-        self.warming: dict[
-            ExpertKey, Entry
-        ] = {}  # of the staged: read at the start for no step in particular
+        super().__init__(plan, layouts, store, policy, stats, first_address, clock)
         self._untold: deque[tuple[int, Sequence[int], Sequence[float] | None]]
         self._untold = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # steps, see routed
-        self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
-        self.table: dict[int, list[Entry | None]] = {}  # layer_idx -> by expert_id
         self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
         self.held: dict[ExpertKey, int] = {}  # copies to there that are under way, by expert
         self.finish_copies: Callable[[], None] | None = None  # waits until nothing is held
         self._layers_end = max(plan.layers) + 1
-        for layer_idx in plan.layers:
-            assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
-            self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
-
-    @property
-    def capacity(self) -> int:
-        """Most residents."""
-        return self.num_slots - self.num_staging
-
-    @property
-    def is_full_size(self) -> bool:
-        """Whether every expert has a slot of its own: nothing ever has to leave."""
-        return self.num_staging == 0
-
-    def slot_address(self, slot: int) -> int:
-        return self.first_address + slot * self.slot_bytes
-
-    def find(self, key: ExpertKey) -> Entry | None:
-        return self.table[key.layer_idx][key.expert_id]
-
-    def read(self, key: ExpertKey, *, speculative: bool) -> Entry:
-        """Start reading an expert into a free slot."""
-        assert self.find(key) is None, f"{key} has a slot already"
-        slot = self.free.pop()  # before the read begins: an interrupt may lose a slot, never share one
-        address = self.slot_address(slot)
-        try:
-            ticket = self.store.read(key, address, speculative=speculative)
-        except Exception:
-            self.free.append(slot)
-            raise
-        entry = Entry(
-            key=key,
-            slot=slot,
-            addresses=self.store.addresses(key, address),
-            num_bytes=self.store.expert_bytes(key),
-            ticket=ticket,
-            state=SlotState.IN_FLIGHT,
-            unclaimed=speculative,
-        )
-        self.table[key.layer_idx][key.expert_id] = entry
-        self.staged[key] = entry
-        return entry
-
-    def finish(self, entry: Entry) -> None:
-        """Wait for an entry's read.
-
-        Raises:
-            CheckpointError, DeviceError: it failed; the slot is free again and a later step reads anew.
-        """
-        try:
-            self.store.wait(entry.ticket)
-        except (CheckpointError, DeviceError):
-            self._remove(entry)
-            raise
-        entry.state = SlotState.STAGED
-
-    def wait(self, entry: Entry) -> None:
-        """Block until an entry's bytes are there, counted as stall; raises as ``finish`` does."""
-        if entry.state is not SlotState.IN_FLIGHT:
-            return
-        started = self.clock()
-        try:
-            self.finish(entry)
-        finally:
-            self.stats.stall_s += self.clock() - started
-
-    def settle(self, entry: Entry) -> Entry | None:
-        """Take note of a read that finished meanwhile; None when it failed: a hint is never an error."""
-        if entry.state is SlotState.IN_FLIGHT and self.store.done(entry.ticket):
-            try:
-                self.finish(entry)
-            except (CheckpointError, DeviceError):
-                return None
-        return entry
-
-    def claim(self, entry: Entry) -> bool:
-        """Take over a prefetch that is needed now; True when it was useful, False when it is late."""
-        entry.unclaimed = False
-        if self.warming.pop(entry.key, None) is not None:
-            self.stats.warm_bytes += entry.num_bytes
-            if entry.state is SlotState.STAGED:
-                return True
-            self.store.promote(entry.ticket)
-            return False
-        if entry.state is SlotState.STAGED:
-            self.stats.prefetch_useful_bytes += entry.num_bytes
-            return True
-        self.stats.prefetch_late_bytes += entry.num_bytes
-        self.store.promote(entry.ticket)
-        return False
-
-    def admit(self, entry: Entry) -> None:
-        """Make a staged expert a resident: book-keeping only, its bytes stay where they are."""
-        assert entry.state is SlotState.STAGED, f"{entry.key} is {entry.state.value}, wait for it first"
-        del self.staged[entry.key]
-        entry.state = SlotState.RESIDENT
-        self.residents[entry.key] = entry
-        self.policy.on_insert(entry.key)
 
     def routed(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None) -> None:
         """Show the policy a step; later, if ever, while every expert has a slot: nobody is to leave then."""
@@ -269,26 +94,6 @@ class SlotPool:
         else:
             self.held.pop(key, None)
 
-    def discard(self, entry: Entry) -> None:
-        """Free a staged expert's slot, or abandon its read: at once when it had not begun."""
-        if entry.state is SlotState.IN_FLIGHT and not self._was_forgotten(entry.ticket):
-            self._abandon(entry)
-            return
-        if entry.unclaimed:
-            self.stats.prefetch_wasted_bytes += entry.num_bytes
-        if entry.key in self.warming:
-            self.stats.warm_bytes += entry.num_bytes
-        self._remove(entry)
-
-    def cancel(self, entry: Entry) -> bool:
-        """Take back a read that has not begun; False leaves it in flight."""
-        if not self.store.cancel(entry.ticket):
-            return False
-        self.store.forget(entry.ticket)
-        self.stats.prefetch_cancelled += entry.unclaimed
-        self._remove(entry)
-        return True
-
     def make_room(self, count: int) -> None:
         """Free slots until there are ``count``, dearest last.
 
@@ -346,6 +151,13 @@ class SlotPool:
         entries = [e for e in self.staged.values() if e.unclaimed and e.state is SlotState.IN_FLIGHT]
         return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
 
+    def free_one(self) -> None:
+        """Free a slot for a stream that has none: what nobody waits for is in the way."""
+        self.drain()
+        if not self.free and self.warming:
+            self.discard(next(reversed(self.warming.values())))
+            self.drain()
+
     def preload(self, keys: Iterable[ExpertKey]) -> None:
         """Queue the reads of experts that shall become residents: as many as there is room for."""
         room = min(len(self.free), self.capacity - len(self.residents) - len(self.warming))
@@ -371,27 +183,6 @@ class SlotPool:
             else:
                 self.discard(entry)
 
-    def free_one(self) -> None:
-        """Free a slot for a stream that has none: what nobody waits for is in the way."""
-        self.drain()
-        if not self.free and self.warming:
-            self.discard(next(reversed(self.warming.values())))
-            self.drain()
-
-    def reap(self) -> None:
-        """Free the slots of abandoned reads that have finished."""
-        for pair in [pair for pair in self.draining if self.store.done(pair[0])]:
-            self._drain_one(pair)
-
-    def drain(self) -> None:
-        """Wait until no read is in flight that nobody wants."""
-        while self.draining:
-            self._drain_one(self.draining[0])
-
-    def unclaimed(self) -> list[Entry]:
-        """Return the speculative entries that no step has asked for, oldest first."""
-        return [entry for entry in self.staged.values() if entry.unclaimed]
-
     def recover(self, policy: EvictionPolicy) -> None:
         """Make the books agree again after an interrupt between any two instructions; never blocks.
 
@@ -405,7 +196,7 @@ class SlotPool:
         for row in self.table.values():
             row[:] = [None] * len(row)
         drained = {slot for _, slot in self.draining}
-        self.draining = [pair for pair in self.draining if not self._was_forgotten(pair[0])]
+        self.draining = [pair for pair in self.draining if not self.was_forgotten(pair[0])]
         known_free = set(self.free) - drained - entries.keys()
         known_free |= drained - {slot for _, slot in self.draining}
         self.free = sorted(known_free, reverse=True)
@@ -425,57 +216,13 @@ class SlotPool:
             self.residents[entry.key] = entry
             self.table[entry.key.layer_idx][entry.key.expert_id] = entry
             return
-        if entry.state is SlotState.IN_FLIGHT and not self._was_forgotten(entry.ticket):
+        if entry.state is SlotState.IN_FLIGHT and not self.was_forgotten(entry.ticket):
             if not self.store.cancel(entry.ticket):
                 self.draining.append((entry.ticket, entry.slot))
                 return
             self.store.forget(entry.ticket)
         self.free.append(entry.slot)
 
-    def _was_forgotten(self, ticket: int) -> bool:
-        """Whether a ticket is unknown: then its read is over."""
-        try:
-            self.store.done(ticket)
-        except ConfigError:
-            return True
-        return False
-
     def check(self) -> None:
-        """Assert what holds whenever no step or stream is open."""
-        assert len(self.residents) <= self.capacity, f"{len(self.residents)} residents of {self.capacity}"
-        entries = {**self.residents, **self.staged}
-        assert len(entries) == len(self.residents) + len(self.staged), "a key is resident and staged"
-        in_table = {entry.key: entry for row in self.table.values() for entry in row if entry is not None}
-        assert in_table == entries, "the table and the owners disagree"
-        slots = [*self.free, *(slot for _, slot in self.draining), *(e.slot for e in entries.values())]
-        assert len(slots) == len(set(slots)) == self.num_slots, f"slots {sorted(slots)} of {self.num_slots}"
-        for entry in entries.values():
-            assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
-            assert entry.pins == 0, f"{entry} is pinned by nobody"
+        super().check()
         assert self.held.keys() <= self.residents.keys(), f"{self.held} are held and not resident"
-
-    def _abandon(self, entry: Entry) -> None:
-        if self.cancel(entry):
-            return
-        if entry.unclaimed:
-            self.stats.prefetch_wasted_bytes += entry.num_bytes
-        del self.staged[entry.key]
-        self.warming.pop(entry.key, None)
-        self.table[entry.key.layer_idx][entry.key.expert_id] = None
-        self.draining.append((entry.ticket, entry.slot))
-
-    def _drain_one(self, pair: tuple[int, int]) -> None:
-        ticket, slot = pair
-        with suppress(
-            CheckpointError, DeviceError
-        ):  # nobody wants these bytes; who does reads again and is told
-            self.store.wait(ticket)
-        self.draining.remove(pair)
-        self.free.append(slot)
-
-    def _remove(self, entry: Entry) -> None:
-        owner = self.residents if entry.state is SlotState.RESIDENT else self.staged
-        del owner[entry.key]
-        self.warming.pop(entry.key, None)
-        self.table[entry.key.layer_idx][entry.key.expert_id] = None
-        self.free.append(entry.slot)
