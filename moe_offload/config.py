@@ -49,7 +49,7 @@ def parse_bytes(text: str | int) -> int:
     return num_bytes
 
 
-DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,latency=10us][,pinned=1GiB]"
+DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,to_host=12GB/s][,latency=10us][,pinned=1GiB]"
 
 
 def parse_device(text: str | None, vram: str | int | None) -> DeviceChoice | None:
@@ -74,7 +74,7 @@ def parse_device(text: str | None, vram: str | int | None) -> DeviceChoice | Non
 def _emulated(settings: str, vram_bytes: int | None) -> DeviceChoice:
     """Read what follows ``emulated:``."""
     given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
-    unknown = sorted(given.keys() - {"vram", "link", "latency", "pinned"})
+    unknown = sorted(given.keys() - {"vram", "link", "to_host", "latency", "pinned"})
     if unknown or "" in given.values():
         raise ConfigError(f'device="emulated:{settings}" is not understood; the form is "{DEVICE_FORM}"')
     own_bytes = parse_bytes(given["vram"]) if "vram" in given else None
@@ -82,11 +82,16 @@ def _emulated(settings: str, vram_bytes: int | None) -> DeviceChoice:
         raise ConfigError(f'an emulated device has the memory that it is given: "{DEVICE_FORM}", or vram=')
     choice = DeviceChoice("emulated", min(filter(None, (own_bytes, vram_bytes))))
     if "link" in given:
-        speed = parse_bytes(given["link"].removesuffix("/s"))
-        choice = replace(choice, link_bytes_per_s=float(speed))
+        choice = replace(choice, link_bytes_per_s=_bytes_per_s(given["link"]))
+    if "to_host" in given:
+        choice = replace(choice, to_host_bytes_per_s=_bytes_per_s(given["to_host"]))
     if "latency" in given:
         choice = replace(choice, latency_s=_seconds(given["latency"]))
     return replace(choice, pinnable_bytes=parse_bytes(given["pinned"])) if "pinned" in given else choice
+
+
+def _bytes_per_s(text: str) -> float:
+    return float(parse_bytes(text.removesuffix("/s")))
 
 
 def _seconds(text: str) -> float:
@@ -148,6 +153,7 @@ class DeviceChoice:
         kind: "emulated", or a real one's name ("cuda", "cuda:0").
         vram_bytes: None: what is free there, less a reserve.
         link_bytes_per_s, latency_s, pinnable_bytes: of an emulated one.
+        to_host_bytes_per_s: of its way back; None: as the way there.
     """
 
     kind: str
@@ -155,6 +161,7 @@ class DeviceChoice:
     link_bytes_per_s: float = 12e9
     latency_s: float = 10e-6
     pinnable_bytes: int | None = None  # None: all
+    to_host_bytes_per_s: float | None = None
 
 
 MAX_THREADS = 1024  # more than any machine has use for; a process may not even start them

@@ -2,13 +2,16 @@
 
 Through the interface that every device has (csrc/device/device.h), so an emulated one and a card are measured
 by the same lines. Rows come back to the host as a part of their launch, so that experts' times have that way
-in them. Its memory holds a few experts meanwhile; the caller opens and closes it.
+in them. The link is measured both ways, by whole experts. Its memory holds a few of them meanwhile; the
+caller opens and closes it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +28,7 @@ from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType
 WAIT_S = 3600.0  # per native call; it looks for Ctrl-C every 100 ms
 MOST_EXPERTS = 4  # in the device's memory at the same time
 TOKEN_COUNTS = (1, 4, 16, 64)
+PAGE_BYTES = 4096
 
 
 @dataclass
@@ -75,6 +79,17 @@ class _OnDevice:
             if failure is not None:
                 raise ConfigError(f"{self.device.name} refuses a copy: {failure[0]}")
 
+    def bring_back(self, meanwhile: Callable[[], object] | None = None) -> float:
+        """Copy the experts back to the host; returns the seconds that the link took.
+
+        Args:
+            meanwhile: repeated by another thread until they are there.
+        """
+        size = self.bench.slot_bytes
+        spans = [[self.bench.slot(i), self.target(i), size] for i in range(len(self.keys))]
+        with _repeated(meanwhile):
+            return self.device.copy_to_host(np.array(spans, np.int64))
+
     def launch(self, num_tokens: int, num_experts: int) -> int:
         """Begin ``num_experts`` experts with ``num_tokens`` tokens each; returns a ticket."""
         hidden = torch.ones(num_tokens, self.layout.hidden_size)
@@ -104,7 +119,7 @@ def measure_device(device: Device, bench: ExpertBench, budget: TimeBudget) -> De
         ConfigError: it has no room for an expert, or copies fail.
     """
     found, shapes = DeviceMeasures(), bench.shapes()
-    shares = budget.shares(3 + len(shapes))
+    shares = budget.shares(6 + len(shapes))
     parts = [_OnDevice(device, bench, layout) for layout in shapes.values()]
     first = parts[0]
     found.figures["link"] = _link(first, shares)
@@ -135,12 +150,45 @@ def _link(part: _OnDevice, shares: Iterator[TimeBudget]) -> dict[str, Figure]:
         part.copy_all(meanwhile)
         return max(1e-9, part.device.counters()["busy_seconds"] - before)
 
+    def page_s() -> float:
+        span = np.array([[part.bench.slot(0), part.target(0), PAGE_BYTES]], np.int64)
+        return max(1e-8, part.device.copy_to_host(span))
+
     alone_s = median_of(lambda: link_s(None), next(shares))
     busy_s = median_of(lambda: link_s(multiply), next(shares))  # not the clock's: a product outlasts a copy
+    back_s = median_of(part.bring_back, next(shares))
+    back_busy_s = median_of(lambda: part.bring_back(multiply), next(shares))
+    what, busy = f"{len(part.keys)} experts", "while the CPU multiplied"
     return {
-        "to_device_bandwidth": Figure(num_bytes / alone_s, "measured", f"{len(part.keys)} experts"),
-        "to_device_bandwidth_busy": Figure(num_bytes / busy_s, "measured", "while the CPU multiplied"),
+        "to_device_bandwidth": Figure(num_bytes / alone_s, "measured", what),
+        "to_device_bandwidth_busy": Figure(num_bytes / busy_s, "measured", busy),
+        "to_host_bandwidth": Figure(num_bytes / max(1e-9, back_s), "measured", what),
+        "to_host_bandwidth_busy": Figure(num_bytes / max(1e-9, back_busy_s), "measured", busy),
+        "latency": Figure(median_of(page_s, next(shares)), "measured", "of a page to the host"),
     }
+
+
+@contextmanager
+def _repeated(work: Callable[[], object] | None) -> Iterator[None]:
+    """Let another thread repeat ``work``, of which at least one call has begun."""
+    if work is None:
+        yield
+        return
+    ended, begun = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        while not ended.is_set():
+            begun.set()
+            work()
+
+    worker = threading.Thread(target=repeat, daemon=True)
+    worker.start()
+    try:
+        begun.wait()
+        yield
+    finally:
+        ended.set()
+        worker.join()
 
 
 def _expert_curve(part: _OnDevice, budget: TimeBudget) -> Curve:

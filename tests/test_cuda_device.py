@@ -104,6 +104,27 @@ def test_copies_cross_pieces_of_pinned_memory_and_what_is_not_pinned(device: _na
         assert ctypes.string_at(device.address + 3, len(source)) == source.tobytes()
 
 
+@pytest.mark.parametrize("pinned_bytes", [0, MIB])
+def test_what_was_copied_there_comes_back(device: _native.Device, pinned_bytes: int) -> None:
+    """To memory that is pinned in part or not at all, in chunks that cross the border."""
+    source = np.random.default_rng(1).integers(0, 256, 3 * MIB + 5, np.uint8)
+    back = np.zeros_like(source)
+    if pinned_bytes:
+        assert device.pin(back.ctypes.data, pinned_bytes) == pinned_bytes
+    rows = [[array.ctypes.data, device.address + 3, len(source)] for array in (source, back)]
+    assert device.wait(device.submit(np.array(rows[:1], np.int64), False), 30)
+    assert device.copy_to_host(np.array(rows[1:], np.int64)) > 0
+    assert np.array_equal(back, source)
+
+
+def test_rows_come_back_in_a_time_of_their_own(device: _native.Device) -> None:
+    work = OnDevice(device, Layer(EXPERT_CASES[0]), num_tokens=4)
+    work.collect(work.launch([work.copy(expert_id) for expert_id in work.ids]))
+    counters = device.counters()
+    assert counters["returned_bytes"] == 4 * len(work.tokens) * work.layer.case.hidden_size
+    assert counters["return_seconds"] > 0
+
+
 def test_a_system_that_pins_little_grants_what_it_has(stand_in: str) -> None:
     device = _native.CudaDevice(stand_in, 0, SLOT)
     source = np.zeros(200 * MIB, np.uint8)

@@ -140,6 +140,24 @@ def test_a_launch_that_waits_for_a_copy_can_be_given_up() -> None:
         device.close()
 
 
+def test_rows_come_back_over_the_link_to_the_host() -> None:
+    """Its bandwidth is in what a launch takes, and counted apart."""
+    device = _native.EmulatedDevice(16 * MIB, 1e9, 0, to_host_bytes_per_s=1e5)
+    try:
+        work = OnDevice(device, Layer(PLAIN), num_tokens=2)
+        device.record_events(100)
+        launch = work.launch([work.copy(expert_id) for expert_id in work.ids])
+        assert torch.equal(work.collect(launch).flip(0), work.cpu_rows())
+        num_bytes = 4 * len(work.tokens) * work.layer.case.hidden_size
+        counters = device.counters()
+        assert counters["returned_bytes"] == num_bytes
+        assert num_bytes / 1e5 <= counters["return_seconds"] <= counters["compute_seconds"]
+        (rows,) = [event for event in device.take_events() if event[0] == 2]
+        assert rows[1:3] == (launch, num_bytes) and rows[4] - rows[3] >= num_bytes * 1e4 - 1
+    finally:
+        device.close()
+
+
 def test_pageable_memory_is_copied_at_half_the_speed() -> None:
     device = _native.EmulatedDevice(16 * MIB, 100 * MIB, 0, pinnable_bytes=MIB)
     try:

@@ -27,6 +27,8 @@ SLOT = LAYOUTS[0].slot_bytes
 
 
 def test_a_device_is_named_with_units() -> None:
+    back = parse_device("emulated:vram=512MiB,link=12GB/s,to_host=3GB/s", None)
+    assert back is not None and (back.link_bytes_per_s, back.to_host_bytes_per_s) == (12e9, 3e9)
     assert parse_device("emulated:vram=512MiB,link=12GB/s,latency=1ms,pinned=1GiB", None) == DeviceChoice(
         "emulated", 512 << 20, 12e9, 1e-3, 1 << 30
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_offload import _native
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, DeviceError
 
 QUEUED, COPYING, DONE, FAILED, CANCELLED = range(5)
 MIB = 1 << 20
@@ -59,6 +59,26 @@ def test_the_link_is_as_slow_as_it_was_told(device: _native.EmulatedDevice) -> N
     source, started = source_of(4 * MIB), time.perf_counter()
     assert device.wait(device.submit(spans(device, source, 0), False), 10)
     assert time.perf_counter() - started >= 0.04
+
+
+def test_bytes_come_back_over_a_link_of_its_own() -> None:
+    """While the way there is taken for a second; and no faster than that link is."""
+    device = _native.EmulatedDevice(16 * MIB, 4 * MIB, 1e-4, to_host_bytes_per_s=100 * MIB)
+    try:
+        source, back = source_of(MIB), np.zeros(2 * MIB, np.uint8)
+        assert device.wait(device.submit(spans(device, source[:1000], 0), False), 10)
+        busy = [device.submit(spans(device, source, i * MIB), False) for i in range(1, 5)]
+        took_s = device.copy_to_host(spans(device, back, 0))
+        assert took_s >= 0.02 and device.state(busy[-1]) == QUEUED, "waited for the other direction"
+        assert back[:1000].tobytes() == source[:1000].tobytes()
+        with pytest.raises(ConfigError, match="outside of its memory"):
+            device.copy_to_host(spans(device, back, 15 * MIB))
+        device.inject(after=0, to_host=True)
+        with pytest.raises(DeviceError, match="a copy to the emulated device failed"):
+            device.copy_to_host(spans(device, back, 0))
+        device.copy_to_host(spans(device, back, 0))
+    finally:
+        device.close()
 
 
 def test_demand_overtakes_speculation_that_was_not_issued(device: _native.EmulatedDevice) -> None:

@@ -180,6 +180,17 @@ def test_a_failed_copy_is_computed_on_the_cpu(prompt_ids, expected) -> None:
         model.offload.cache.check()
 
 
+def test_rows_that_do_not_come_back_are_computed_on_the_cpu(prompt_ids, expected) -> None:
+    with loaded(scheduler="on_demand") as model:
+        hybrid = model.offload.hybrid
+        hybrid.tier.device.inject(after=5, times=2, to_host=True)
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert 0 < hybrid.counters.redone_experts <= 8 and not hybrid.tier.off_reason
+        hybrid.tier.device.inject(after=20, lost=True, to_host=True)
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert "lost" in hybrid.tier.off_reason
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_lost_device_leaves_the_rest_to_the_cpu(native, prompt_ids, expected, capsys) -> None:
     with loaded(experts="25%", native=native) as model:
@@ -265,6 +276,8 @@ def test_a_timeline_shows_cpu_device_and_link_at_work_at_once(long_prompt, tmp_p
     layers = {arguments["layer"] for _, _, arguments in device}
     assert layers == set(range(12)) and {a["layer"] for _, _, a in link} <= layers
     assert all(a["bytes"] > 54 * 1024 for _, _, a in link), "an expert is one span"
+    returns = spans(path, "rows to the host")
+    assert len(returns) >= len(layers) and {a["layer"] for _, _, a in returns} == layers
 
 
 def test_a_timeline_needs_a_device(tmp_path) -> None:

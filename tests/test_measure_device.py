@@ -21,7 +21,7 @@ from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.tune_profile import assemble
 from moe_offload.tune_tiers import measure_all
 
-LINK_BYTES_PER_S, LATENCY_S = 200e6, 1e-5
+LINK_BYTES_PER_S, TO_HOST_BYTES_PER_S, LATENCY_S = 200e6, 50e6, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def budget() -> TimeBudget:
 
 
 def test_link_experts_and_latencies(bench: ExpertBench) -> None:
-    device = _native.EmulatedDevice(4 * MIB, LINK_BYTES_PER_S, LATENCY_S)
+    device = _native.EmulatedDevice(
+        4 * MIB, LINK_BYTES_PER_S, LATENCY_S, to_host_bytes_per_s=TO_HOST_BYTES_PER_S
+    )
     try:
         found = measure_device(device, bench, budget())
     finally:
@@ -45,6 +47,9 @@ def test_link_experts_and_latencies(bench: ExpertBench) -> None:
     # A throttled link may be slower than it says where the machine is busy, never faster.
     assert 0 < link["to_device_bandwidth"].value <= 1.05 * LINK_BYTES_PER_S
     assert 0 < link["to_device_bandwidth_busy"].value <= 1.05 * LINK_BYTES_PER_S
+    assert 0 < link["to_host_bandwidth"].value <= 1.05 * TO_HOST_BYTES_PER_S
+    assert 0 < link["to_host_bandwidth_busy"].value <= 1.05 * TO_HOST_BYTES_PER_S
+    assert link["latency"].value >= LATENCY_S
     assert gpu["vram"].value == 4 * MIB
     assert min(gpu[name].value for name in ("read_bandwidth", "launch_latency", "sync_latency")) > 0
     (time,) = found.expert_times

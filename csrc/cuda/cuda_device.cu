@@ -71,6 +71,7 @@ struct CudaDevice::Buffers {
     GrowingMemory gate, up;  // (num_pairs, intermediate_size) where they are of two formats
     GrowingMemory rows;      // (total_pairs, hidden_size)
     GrowingMemory host_rows{true};
+    Event computed;
 };
 
 // On the device.
@@ -87,7 +88,8 @@ CudaDevice::CudaDevice(int index, int64_t vram_bytes) : index_(index), num_bytes
     must(cudaGetDeviceProperties(&properties, index), "the GPU");
     name_ = properties.name;
     must(cudaMalloc(&memory_, size_t((vram_bytes + 255) / 256 * 256 + 256)), "memory for slots");
-    link_ = std::make_shared<CudaLink>(index);
+    to_device_ = std::make_shared<CudaLink>(index, Direction::kToDevice, pinned_);
+    to_host_ = std::make_shared<CudaLink>(index, Direction::kToHost, pinned_);
     buffers_ = std::make_unique<Buffers>();
 }
 
@@ -239,24 +241,26 @@ void CudaDevice::rows(const DeviceKernel& device_kernel, const DeviceInputs& dev
     must(launch_rows(launch, b.stream), "down");
 }
 
-void CudaDevice::finish(float* rows, int64_t total_pairs, int64_t hidden_size) {
+double CudaDevice::finish(float* rows, int64_t total_pairs, int64_t hidden_size) {
     use();
     Buffers& b = *buffers_;
-    const auto num_bytes = size_t(total_pairs * hidden_size) * sizeof(float);
+    const int64_t num_bytes = total_pairs * hidden_size * int64_t(sizeof(float));
     float* host = b.host_rows.at_least<float>(total_pairs * hidden_size);
-    must(cudaMemcpyAsync(host, b.rows.at_least<float>(total_pairs * hidden_size), num_bytes,
-                         cudaMemcpyDeviceToHost, b.stream),
-         "rows from the GPU");
-    must(cudaStreamSynchronize(b.stream), "rows from the GPU");
+    b.computed.record(b.stream);
+    const double seconds =
+        to_host_->bring(host, b.rows.at_least<float>(total_pairs * hidden_size), num_bytes, b.computed);
     b.used_bytes = 0;
-    std::memcpy(rows, host, num_bytes);
+    std::memcpy(rows, host, size_t(num_bytes));
+    return seconds;
 }
 
 void CudaDevice::close() {
     if (!memory_) return;
     cudaSetDevice(index_);
     cudaDeviceSynchronize();
-    link_->close();
+    to_device_->close();
+    to_host_->close();
+    pinned_->close();
     buffers_.reset();
     {
         std::lock_guard lock(uploads_->mutex);

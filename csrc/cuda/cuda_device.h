@@ -63,15 +63,17 @@ class CudaDevice : public Device {
     int64_t num_bytes() const override { return num_bytes_; }
     // One allocation cannot be returned in parts.
     void give_back(int64_t, int64_t) override {}
-    std::shared_ptr<Link> link() override { return link_; }
-    int64_t pin(std::byte* begin, int64_t num_bytes) override { return link_->pin(begin, num_bytes); }
+    std::shared_ptr<Link> link(Direction direction) override {
+        return direction == Direction::kToDevice ? to_device_ : to_host_;
+    }
+    int64_t pin(std::byte* begin, int64_t num_bytes) override { return pinned_->pin(begin, num_bytes); }
     bool has_kernel(const ExpertKernel& kernel) const override;
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
     std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
                                          int64_t hidden_size) override;
     void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
               int64_t first_pair, int64_t total_pairs) override;
-    void finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
+    double finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
     void close() override;
 
   private:
@@ -85,7 +87,8 @@ class CudaDevice : public Device {
     std::string name_;
     int64_t num_bytes_ = 0;
     std::byte* memory_ = nullptr;
-    std::shared_ptr<CudaLink> link_;
+    const std::shared_ptr<PinnedMemory> pinned_ = std::make_shared<PinnedMemory>(index_);
+    std::shared_ptr<CudaLink> to_device_, to_host_;
     std::shared_ptr<UploadPool> uploads_ = std::make_shared<UploadPool>();
     std::unique_ptr<Buffers> buffers_;  // the compute thread's own
 };

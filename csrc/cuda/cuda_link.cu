@@ -16,7 +16,8 @@ constexpr std::chrono::microseconds kSpin{200};
 
 }  // namespace
 
-CudaLink::CudaLink(int device) : device_(device) {
+CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned)
+    : device_(device), direction_(direction), pinned_(std::move(pinned)) {
     const char* limit = std::getenv("MOE_OFFLOAD_LINK_LIMIT");
     if (limit) limit_bytes_per_s_ = std::max(0.0, std::atof(limit));
 }
@@ -27,47 +28,65 @@ void CudaLink::wait_for(const Event& event) const {
         while (Clock::now() < give_up)
             if (event.has_passed()) return;
     }
-    event.wait("copy to the GPU");
+    event.wait("copy over the link");
 }
 
-// Returns when a link of the limit would have brought the bytes.
-void CudaLink::pace(int64_t num_bytes) {
-    if (limit_bytes_per_s_ <= 0) return;
+// Returns when a link of the limit would have brought the bytes: the seconds that it would take, or 0.
+double CudaLink::pace(int64_t num_bytes) {
+    if (limit_bytes_per_s_ <= 0) return 0;
+    const std::chrono::duration<double> seconds(double(num_bytes) / limit_bytes_per_s_);
     Clock::time_point arrival;
     {
         std::lock_guard lock(mutex_);
-        const std::chrono::duration<double> seconds(double(num_bytes) / limit_bytes_per_s_);
         wire_free_at_ =
             std::max(Clock::now(), wire_free_at_) + std::chrono::duration_cast<Clock::duration>(seconds);
         arrival = wire_free_at_;
     }
     std::this_thread::sleep_until(arrival - std::chrono::microseconds(100));
     while (Clock::now() < arrival) std::this_thread::yield();
+    return seconds.count();
 }
 
 void CudaLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
-    must(cudaSetDevice(device_), "copy to the GPU");
+    constexpr const char* kWhat = "copy over the link";
+    must(cudaSetDevice(device_), kWhat);
     std::unique_ptr<Lane> lane = take_lane();
+    const bool to_host = direction_ == Direction::kToHost;
+    const cudaMemcpyKind kind = to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
     const int64_t total = num_bytes;
     while (num_bytes > 0) {
         bool pinned = false;
-        int64_t n = pinned_run(from, num_bytes, &pinned);
-        const std::byte* source = from;
+        int64_t n = pinned_->run(to_host ? to : from, num_bytes, &pinned);
+        std::byte* bounce = nullptr;
         if (!pinned) {
             n = std::min(n, kBounceBytes);
-            auto* bounce = lane->bounce.at_least<std::byte>(kBounceBytes);
-            std::memcpy(bounce, from, size_t(n));
-            source = bounce;
+            bounce = lane->bounce.at_least<std::byte>(kBounceBytes);
+            if (!to_host) std::memcpy(bounce, from, size_t(n));
         }
-        must(cudaMemcpyAsync(to, source, size_t(n), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+        std::byte* target = bounce && to_host ? bounce : to;
+        const std::byte* source = bounce && !to_host ? bounce : from;
+        must(cudaMemcpyAsync(target, source, size_t(n), kind, stream_), kWhat);
+        const bool is_last = n == num_bytes;
+        if (bounce || is_last) {
+            lane->event.record(stream_);
+            wait_for(lane->event);  // also before the bounce buffer is used again
+            if (bounce && to_host) std::memcpy(to, bounce, size_t(n));
+        }
         to += n, from += n, num_bytes -= n;
-        if (pinned && num_bytes > 0) continue;
-        lane->event.record(stream_);
-        wait_for(lane->event);  // also before the bounce buffer is filled again
     }
     pace(total);
     std::lock_guard lock(mutex_);
     free_lanes_.push_back(std::move(lane));
+}
+
+double CudaLink::bring(void* to, const void* from, int64_t num_bytes, cudaEvent_t computed) {
+    constexpr const char* kWhat = "rows from the GPU";
+    must(cudaStreamWaitEvent(stream_, computed, 0), kWhat);
+    begin_.record(stream_);
+    must(cudaMemcpyAsync(to, from, size_t(num_bytes), cudaMemcpyDeviceToHost, stream_), kWhat);
+    end_.record(stream_);
+    end_.wait(kWhat);
+    return std::max(end_.seconds_since(begin_), pace(num_bytes));
 }
 
 std::unique_ptr<CudaLink::Lane> CudaLink::take_lane() {
@@ -82,23 +101,28 @@ std::unique_ptr<CudaLink::Lane> CudaLink::take_lane() {
     return std::make_unique<Lane>();
 }
 
-// How many bytes from `from` on lie in one registered piece (a copy may not cross two), or in none.
-int64_t CudaLink::pinned_run(const std::byte* from, int64_t num_bytes, bool* pinned) const {
+void CudaLink::close() {
+    cudaSetDevice(device_);
     std::lock_guard lock(mutex_);
-    const auto next = pieces_.upper_bound(from);
+    free_lanes_.clear();
+}
+
+int64_t PinnedMemory::run(const std::byte* begin, int64_t num_bytes, bool* pinned) const {
+    std::lock_guard lock(mutex_);
+    const auto next = pieces_.upper_bound(begin);
     if (next != pieces_.begin()) {
         const auto piece = std::prev(next);
-        const int64_t left = piece->second - (from - piece->first);
+        const int64_t left = piece->second - (begin - piece->first);
         if (left > 0) {
             *pinned = true;
             return std::min(num_bytes, left);
         }
     }
     *pinned = false;
-    return next == pieces_.end() ? num_bytes : std::min<int64_t>(num_bytes, next->first - from);
+    return next == pieces_.end() ? num_bytes : std::min<int64_t>(num_bytes, next->first - begin);
 }
 
-int64_t CudaLink::pin(std::byte* begin, int64_t num_bytes) {
+int64_t PinnedMemory::pin(std::byte* begin, int64_t num_bytes) {
     constexpr int64_t kLargest = int64_t(1) << 30, kSmallest = int64_t(16) << 20;
     must(cudaSetDevice(device_), "pin host memory");
     int64_t granted = 0, piece = kLargest;
@@ -117,10 +141,9 @@ int64_t CudaLink::pin(std::byte* begin, int64_t num_bytes) {
     return granted;
 }
 
-void CudaLink::close() {
+void PinnedMemory::close() {
     cudaSetDevice(device_);
     std::lock_guard lock(mutex_);
-    free_lanes_.clear();
     for (const auto& [begin, num_bytes] : pieces_) cudaHostUnregister(const_cast<std::byte*>(begin));
     pieces_.clear();
 }

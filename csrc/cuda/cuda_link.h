@@ -1,5 +1,5 @@
-// Copies to the card: one stream, an event per copy. Order, cancelling and how many copies are under way are
-// device/copy_queue.h's, the same code as the emulated link's.
+// Copies to the card and from it: a stream per direction, an event per copy. Order, cancelling and how many
+// copies are under way are device/copy_queue.h's, the same code as the emulated link's.
 #pragma once
 
 #include <chrono>
@@ -12,17 +12,36 @@
 
 namespace moe::cuda {
 
+// Host memory that is registered with the driver, in pieces.
+class PinnedMemory {
+  public:
+    explicit PinnedMemory(int device) : device_(device) {}
+
+    // Registers what the system grants; returns how much from `begin` on that is.
+    int64_t pin(std::byte* begin, int64_t num_bytes);
+    // How many bytes from `begin` on lie in one piece (a copy may not cross two), or in none.
+    int64_t run(const std::byte* begin, int64_t num_bytes, bool* pinned) const;
+    // Unregisters; no copy is under way.
+    void close();
+
+  private:
+    const int device_;
+    mutable std::mutex mutex_;                    // guards the pieces
+    std::map<const std::byte*, int64_t> pieces_;  // begin, bytes
+};
+
 class CudaLink : public Link {
   public:
     // MOE_OFFLOAD_LINK_LIMIT (bytes per second, for bench/gpu.py) makes it as slow as a laptop's.
-    explicit CudaLink(int device);
+    CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned);
 
     void copy(std::byte* to, const std::byte* from, int64_t num_bytes) override;
 
-    // Registers host memory in pieces, until the system refuses; returns how much from `begin` on it granted.
-    int64_t pin(std::byte* begin, int64_t num_bytes);
+    // To the host: brings what another stream has computed by `computed` to memory that cudaMallocHost gave;
+    // the streams wait for each other, the host once. Returns the seconds on the link.
+    double bring(void* to, const void* from, int64_t num_bytes, cudaEvent_t computed);
 
-    // Unregisters; no copy is under way.
+    // Frees the lanes; no copy is under way.
     void close();
 
   private:
@@ -35,18 +54,19 @@ class CudaLink : public Link {
 
     std::unique_ptr<Lane> take_lane();
     void wait_for(const Event& event) const;
-    void pace(int64_t num_bytes);
-    int64_t pinned_run(const std::byte* from, int64_t num_bytes, bool* pinned) const;
+    double pace(int64_t num_bytes);
 
     using Clock = std::chrono::steady_clock;
 
     const int device_;
+    const Direction direction_;
+    const std::shared_ptr<const PinnedMemory> pinned_;
     double limit_bytes_per_s_ = 0;  // 0: none
     Stream stream_;
-    mutable std::mutex mutex_;  // guards everything below
+    Event begin_{cudaEventDefault}, end_{cudaEventDefault};  // of bring(), which one thread calls
+    std::mutex mutex_;                                       // guards everything below
     std::vector<std::unique_ptr<Lane>> free_lanes_;
-    std::map<const std::byte*, int64_t> pieces_;  // registered memory: begin, bytes
-    Clock::time_point wire_free_at_{};            // of a limited link
+    Clock::time_point wire_free_at_{};  // of a limited link
 };
 
 }  // namespace moe::cuda

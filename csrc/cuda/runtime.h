@@ -86,6 +86,7 @@ class Event {
         return double(milliseconds) * 1e-3;
     }
     bool has_passed() const { return cudaEventQuery(event_) == cudaSuccess; }
+    operator cudaEvent_t() const { return event_; }
     void wait(const char* what) const { must(cudaEventSynchronize(event_), what); }
 
   private:

@@ -15,15 +15,19 @@ using namespace moe;
 
 namespace {
 
-// (n, 3) int64: address on the host, address on the device, bytes.
+// (n, 3) int64: address on the host, address on the device, bytes; whichever way they go.
 using SpanArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Ints = std::vector<int32_t>;
 
+constexpr double kPatienceS = 3600;  // of one wait, which looks for signals itself
+
 class EmulatedEngine : public DeviceEngine {
   public:
-    EmulatedEngine(int64_t vram_bytes, double link_bytes_per_s, double latency_s, int64_t pinnable_bytes)
-        : DeviceEngine(
-              std::make_unique<EmulatedDevice>(vram_bytes, link_bytes_per_s, latency_s, pinnable_bytes)) {}
+    EmulatedEngine(int64_t vram_bytes, double to_device_bytes_per_s, double latency_s, int64_t pinnable_bytes,
+                   std::optional<double> to_host_bytes_per_s)
+        : DeviceEngine(std::make_unique<EmulatedDevice>(vram_bytes, to_device_bytes_per_s,
+                                                        to_host_bytes_per_s.value_or(to_device_bytes_per_s),
+                                                        latency_s, pinnable_bytes)) {}
     EmulatedDevice& emulated() { return static_cast<EmulatedDevice&>(device()); }
 };
 
@@ -38,24 +42,51 @@ void check_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-// Refuses what would write beyond the device's memory: a cache that errs must not corrupt the process.
-void check_target(const Device& device, int64_t address, int64_t num_bytes) {
+// Refuses what lies beyond the device's memory: a cache that errs must not corrupt the process.
+void check_on_device(const Device& device, int64_t address, int64_t num_bytes) {
     const int64_t offset = address - int64_t(device.address());
     check(num_bytes >= 0 && offset >= 0 && offset <= device.num_bytes() - num_bytes, "Device.submit",
           std::to_string(num_bytes) + " bytes outside of its memory");
 }
 
-int64_t submit(DeviceEngine& engine, const SpanArray& array, bool speculative) {
+std::vector<CopySpan> spans_of(const Device& device, const SpanArray& array, Direction direction) {
     check(array.ndim() == 2 && array.shape(1) == 3, "Device.submit",
           "spans must be (n, 3): host address, device address, bytes");
     const auto rows = array.unchecked<2>();
     std::vector<CopySpan> spans(static_cast<size_t>(rows.shape(0)));
     for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
-        check_target(engine.device(), rows(i, 1), rows(i, 2));
-        spans[static_cast<size_t>(i)] = {reinterpret_cast<const std::byte*>(rows(i, 0)),
-                                         reinterpret_cast<std::byte*>(rows(i, 1)), rows(i, 2)};
+        check_on_device(device, rows(i, 1), rows(i, 2));
+        const int from = direction == Direction::kToDevice ? 0 : 1;
+        spans[static_cast<size_t>(i)] = {reinterpret_cast<const std::byte*>(rows(i, from)),
+                                         reinterpret_cast<std::byte*>(rows(i, 1 - from)), rows(i, 2)};
     }
-    return engine.copies().submit(spans, speculative);
+    return spans;
+}
+
+int64_t submit(DeviceEngine& engine, const SpanArray& array, bool speculative) {
+    return engine.copies().submit(spans_of(engine.device(), array, Direction::kToDevice), speculative);
+}
+
+// Brings bytes to the host and waits for them; returns the seconds that the link was busy with them.
+double copy_to_host(DeviceEngine& engine, const SpanArray& array) {
+    const std::vector<CopySpan> spans = spans_of(engine.device(), array, Direction::kToHost);
+    py::gil_scoped_release unlocked;
+    CopyQueue& queue = engine.returns();
+    const double before = queue.counters().busy_seconds;
+    const CopyQueue::Ticket ticket = queue.submit(spans, false);
+    try {
+        while (!queue.wait(ticket, kPatienceS, check_signals)) {
+        }
+    } catch (...) {  // Ctrl-C: nothing may still write to the caller's memory
+        queue.cancel(ticket);
+        queue.wait(ticket, kPatienceS, [] {});
+        queue.forget(ticket);
+        throw;
+    }
+    const auto failure = queue.error(ticket);
+    queue.forget(ticket);
+    if (failure) throw DeviceError(failure->first, failure->second);
+    return queue.counters().busy_seconds - before;
 }
 
 int64_t launch(DeviceEngine& engine, const DeviceKernel& kernel, const ExpertKernel& of,
@@ -90,13 +121,15 @@ std::shared_ptr<DeviceInputs> upload(DeviceEngine& engine, uint64_t hidden, int6
 std::map<std::string, double> counters(DeviceEngine& engine) {
     const CopyCounters copies = engine.copies().counters();
     const LaunchCounters launches = engine.launches().counters();
-    return {{"bytes_copied", double(copies.bytes_copied)}, {"chunks", double(copies.chunks)},
-            {"busy_seconds", copies.busy_seconds},         {"launches", double(launches.launches)},
-            {"experts", double(launches.experts)},         {"compute_seconds", launches.busy_seconds},
-            {"waiting_seconds", launches.waiting_seconds}};
+    return {
+        {"bytes_copied", double(copies.bytes_copied)}, {"chunks", double(copies.chunks)},
+        {"busy_seconds", copies.busy_seconds},         {"launches", double(launches.launches)},
+        {"experts", double(launches.experts)},         {"compute_seconds", launches.busy_seconds},
+        {"waiting_seconds", launches.waiting_seconds}, {"returned_bytes", double(launches.returned_bytes)},
+        {"return_seconds", launches.return_seconds}};
 }
 
-// (lane, ticket, amount, begin, end) of each event; lane 0 copies bytes, lane 1 computes experts.
+// (lane, ticket, amount, begin, end) of each event; lanes are event_log.h's.
 std::vector<std::tuple<int, int64_t, int64_t, int64_t, int64_t>> take_events(DeviceEngine& engine) {
     std::vector<std::tuple<int, int64_t, int64_t, int64_t, int64_t>> events;
     for (const DeviceEvent& e : engine.events().take())
@@ -137,6 +170,7 @@ void register_device(py::module_& m) {
             },
             py::arg("address"), py::arg("num_bytes"))
         .def("submit", submit, py::arg("spans"), py::arg("speculative"))
+        .def("copy_to_host", copy_to_host, py::arg("spans"))
         .def("promote", [](DeviceEngine& e, int64_t ticket) { return e.copies().promote(ticket); })
         .def("cancel", [](DeviceEngine& e, int64_t ticket) { return e.copies().cancel(ticket); })
         .def("state", [](DeviceEngine& e, int64_t ticket) { return int(e.copies().state(ticket)); })
@@ -176,14 +210,16 @@ void register_device(py::module_& m) {
         .def(py::init<const std::string&, int, int64_t>(), py::arg("library"), py::arg("index"),
              py::arg("vram_bytes"));
     py::class_<EmulatedEngine, DeviceEngine>(m, "EmulatedDevice")
-        .def(py::init<int64_t, double, double, int64_t>(), py::arg("vram_bytes"), py::arg("link_bytes_per_s"),
-             py::arg("latency_s"), py::arg("pinnable_bytes") = int64_t(1) << 62)
+        .def(py::init<int64_t, double, double, int64_t, std::optional<double>>(), py::arg("vram_bytes"),
+             py::arg("link_bytes_per_s"), py::arg("latency_s"), py::arg("pinnable_bytes") = int64_t(1) << 62,
+             py::arg("to_host_bytes_per_s") = py::none())
         .def(
             "inject",
-            [](EmulatedEngine& e, int64_t after, int64_t times, bool lost) {
-                e.emulated().throttled_link().inject(after, times, lost);
+            [](EmulatedEngine& e, int64_t after, int64_t times, bool lost, bool to_host) {
+                const Direction direction = to_host ? Direction::kToHost : Direction::kToDevice;
+                e.emulated().throttled(direction)->inject(after, times, lost);
             },
-            py::arg("after"), py::arg("times") = 1, py::arg("lost") = false)
+            py::arg("after"), py::arg("times") = 1, py::arg("lost") = false, py::arg("to_host") = false)
         .def("inject_no_memory",
              [](EmulatedEngine& e, int64_t times) { e.emulated().inject_no_memory(times); });
 }

@@ -20,8 +20,8 @@ double seconds_since(Clock::time_point start) {
 
 }  // namespace
 
-CopyQueue::CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events)
-    : link_(std::move(link)), events_(events) {
+CopyQueue::CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events, Lane lane)
+    : link_(std::move(link)), events_(events), lane_(lane) {
     check(in_hand >= 1 && in_hand <= 8, "CopyQueue", "in_hand must be from 1 to 8");
     // Signals belong to the caller's thread, where Python's handlers expect them.
     sigset_t all, previous;
@@ -159,7 +159,7 @@ void CopyQueue::work() {
         } catch (const DeviceError& failure) {
             error = {failure.what(), failure.fault};
         }
-        events_.add({Lane::kCopy, request->ticket, chunk.num_bytes, begin_ns, EventLog::now_ns()});
+        events_.add({lane_, request->ticket, chunk.num_bytes, begin_ns, EventLog::now_ns()});
         std::lock_guard lock(mutex_);
         finish(*request, chunk, std::move(error));
     }

@@ -1,4 +1,4 @@
-// Copies to a device, asynchronous: demand before speculation, few chunks in the driver's hands,
+// Copies to a device, or from it, asynchronous: demand before speculation, few chunks in the driver's hands,
 // cancellable until issued. The sibling of io/direct_read.h, with the same life of a ticket:
 // queued -> copying -> done | failed, or queued -> cancelled.
 #pragma once
@@ -43,7 +43,7 @@ class CopyQueue {
     using CheckInterrupt = std::function<void()>;
 
     // At most `in_hand` chunks are with the link at once: what is not issued can still be overtaken.
-    CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events);
+    CopyQueue(std::shared_ptr<Link> link, int in_hand, EventLog& events, Lane lane);
     ~CopyQueue();
     CopyQueue(const CopyQueue&) = delete;
     CopyQueue& operator=(const CopyQueue&) = delete;
@@ -93,6 +93,7 @@ class CopyQueue {
 
     const std::shared_ptr<Link> link_;
     EventLog& events_;
+    const Lane lane_;
     mutable std::mutex mutex_;  // guards everything below
     std::condition_variable work_added_;
     mutable std::condition_variable request_finished_;

@@ -38,10 +38,11 @@ class Device {
     // Returns what it can of [offset, offset + num_bytes) to the system; nobody uses it from then on.
     virtual void give_back(int64_t offset, int64_t num_bytes) = 0;
 
-    // Copies to the device by Link::copy, for which two threads of the engine call at once.
-    virtual std::shared_ptr<Link> link() = 0;
+    // Copies to or from the device by Link::copy, for which two threads of the engine call at once. The two
+    // directions do not wait for each other.
+    virtual std::shared_ptr<Link> link(Direction direction) = 0;
 
-    // Makes host memory quick to copy from (pinned); returns how many bytes from `begin` on the system
+    // Makes host memory quick to copy from and to (pinned); returns how many bytes from `begin` on the system
     // granted. Copies from the rest work, slower. Undone by close().
     virtual int64_t pin(std::byte* begin, int64_t num_bytes) = 0;
 
@@ -60,9 +61,11 @@ class Device {
     // [first_pair, first_pair + pairs.num_pairs) of a launch of `total_pairs`. Throws DeviceError.
     virtual void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
                       int64_t first_pair, int64_t total_pairs) = 0;
-    // Waits for them and brings all the launch's rows to the host. Throws DeviceError.
-    virtual void finish(float* rows,  // (total_pairs, hidden_size)
-                        int64_t total_pairs, int64_t hidden_size) = 0;
+    // Waits for them and brings all the launch's rows to the host over the link in that direction. It is this
+    // thread that copies: a queue's would have to be woken once a layer, between the last row and the caller.
+    // Returns the seconds on the link. Throws DeviceError.
+    virtual double finish(float* rows,  // (total_pairs, hidden_size)
+                          int64_t total_pairs, int64_t hidden_size) = 0;
 
     // Frees everything; the engine has joined its threads. Idempotent.
     virtual void close() = 0;

@@ -23,7 +23,8 @@ struct HostInputs : DeviceInputs {
 int64_t EmulatedDevice::pin(std::byte* begin, int64_t num_bytes) {
     const int64_t granted = std::clamp<int64_t>(pinnable_bytes_, 0, num_bytes);
     pinnable_bytes_ -= granted;
-    link_->set_pinned(begin, granted);
+    to_device_->set_pinned(begin, granted);
+    to_host_->set_pinned(begin, granted);
     return granted;
 }
 
@@ -38,7 +39,7 @@ std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_
 
 void EmulatedDevice::rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
                           int64_t first_pair, int64_t total_pairs) {
-    if (link_->is_lost()) throw DeviceError("the emulated device is lost", DeviceFault::kLost);
+    if (is_lost()) throw DeviceError("the emulated device is lost", DeviceFault::kLost);
     if (no_memory_times_ > 0) {
         --no_memory_times_;
         throw DeviceError("the emulated device has no memory for a launch", DeviceFault::kNoMemory);
@@ -51,8 +52,10 @@ void EmulatedDevice::rows(const DeviceKernel& kernel, const DeviceInputs& inputs
                   rows_.data() + first_pair * hidden_size);
 }
 
-void EmulatedDevice::finish(float* rows, int64_t total_pairs, int64_t hidden_size) {
-    std::copy_n(rows_.data(), total_pairs * hidden_size, rows);
+double EmulatedDevice::finish(float* rows, int64_t total_pairs, int64_t hidden_size) {
+    return to_host_->copy_pinned(reinterpret_cast<std::byte*>(rows),
+                                 reinterpret_cast<const std::byte*>(rows_.data()),
+                                 total_pairs * hidden_size * int64_t(sizeof(float)));
 }
 
 }  // namespace moe

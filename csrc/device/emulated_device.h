@@ -14,17 +14,19 @@ namespace moe {
 
 class EmulatedDevice : public Device {
   public:
-    // pinnable_bytes: how much host memory pin() grants; from the rest copies take twice the time.
-    EmulatedDevice(int64_t vram_bytes, double link_bytes_per_s, double latency_s, int64_t pinnable_bytes)
+    // pinnable_bytes: how much host memory pin() grants; with the rest copies take twice the time.
+    EmulatedDevice(int64_t vram_bytes, double to_device_bytes_per_s, double to_host_bytes_per_s,
+                   double latency_s, int64_t pinnable_bytes)
         : memory_(vram_bytes),
-          link_(std::make_shared<ThrottledLink>(link_bytes_per_s, latency_s)),
+          to_device_(std::make_shared<ThrottledLink>(Direction::kToDevice, to_device_bytes_per_s, latency_s)),
+          to_host_(std::make_shared<ThrottledLink>(Direction::kToHost, to_host_bytes_per_s, latency_s)),
           pinnable_bytes_(pinnable_bytes) {}
 
     std::string name() const override { return "emulated"; }
     uint64_t address() const override { return uint64_t(memory_.address()); }
     int64_t num_bytes() const override { return memory_.num_bytes(); }
     void give_back(int64_t offset, int64_t num_bytes) override { memory_.give_back(offset, num_bytes); }
-    std::shared_ptr<Link> link() override { return link_; }
+    std::shared_ptr<Link> link(Direction direction) override { return throttled(direction); }
     int64_t pin(std::byte* begin, int64_t num_bytes) override;
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
@@ -32,16 +34,20 @@ class EmulatedDevice : public Device {
                                          int64_t hidden_size) override;
     void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
               int64_t first_pair, int64_t total_pairs) override;
-    void finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
+    double finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
     void close() override { memory_.close(); }
 
-    ThrottledLink& throttled_link() { return *link_; }
+    std::shared_ptr<ThrottledLink> throttled(Direction direction) const {
+        return direction == Direction::kToDevice ? to_device_ : to_host_;
+    }
     // The next launches find no memory, `times` in a row.
     void inject_no_memory(int64_t times) { no_memory_times_ = times; }
 
   private:
+    bool is_lost() const { return to_device_->is_lost() || to_host_->is_lost(); }
+
     Arena memory_;
-    std::shared_ptr<ThrottledLink> link_;
+    std::shared_ptr<ThrottledLink> to_device_, to_host_;
     int64_t pinnable_bytes_;
     std::atomic<int64_t> no_memory_times_{0};
     // The compute thread's own.

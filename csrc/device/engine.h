@@ -14,14 +14,16 @@ class DeviceEngine {
 
     explicit DeviceEngine(std::unique_ptr<Device> device)
         : device_(std::move(device)),
-          copies_(device_->link(), kChunksInHand, events_),
+          copies_(device_->link(Direction::kToDevice), kChunksInHand, events_, Lane::kCopy),
+          returns_(device_->link(Direction::kToHost), kChunksInHand, events_, Lane::kCopyToHost),
           launches_(*device_, copies_, events_) {}
     virtual ~DeviceEngine() { close(); }
     DeviceEngine(const DeviceEngine&) = delete;
     DeviceEngine& operator=(const DeviceEngine&) = delete;
 
     Device& device() { return *device_; }
-    CopyQueue& copies() { return copies_; }
+    CopyQueue& copies() { return copies_; }    // to the device
+    CopyQueue& returns() { return returns_; }  // to the host
     LaunchQueue& launches() { return launches_; }
     EventLog& events() { return events_; }
 
@@ -29,13 +31,14 @@ class DeviceEngine {
     void close() {
         launches_.close();
         copies_.close();
+        returns_.close();
         device_->close();
     }
 
   private:
     std::unique_ptr<Device> device_;
     EventLog events_;
-    CopyQueue copies_;
+    CopyQueue copies_, returns_;
     LaunchQueue launches_;
 };
 

@@ -10,7 +10,8 @@
 
 namespace moe {
 
-enum class Lane : int { kCopy = 0, kCompute = 1 };
+// kRows: a launch's rows on their way to the host; kCopyToHost: a copy there of the returns' queue.
+enum class Lane : int { kCopy = 0, kCompute = 1, kRows = 2, kCopyToHost = 3 };
 
 struct DeviceEvent {
     Lane lane;

@@ -169,10 +169,17 @@ void LaunchQueue::compute(Work& work) {
                                 end - begin,
                                 offsets.back()};
         device_.rows(*launch.kernel, *launch.inputs, pairs, first, total_pairs);
-        if (end == num_experts) device_.finish(work.rows.data(), total_pairs, launch.hidden_size);
-        const int64_t end_ns = EventLog::now_ns();
-        events_.add({Lane::kCompute, work.ticket, end - begin, begin_ns, end_ns});
+        const double return_s =
+            end == num_experts ? device_.finish(work.rows.data(), total_pairs, launch.hidden_size) : 0.0;
+        const int64_t end_ns = EventLog::now_ns(), computed_ns = end_ns - int64_t(return_s * 1e9);
+        events_.add({Lane::kCompute, work.ticket, end - begin, begin_ns, computed_ns});
         std::lock_guard lock(mutex_);
+        if (end == num_experts) {
+            const int64_t num_bytes = int64_t(work.rows.size() * sizeof(float));
+            events_.add({Lane::kRows, work.ticket, num_bytes, computed_ns, end_ns});
+            counters_.returned_bytes += num_bytes;
+            counters_.return_seconds += return_s;
+        }
         counters_.experts += end - begin;
         counters_.busy_seconds += seconds(begin_ns, end_ns);
         counters_.waiting_seconds += seconds(asked_ns, begin_ns);

@@ -35,6 +35,8 @@ struct LaunchCounters {
     int64_t launches = 0, experts = 0;
     double busy_seconds = 0;     // computing
     double waiting_seconds = 0;  // for copies
+    int64_t returned_bytes = 0;  // rows
+    double return_seconds = 0;   // on the link to the host; a part of busy_seconds
 };
 
 class LaunchQueue {

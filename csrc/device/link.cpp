@@ -18,27 +18,41 @@ constexpr double kPageableShare = 0.5;
 
 }  // namespace
 
-ThrottledLink::ThrottledLink(double bytes_per_s, double latency_s)
-    : bytes_per_s_(bytes_per_s), latency_s_(latency_s) {
+ThrottledLink::ThrottledLink(Direction direction, double bytes_per_s, double latency_s)
+    : direction_(direction), bytes_per_s_(bytes_per_s), latency_s_(latency_s) {
     check(bytes_per_s > 0, "ThrottledLink", "bandwidth must be positive");
     check(latency_s >= 0 && latency_s < 10, "ThrottledLink", "latency must be from 0 to 10 s");
 }
 
 void ThrottledLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
+    transfer(to, from, num_bytes, is_pinned(direction_ == Direction::kToDevice ? from : to, num_bytes));
+}
+
+double ThrottledLink::copy_pinned(std::byte* to, const std::byte* from, int64_t num_bytes) {
+    const Clock::time_point started = Clock::now();
+    transfer(to, from, num_bytes, true);
+    return std::chrono::duration<double>(Clock::now() - started).count();
+}
+
+void ThrottledLink::transfer(std::byte* to, const std::byte* from, int64_t num_bytes, bool is_pinned) {
     pass_faults();
-    const Clock::time_point arrival = reserve(from, num_bytes);
+    const Clock::time_point arrival = reserve(num_bytes, is_pinned);
     std::memcpy(to, from, static_cast<size_t>(num_bytes));
     std::this_thread::sleep_until(arrival - kSpin);
     while (Clock::now() < arrival) std::this_thread::yield();
 }
 
+bool ThrottledLink::is_pinned(const std::byte* on_host, int64_t num_bytes) {
+    std::lock_guard lock(mutex_);
+    return pinned_begin_ <= on_host && on_host + num_bytes <= pinned_end_;
+}
+
 // When the last byte arrives, if the wire is taken as soon as it is free.
-ThrottledLink::Clock::time_point ThrottledLink::reserve(const std::byte* from, int64_t num_bytes) {
+ThrottledLink::Clock::time_point ThrottledLink::reserve(int64_t num_bytes, bool is_pinned) {
     const auto duration = [](double s) {
         return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s));
     };
     std::lock_guard lock(mutex_);
-    const bool is_pinned = pinned_begin_ <= from && from + num_bytes <= pinned_end_;
     const double bytes_per_s = is_pinned ? bytes_per_s_ : kPageableShare * bytes_per_s_;
     wire_free_at_ = std::max(Clock::now(), wire_free_at_) + duration(double(num_bytes) / bytes_per_s);
     return wire_free_at_ + duration(latency_s_);

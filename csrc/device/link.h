@@ -1,4 +1,5 @@
-// How bytes cross to a device: one chunk at a time, by whichever thread asks.
+// How bytes cross between host and device: one chunk at a time, by whichever thread asks; a link per
+// direction.
 #pragma once
 
 #include <chrono>
@@ -22,6 +23,8 @@ struct DeviceError : std::runtime_error {
 // Why a ticket failed.
 using DeviceFailure = std::pair<std::string, DeviceFault>;
 
+enum class Direction : int { kToDevice = 0, kToHost = 1 };
+
 class Link {
   public:
     virtual ~Link() = default;
@@ -33,21 +36,26 @@ class Link {
 // latencies overlap with what follows, as on a bus.
 class ThrottledLink : public Link {
   public:
-    ThrottledLink(double bytes_per_s, double latency_s);
+    ThrottledLink(Direction direction, double bytes_per_s, double latency_s);
     void copy(std::byte* to, const std::byte* from, int64_t num_bytes) override;
+    // The same through memory of the device's own, which is pinned. Returns the seconds that it took.
+    double copy_pinned(std::byte* to, const std::byte* from, int64_t num_bytes);
 
     // The next copies fail: after `after` more of them, `times` in a row; `lost`: that one and all later.
     void inject(int64_t after, int64_t times, bool lost);
     bool is_lost();
 
-    // The host memory that is copied from at full speed; from elsewhere at half of it.
+    // The host memory that takes part at full speed; elsewhere at half of it.
     void set_pinned(const std::byte* begin, int64_t num_bytes);
 
   private:
     using Clock = std::chrono::steady_clock;
     void pass_faults();
-    Clock::time_point reserve(const std::byte* from, int64_t num_bytes);
+    bool is_pinned(const std::byte* on_host, int64_t num_bytes);
+    void transfer(std::byte* to, const std::byte* from, int64_t num_bytes, bool is_pinned);
+    Clock::time_point reserve(int64_t num_bytes, bool is_pinned);
 
+    const Direction direction_;
     const double bytes_per_s_, latency_s_;
     std::mutex mutex_;  // guards everything below
     Clock::time_point wire_free_at_{};

@@ -74,6 +74,7 @@ def open_device(choice: DeviceChoice, num_bytes: int) -> Device:
         choice.link_bytes_per_s,
         choice.latency_s,
         EVERYTHING if choice.pinnable_bytes is None else choice.pinnable_bytes,
+        choice.to_host_bytes_per_s,
     )
 
 

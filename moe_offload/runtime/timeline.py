@@ -13,8 +13,8 @@ from moe_offload.runtime.hybrid import HybridLayers
 from moe_offload.storage.expert_format import ExpertKey
 
 MOST_EVENTS = 1_000_000  # of the device; what comes later is left out
-CPU, DEVICE, LINK = 1, 2, 3  # rows; copies that overlap take the rows from LINK on
-COPY_LANE = 0  # csrc/device/event_log.h
+CPU, DEVICE, RETURN, LINK = 1, 2, 3, 4  # rows; copies that overlap take the rows from LINK on
+COPY_LANE, ROWS_LANE = 0, 2  # csrc/device/event_log.h
 
 Event = tuple[str, int, int, int, dict[str, Any]]  # name, row, begin and end in ns of perf_counter, arguments
 
@@ -65,8 +65,9 @@ class Recorder:
                 events.append(self._copy(rows_end, ticket, amount, begin, end))
             else:
                 layer_idx, expert_ids = self._launches.get(ticket, (-1, []))
-                arguments = {"layer": layer_idx, "experts": list(expert_ids), "computed": amount}
-                events.append((f"layer {layer_idx}", DEVICE, begin, end, arguments))
+                arguments: dict[str, Any] = {"layer": layer_idx, "experts": list(expert_ids)}
+                row, what = (RETURN, "bytes") if lane == ROWS_LANE else (DEVICE, "computed")
+                events.append((f"layer {layer_idx}", row, begin, end, arguments | {what: amount}))
         return sorted(events, key=lambda event: event[1:3])
 
     def _copy(self, rows_end: list[int], ticket: int, num_bytes: int, begin: int, end: int) -> Event:
@@ -83,8 +84,8 @@ class Recorder:
 def as_chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     """Return the trace's JSON object; times in microseconds from the first event."""
     start = min((begin for _, _, begin, _, _ in events), default=0)
-    rows = sorted({CPU, DEVICE, LINK, *(row for _, row, *_ in events)})
-    names = {CPU: "CPU: experts", DEVICE: "device: experts"}
+    rows = sorted({CPU, DEVICE, RETURN, LINK, *(row for _, row, *_ in events)})
+    names = {CPU: "CPU: experts", DEVICE: "device: experts", RETURN: "rows to the host"}
     trace: list[dict[str, Any]] = [
         {
             "name": "thread_name",

@@ -119,9 +119,9 @@ inline cudaError_t cudaHostUnregister(void* begin) {
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind,
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind,
                                    cudaStream_t) {
-    const char* begin = static_cast<const char*>(from);
+    const char* begin = static_cast<const char*>(kind == cudaMemcpyDeviceToHost ? to : from);
     {
         std::lock_guard lock(stand_in::mutex);
         if (num_bytes && stand_in::piece_of(begin) != stand_in::piece_of(begin + num_bytes - 1))
@@ -140,6 +140,9 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return delete stream, cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {

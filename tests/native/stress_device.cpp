@@ -29,12 +29,15 @@ struct Inputs : DeviceInputs {
 
 class TinyDevice : public Device {
   public:
-    explicit TinyDevice(std::shared_ptr<ThrottledLink> link) : memory_(kSlots * kHidden), link_(link) {}
+    TinyDevice(std::shared_ptr<ThrottledLink> to_device, std::shared_ptr<ThrottledLink> to_host)
+        : memory_(kSlots * kHidden), to_device_(to_device), to_host_(to_host) {}
     std::string name() const override { return "tiny"; }
     uint64_t address() const override { return uint64_t(memory_.data()); }
     int64_t num_bytes() const override { return kSlots * kSlotBytes; }
     void give_back(int64_t, int64_t) override {}
-    std::shared_ptr<Link> link() override { return link_; }
+    std::shared_ptr<Link> link(Direction direction) override {
+        return direction == Direction::kToDevice ? to_device_ : to_host_;
+    }
     int64_t pin(std::byte*, int64_t num_bytes) override { return num_bytes; }
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel&) override { return nullptr; }
@@ -56,14 +59,16 @@ class TinyDevice : public Device {
                         weights[i] * hidden[pairs.pair_tokens[p] * kHidden + i];
         }
     }
-    void finish(float* rows, int64_t total_pairs, int64_t hidden_size) override {
-        std::copy_n(rows_.data(), total_pairs * hidden_size, rows);
+    double finish(float* rows, int64_t total_pairs, int64_t hidden_size) override {
+        return to_host_->copy_pinned(reinterpret_cast<std::byte*>(rows),
+                                     reinterpret_cast<const std::byte*>(rows_.data()),
+                                     total_pairs * hidden_size * int64_t(sizeof(float)));
     }
     void close() override {}
 
   private:
     std::vector<float> memory_, rows_;
-    std::shared_ptr<ThrottledLink> link_;
+    std::shared_ptr<ThrottledLink> to_device_, to_host_;
 };
 
 class Stress {
@@ -89,6 +94,7 @@ class Stress {
             expect(engine_.copies().forget(ticket), "a finished copy is forgotten");
         }
         link_->inject(-1, 0, false);
+        if (!fails) check_return(weights);
     }
 
     bool closes_with_work_left() {
@@ -142,11 +148,29 @@ class Stress {
         expect(equal, "a launch saw what its copies brought");
     }
 
+    // Every slot back to the host, some beside each other.
+    void check_return(const std::vector<float>& weights) {
+        std::vector<float> back(weights.size(), -1.0F);
+        const auto* from = reinterpret_cast<const std::byte*>(engine_.device().address());
+        std::vector<CopyQueue::Ticket> tickets;
+        for (int64_t slot = 0; slot < kSlots; ++slot) {
+            const int64_t offset = slot * kSlotBytes;
+            auto* to = reinterpret_cast<std::byte*>(back.data()) + offset;
+            tickets.push_back(engine_.returns().submit({{from + offset, to, kSlotBytes}}, rng_() % 2));
+        }
+        for (const auto ticket : tickets) {
+            expect(engine_.returns().wait(ticket, kPatience, [] {}), "a return ends");
+            expect(engine_.returns().forget(ticket), "a finished return is forgotten");
+        }
+        expect(back == weights, "what was copied there came back");
+    }
+
     std::mt19937 rng_;
     DeviceKernel kernel_;
     std::vector<float> hidden_ = std::vector<float>(kSlots * kHidden, 2.0F);
-    std::shared_ptr<ThrottledLink> link_ = std::make_shared<ThrottledLink>(1e9, 1e-5);
-    DeviceEngine engine_{std::make_unique<TinyDevice>(link_)};
+    std::shared_ptr<ThrottledLink> link_ = std::make_shared<ThrottledLink>(Direction::kToDevice, 1e9, 1e-5);
+    std::shared_ptr<ThrottledLink> back_ = std::make_shared<ThrottledLink>(Direction::kToHost, 1e9, 1e-5);
+    DeviceEngine engine_{std::make_unique<TinyDevice>(link_, back_)};
 };
 
 }  // namespace
