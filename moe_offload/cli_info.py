@@ -146,15 +146,18 @@ def _profile() -> dict[str, Any]:
     from moe_offload.storage.checkpoint_key import checkpoint_key
 
     own = stored_path()
-    tuned = len(list(own.parent.glob(f"{own.stem}-*.toml"))) if own.parent.is_dir() else 0
+    kept = [path.stem.partition("@") for path in own.parent.glob(f"{own.stem}*.toml")]
+    tuned = len({model for model, _, _ in kept if model != own.stem})
+    devices = sorted({device for _, _, device in kept if device})
     found = stored_profile(checkpoint_key(open_checkpoint(DEMO_MODEL))) if tuned else stored_profile(None)
     if found is None:
         reason = "nothing was measured yet: the first load will, `moe-offload tune` does it thoroughly"
-        return {"in_use": None, "reason": reason, "tuned_models": tuned}
+        return {"in_use": None, "reason": reason, "tuned_models": tuned, "tuned_devices": devices}
     return {
         "in_use": found.describe(),
         "reason": "",
         "tuned_models": tuned,
+        "tuned_devices": devices,
         "figures": {
             name: found.profile.get(*figure)
             for name, figure in (
@@ -201,7 +204,9 @@ def _profile_line(profile: dict[str, Any]) -> str:
     if profile.get("in_use") is None:
         return _line(profile, "none: {reason}")
     rates = " and ".join(f"{value / 1e9:.2f} GB/s" for value in profile["figures"].values() if value)
-    return f"{profile['in_use']}; weights and experts at {rates}; {profile['tuned_models']} models tuned"
+    devices = f", also with {', '.join(profile['tuned_devices'])}" if profile["tuned_devices"] else ""
+    tuned = f"{profile['tuned_models']} models tuned{devices}"
+    return f"{profile['in_use']}; weights and experts at {rates}; {tuned}"
 
 
 def _sizes(memory: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress("measuring", sys.stderr) as progress, contextlib.redirect_stderr(io.StringIO()):
         tiers, stages = _measure(args, checkpoint, budget, progress, choice, device_plan)
     name = args.output.stem if args.output is not None else key
-    device = "cpu" if choice is None else choice.kind
+    device = "cpu" if choice is None else choice.key
     profile = tune_profile.assemble(name, _command(args), key, tiers, stages, budget.spent_s, device)
     kept = tune_profile.keep(profile, key)
     if args.output is not None:

@@ -163,6 +163,15 @@ class DeviceChoice:
     pinnable_bytes: int | None = None  # None: all
     to_host_bytes_per_s: float | None = None
 
+    @property
+    def key(self) -> str:
+        """What profiles are told apart by: the device, and of an emulated one its link; not its memory."""
+        if self.kind != "emulated":
+            return self.kind.replace(":", "-")
+        to_host = self.link_bytes_per_s if self.to_host_bytes_per_s is None else self.to_host_bytes_per_s
+        speeds = f"{self.link_bytes_per_s / 1e6:g}-{to_host / 1e6:g}MBs"
+        return f"emulated-{speeds}-{self.latency_s * 1e6:g}us"
+
 
 MAX_THREADS = 1024  # more than any machine has use for; a process may not even start them
 

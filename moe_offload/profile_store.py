@@ -1,12 +1,14 @@
 """The profiles that this user's machines have: where they are kept, which one a model gets.
 
-Below XDG_CACHE_HOME (~/.cache), a file a machine and one for each checkpoint that was tuned there; the
-machine's name is in the file's name, since a home may be shared by several.
+Below XDG_CACHE_HOME (~/.cache), a file a machine and one for each checkpoint that was tuned there, and the
+same again for each device that was used; the machine's name is in the file's name, since a home may be shared
+by several.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from moe_offload.residency.memory import total_bytes
 from moe_offload.storage.checkpoint_key import cache_folder
 
 TUNED_MODEL, TUNED_MACHINE = "tuned for this model", "tuned on this machine"
+CPU = "cpu"  # the device of a profile that knows none
 MEASURED, MEASURED_NOW, GIVEN = "measured at an earlier load", "measured now", "given"
 
 
@@ -34,33 +37,47 @@ class ProfileInUse:
     kind: str
     path: Path | None
 
+    @property
+    def device(self) -> str:
+        """The key of the device that it was tuned with."""
+        return str(self.profile.notes.get("machine", {}).get("device", CPU))
+
     def describe(self) -> str:
-        """Return it in a line: kind, date, settings."""
+        """Return it in a line: kind, date, device, settings."""
         date = self.profile.measured.get("date")
         words = [self.kind if self.kind != GIVEN else f"{self.profile.name}, as asked for"]
         if date and self.kind in (TUNED_MODEL, TUNED_MACHINE, MEASURED):
             words.append(f"on {date}")
+        if self.device != CPU:
+            words.append(f"with {self.device}")
         text = " ".join(words)
         chosen = [f"{name} {value}" for name, value in self.profile.settings.items()]
         return f"{text} ({', '.join(chosen)})" if chosen else text
 
 
-def stored_path(checkpoint: str | None = None) -> Path:
-    """Return where this machine's profile is kept, or the one for a checkpoint (its key) on it."""
+def stored_path(checkpoint: str | None = None, device: str = CPU) -> Path:
+    """Return where this machine's profile is kept, or the one for a checkpoint (its key) on it.
+
+    Args:
+        device: its key (DeviceChoice.key).
+    """
     name = machine_key() if checkpoint is None else f"{machine_key()}-{checkpoint}"
-    return cache_folder("profiles") / f"{name}.toml"
+    return cache_folder("profiles") / (f"{name}.toml" if device == CPU else f"{name}@{device}.toml")
 
 
-def stored_profile(checkpoint: str | None) -> ProfileInUse | None:
+def stored_profile(checkpoint: str | None, device: str = CPU) -> ProfileInUse | None:
     """Return the profile of this machine that was kept: for the checkpoint, or else the machine's own.
 
-    A file that is damaged or of another machine costs a line on stderr.
+    With a device, those that know it go first: of the others only figures count. A file that is damaged or
+    of another machine costs a line on stderr.
 
     Args:
         checkpoint: its key; None: the machine's own only.
+        device: its key.
     """
-    for key in (checkpoint, None) if checkpoint is not None else (None,):
-        path = stored_path(key)
+    keys = (checkpoint, None) if checkpoint is not None else (None,)
+    for with_device, key in itertools.product(dict.fromkeys((device, CPU)), keys):
+        path = stored_path(key, with_device)
         if not path.is_file():
             continue
         try:
@@ -82,8 +99,12 @@ def _kind(profile: DeviceProfile, checkpoint: str | None) -> str:
 
 
 def keep(profile: DeviceProfile, checkpoint: str | None) -> Path | None:
-    """Keep a profile for later loads; None, and a line on stderr, where that is not possible."""
-    path = stored_path(checkpoint)
+    """Keep a profile for later loads; None, and a line on stderr, where that is not possible.
+
+    Args:
+        checkpoint: its key; None: for all models of this machine.
+    """
+    path = stored_path(checkpoint, ProfileInUse(profile, MEASURED_NOW, None).device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_profile(path, profile)

@@ -14,8 +14,7 @@ from moe_offload.residency.machine_state import cpu_name, machine_key
 from moe_offload.tune import Stage, combined
 from moe_offload.tune_tiers import Tiers
 
-EMULATED = "emulated"  # a device that the machine does not have
-MACHINE_SECTIONS = ("cpu", "ram", "disk", "gpu", "link")
+CPU_SECTIONS, DEVICE_SECTIONS = ("cpu", "ram", "disk"), ("gpu", "link")
 
 
 def assemble(
@@ -25,13 +24,13 @@ def assemble(
     tiers: Tiers,
     stages: list[Stage],
     seconds: float,
-    device: str = "cpu",
+    device: str = profile_store.CPU,
 ) -> DeviceProfile:
     """Return the profile: what was measured, what was chosen, and the evidence.
 
     Args:
         checkpoint: its key.
-        device: what computed beside the CPU.
+        device: the key of what computed beside the CPU.
     """
     choice, best = combined(stages)
     overhead_s = stages[0].layer_overhead_s
@@ -113,11 +112,21 @@ def as_settings(choice: Choice, slots: int, device_slots: int = 0) -> dict[str, 
 
 
 def keep(profile: DeviceProfile, checkpoint: str) -> Path | None:
-    """Keep the profile for this checkpoint, and its figures for all others on this machine."""
-    own = ("cpu", "ram", "disk") if profile.notes["machine"]["device"] == EMULATED else MACHINE_SECTIONS
-    figures = {name: section for name, section in profile.figures.items() if name in own}
-    times = [time for time in profile.expert_times if time.device == "cpu" or "gpu" in own]
-    notes = {name: notes for name, notes in profile.notes.items() if name in ("machine", "state")}
-    machine = replace(profile, name=machine_key(), figures=figures, expert_times=times, notes=notes)
-    profile_store.keep(machine, None)
+    """Keep the profile for this checkpoint, and its figures for all others on this machine.
+
+    Those of a device are for loads with it, the rest for all.
+    """
+    profile_store.keep(_of_machine(profile, CPU_SECTIONS, profile_store.CPU), None)
+    device = profile.notes["machine"]["device"]
+    if device != profile_store.CPU:
+        profile_store.keep(_of_machine(profile, (*CPU_SECTIONS, *DEVICE_SECTIONS), device), None)
     return profile_store.keep(profile, checkpoint)
+
+
+def _of_machine(profile: DeviceProfile, sections: tuple[str, ...], device: str) -> DeviceProfile:
+    """Return what a profile says of the machine, whatever the model."""
+    own = {name: section for name, section in profile.figures.items() if name in sections}
+    times = [time for time in profile.expert_times if time.device == "cpu" or device != profile_store.CPU]
+    notes = {name: notes for name, notes in profile.notes.items() if name == "state"}
+    notes = {"machine": {"key": machine_key(), "device": device}, **notes}
+    return replace(profile, name=machine_key(), figures=own, expert_times=times, notes=notes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moe_offload
-from moe_offload import ops, profile_store
+from moe_offload import ops, profile_store, tune_profile
 from moe_offload.config import MIB, DeviceChoice, PlacementPlan, RuntimeConfig
 from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
@@ -102,6 +102,30 @@ def test_a_real_look_measures_all_three(cache: Path, tiny_moe: Path) -> None:
         ("cpu", "int8_throughput"),
     ):
         assert found.profile.value(section, name) > 0
+
+
+def test_a_profile_of_a_device_leaves_the_plain_one_alone(cache: Path, tiny_moe: Path) -> None:
+    checkpoint = open_checkpoint(tiny_moe)
+    fast, slow = (DeviceChoice("emulated", 2**23, link_bytes_per_s=speed) for speed in (12e9, 3e9))
+    plain = tuned({"policy": "ewma"})
+    shared = tuned({"policy": "lfu", "scheduler": "fiddler"})
+    shared = dataclasses.replace(shared, notes={**shared.notes, "machine": device_note(fast)})
+    tune_profile.keep(plain, checkpoint_key(checkpoint))
+    tune_profile.keep(shared, checkpoint_key(checkpoint))
+    assert len(list(cache.iterdir())) == 4, "of the machine and of the model, with and without"
+
+    def policy(device: DeviceChoice | None) -> str:
+        found = find_profile("auto", checkpoint, device)
+        assert found is not None and found.kind == profile_store.TUNED_MODEL
+        assert ("with emulated" in found.describe()) is (device == fast)
+        return with_settings(RuntimeConfig(device=device), found, []).policy
+
+    assert policy(None) == "ewma" and policy(fast) == "lfu"
+    assert policy(slow) == RuntimeConfig().policy, "figures of the CPU, settings of none"
+
+
+def device_note(device: DeviceChoice) -> dict[str, str]:
+    return {"key": profile_store.machine_key(), "device": device.key}
 
 
 def test_the_models_own_profile_goes_before_the_machines(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_offload import ops, profile_store
-from moe_offload.config import MIB, PlacementPlan, RuntimeConfig
+from moe_offload.config import MIB, DeviceChoice, PlacementPlan, RuntimeConfig
 from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError
 from moe_offload.header_costs import bytes_per_token
@@ -23,11 +23,14 @@ LEAST_WEIGHTS_BYTES = 4 * MIB
 SETTINGS = ("num_threads", "policy", "predictor", "prefetch", "prefetch_depth", "scheduler")
 
 
-def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInUse | None:
+def find_profile(
+    asked: str | Path | None, checkpoint: Checkpoint, device: DeviceChoice | None = None
+) -> ProfileInUse | None:
     """Return the profile to load with; None: there is none yet, or none is wanted.
 
     Args:
         asked: "auto": what was kept for the checkpoint, or else for the machine; "none"; or a name or file.
+        device: what the load is to use beside the CPU.
 
     Raises:
         ConfigError: no such profile, or it is damaged.
@@ -35,7 +38,8 @@ def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInU
     if str(asked) == "none" or not checkpoint.experts.layouts:
         return None
     if str(asked) == "auto":
-        return profile_store.stored_profile(checkpoint_key(checkpoint))
+        key = profile_store.CPU if device is None else device.key
+        return profile_store.stored_profile(checkpoint_key(checkpoint), key)
     assert asked is not None, "an argument that was not given is 'auto'"
     return ProfileInUse(load_profile(asked), GIVEN, Path(asked))
 
@@ -43,15 +47,15 @@ def find_profile(asked: str | Path | None, checkpoint: Checkpoint) -> ProfileInU
 def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Collection[str]) -> RuntimeConfig:
     """Return ``config`` with what was tuned in place of defaults; what the caller gave stays.
 
-    What was tuned with a device is for loads with one.
+    What was tuned with a device is for loads with one, and what was tuned without for those without.
 
     Args:
         given: names of the arguments that the caller chose.
     """
     if found is None:
         return config
-    if config.device is None and "scheduler" in found.profile.settings:
-        return config  # tuned with a device, which may even take threads from the CPU
+    if (config.device is not None) != ("scheduler" in found.profile.settings):
+        return config  # a device may even take threads from the CPU
     tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
     if "predictor" in given or "prefetch" in given:  # one question in three parts
         tuned = {

@@ -159,7 +159,7 @@ def from_pretrained(
     for note in checkpoint.notes:
         _say(note)
     compute_dtype = _resolve_dtype(dtype, checkpoint)
-    found = machine_profile.find_profile(profile, checkpoint)
+    found = machine_profile.find_profile(profile, checkpoint, config.device)
     chosen = {"policy": policy, "predictor": predictor, "prefetch": prefetch, "num_threads": num_threads}
     chosen["scheduler"] = scheduler
     given = [name for name, value in chosen.items() if value is not None]
