@@ -16,6 +16,7 @@ import threading
 from typing import Any
 
 from moe_offload import cli, cli_session
+from moe_offload.runtime import loading
 from moe_offload.runtime import model as model_module
 from moe_offload.storage.io import DirectReader, open_reader
 
@@ -51,7 +52,7 @@ class Scenario:
             hang_and_interrupt(self.readers[-1])
 
     def run(self, checkpoint: str) -> dict[str, Any]:
-        model_module.open_reader = self.open_reader
+        loading.open_reader = self.open_reader
         model_module.from_pretrained = self.from_pretrained
         cli_session.print_piece = self.print_piece
         out, err = io.StringIO(), io.StringIO()

@@ -47,6 +47,7 @@ READING_ORDER = [
         "cli_generate",
         "cli_info",
         "cli_inspect",
+        "cli_parser",
         "cli_plan",
         "cli_session",
         "cli_trace",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload import _native
+from moe_offload.errors import ConfigError
 
 Choice = NDArray[np.bool_]  # (n,) True: on the GPU, after a copy unless resident there
 
@@ -120,6 +121,16 @@ SCHEDULERS: dict[str, Callable[[LayerWork], Schedule]] = {
     "fiddler": fiddler,
     "hybrimoe_greedy": hybrimoe_greedy,
 }
+
+
+def check_scheduler(name: str) -> None:
+    """Refuse a name that is no scheduler's.
+
+    Raises:
+        ConfigError: with the names that are.
+    """
+    if name not in SCHEDULERS:
+        raise ConfigError(f"scheduler={name!r} is unknown; known are {', '.join(SCHEDULERS)}")
 
 
 def _judged(work: LayerWork, on_gpu: Choice) -> Schedule:

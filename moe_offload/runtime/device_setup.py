@@ -10,7 +10,6 @@ from moe_offload.errors import ConfigError
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.placement import plan_device
-from moe_offload.planning.scheduler import SCHEDULERS
 from moe_offload.residency.accelerator import Device, memory_of, open_device
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
@@ -21,16 +20,6 @@ from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import Arena
-
-
-def check_scheduler(name: str) -> None:
-    """Refuse a name that is no scheduler's.
-
-    Raises:
-        ConfigError: with the names that are.
-    """
-    if name not in SCHEDULERS:
-        raise ConfigError(f"scheduler={name!r} is unknown; known are {', '.join(SCHEDULERS)}")
 
 
 def plan_vram(checkpoint: Checkpoint, config: RuntimeConfig) -> DevicePlan | None:

@@ -132,18 +132,7 @@ def generate(
     check_limits(max_new_tokens, stop)
     on_text = stream if callable(stream) else (_print_piece if stream else _discard)
     path = model if isinstance(model, str | Path) else None
-    if path is None and not hasattr(model, "offload"):
-        raise ConfigError(f"a path or a model from from_pretrained is wanted, got {model!r:.80}")
-    if path is not None:
-        from moe_offload.storage.tokenizer import load_tokenizer
-
-        tokenizer = tokenizer or load_tokenizer(path)
-    elif load_options:
-        raise ConfigError(f"{', '.join(load_options)}: for loading, but the model is loaded already")
-    elif tokenizer is None:
-        raise ConfigError(
-            "a loaded model needs its tokenizer: pass tokenizer=moe_offload.load_tokenizer(path)"
-        )
+    tokenizer = _tokenizer(model, path, tokenizer, load_options)
     input_ids = encode_prompt(tokenizer, prompt, system=system, raw=raw, thinking=thinking)
     loaded: Any = model if path is None else _load(path, load_options)
     try:
@@ -165,6 +154,23 @@ def generate(
     if result.finish_reason == "interrupted":
         raise KeyboardInterrupt
     return result
+
+
+def _tokenizer(model: Any, path: str | Path | None, tokenizer: Any, load_options: Mapping[str, Any]) -> Any:
+    """Return the tokenizer; what cannot be answered is refused before a model is loaded."""
+    if path is not None:
+        from moe_offload.storage.tokenizer import load_tokenizer
+
+        return tokenizer or load_tokenizer(path)
+    if not hasattr(model, "offload"):
+        raise ConfigError(f"a path or a model from from_pretrained is wanted, got {model!r:.80}")
+    if load_options:
+        raise ConfigError(f"{', '.join(load_options)}: for loading, but the model is loaded already")
+    if tokenizer is None:
+        raise ConfigError(
+            "a loaded model needs its tokenizer: pass tokenizer=moe_offload.load_tokenizer(path)"
+        )
+    return tokenizer
 
 
 def _load(path: str | Path, load_options: dict[str, Any]) -> Any:

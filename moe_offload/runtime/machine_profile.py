@@ -14,6 +14,7 @@ from moe_offload.header_costs import bytes_per_token
 from moe_offload.measure import WEIGHTS_BYTES, measure_machine
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.profile_speed import profile_speed
+from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.profile_store import GIVEN, MEASURED_NOW, TUNED_MACHINE, TUNED_MODEL, ProfileInUse
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
@@ -51,6 +52,9 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
 
     Args:
         given: names of the arguments that the caller chose.
+
+    Raises:
+        ConfigError: the profile names a scheduler that nobody knows.
     """
     if found is None:
         return config
@@ -61,7 +65,9 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
         tuned = {
             name: value for name, value in tuned.items() if name in ("num_threads", "policy", "scheduler")
         }
-    return replace(config, **{name: value for name, value in tuned.items() if name not in given})
+    config = replace(config, **{name: value for name, value in tuned.items() if name not in given})
+    check_scheduler(config.scheduler)  # of a profile, it may be any word
+    return config
 
 
 def measure_once(checkpoint: Checkpoint, plan: PlacementPlan, say: Callable[[str], None]) -> ProfileInUse:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
-import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +18,30 @@ from transformers.modeling_utils import PreTrainedModel
 from moe_offload import ops
 from moe_offload.config import (
     DEMO_MODEL,
-    MIB,
     DevicePlan,
     PlacementPlan,
     RuntimeConfig,
     parse_bytes,
     parse_device,
 )
-from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.errors import ConfigError
 from moe_offload.header_costs import Process, place
-from moe_offload.planning.cost_model import state_tokens
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.gain_switch import GainSwitch
-from moe_offload.planning.prediction import Predictor
-from moe_offload.profile_store import ProfileInUse
+from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.residency.accelerator import check_device
-from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.memory import MemoryGuard, auto_ram_bytes, available_bytes
-from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.residency.memory import auto_ram_bytes
 from moe_offload.runtime import machine_profile, quantized, skeleton
-from moe_offload.runtime.arguments import loading_info, read_arguments
-from moe_offload.runtime.device_setup import attach_device, check_scheduler, plan_vram
-from moe_offload.runtime.executor import ExpertExecutor, make_kernel, offloaded_experts_forward
-from moe_offload.runtime.footprint import release_weights, trim_heap
-from moe_offload.runtime.native_families import native_step_reason
-from moe_offload.runtime.native_step import NativeStep
-from moe_offload.runtime.offload import OffloadHandle, base_bytes
-from moe_offload.runtime.offloaded_class import offloaded_class
-from moe_offload.runtime.predictor_choice import PredictorChoice, choose_predictor, make_predictor
-from moe_offload.runtime.recorder import RoutingRecorder
-from moe_offload.runtime.warm import start_warm
-from moe_offload.stats import OffloadStats
+from moe_offload.runtime.arguments import LoadArguments, loading_info, read_arguments
+from moe_offload.runtime.device_setup import plan_vram
+from moe_offload.runtime.executor import offloaded_experts_forward
+from moe_offload.runtime.loading import Decided, load
+from moe_offload.runtime.offload import base_bytes
+from moe_offload.runtime.predictor_choice import choose_predictor
 from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
-from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.io import Arena, DirectReader, open_reader
 from moe_offload.storage.quantize import quantize_once
 from moe_offload.storage.quantize_rules import check_quant
 from moe_offload.storage.tokenizer import tokenizer_was_loaded
-
-GUARD_RESERVE_BYTES = 256 * MIB  # below what "auto" leaves free, so that only others' growth counts
-GUARD_INTERVAL_S = 0.5
 
 ExpertsInterface.register(skeleton.EXPERTS_IMPLEMENTATION, offloaded_experts_forward)
 
@@ -136,9 +116,8 @@ def from_pretrained(
         ConfigError: an argument that cannot work.
     """
     arguments = read_arguments(path, dtype, ram, kwargs, _say)
-    path, dtype, ram = arguments.path, arguments.dtype, arguments.ram
     config = RuntimeConfig(
-        ram_bytes=None if ram == "auto" else parse_bytes(ram),
+        ram_bytes=None if arguments.ram == "auto" else parse_bytes(arguments.ram),
         experts=experts,
         context_tokens=context,
         policy="horizon" if policy is None else policy,
@@ -151,45 +130,47 @@ def from_pretrained(
         device=parse_device(device, vram),
         scheduler="hybrid" if scheduler is None else scheduler,
     )
-    check_scheduler(config.scheduler)
-    if config.device is not None:
-        check_device(config.device)
-    quant = None if quant is None else check_quant(quant)
-    checkpoint = open_checkpoint(DEMO_MODEL if path is None else path, allow_dense=allow_dense)
-    for note in checkpoint.notes:
-        _say(note)
-    compute_dtype = _resolve_dtype(dtype, checkpoint)
-    found = machine_profile.find_profile(profile, checkpoint, config.device)
+    checkpoint = _open(arguments, config, quant)
     chosen = {"policy": policy, "predictor": predictor, "prefetch": prefetch, "num_threads": num_threads}
     chosen["scheduler"] = scheduler
     given = [name for name, value in chosen.items() if value is not None]
+    found = machine_profile.find_profile(profile, checkpoint, config.device)
     config = machine_profile.with_settings(config, found, given)
-    check_scheduler(config.scheduler)  # of a profile, it may be any word
     make_policy(config.policy)  # a wrong name is an error before anything is read
     choice = choose_predictor(config.predictor if config.prefetch else "none", checkpoint)
-    if config.num_threads is not None:
-        ops.set_num_threads(config.num_threads)
-    _warm_up(compute_dtype)
-    model = skeleton.build_skeleton(checkpoint, compute_dtype, arguments.attn_implementation)
+    model = _build(checkpoint, config, arguments)
     checkpoint = skeleton.measure_cache(model, checkpoint)
     if quant is not None:
-        checkpoint = _quantize(model, checkpoint, config, quant, quant_progress)
+        checkpoint = _quantize(model, checkpoint, config, check_quant(quant), quant_progress)
     plan = _plan(model, checkpoint, config)
     vram_plan = plan_vram(checkpoint, config)
-    if ram == "auto":
-        print(f"ram auto: {plan.describe()}", file=sys.stderr)
-    if config.device is not None:
-        _say(
-            f"vram: {vram_plan.describe()}" if vram_plan else "device= changes nothing: there are no experts"
-        )
+    _say_plans(config, plan, vram_plan)
     found = machine_profile.choose(found, profile, checkpoint, plan, _say)
-    model = _load(model, checkpoint, config, plan, vram_plan, choice, progress, found)
-    if arguments.generation_config is not None:
-        model.generation_config = copy.deepcopy(arguments.generation_config)
-        model.generation_config.disable_compile = True
-    if torch.accelerator.is_available():
-        model.hf_device_map = {"": "cpu"}  # or a pipeline would try to move it there
-    return (model, loading_info()) if arguments.output_loading_info else model
+    load(model, Decided(checkpoint, config, plan, vram_plan, choice, found), progress)
+    return _as_transformers_would(model, arguments)
+
+
+def _open(arguments: LoadArguments, config: RuntimeConfig, quant: str | None) -> Checkpoint:
+    """Open the checkpoint; words that nobody knows are an error before."""
+    check_scheduler(config.scheduler)
+    if config.device is not None:
+        check_device(config.device)
+    if quant is not None:
+        check_quant(quant)
+    path = DEMO_MODEL if arguments.path is None else arguments.path
+    checkpoint = open_checkpoint(path, allow_dense=config.allow_dense)
+    for note in checkpoint.notes:
+        _say(note)
+    return checkpoint
+
+
+def _build(checkpoint: Checkpoint, config: RuntimeConfig, arguments: LoadArguments) -> PreTrainedModel:
+    """Return the model without weights, the process being as large as it will be without them."""
+    dtype = _resolve_dtype(arguments.dtype, checkpoint)
+    if config.num_threads is not None:
+        ops.set_num_threads(config.num_threads)
+    _warm_up(dtype)
+    return skeleton.build_skeleton(checkpoint, dtype, arguments.attn_implementation)
 
 
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
@@ -255,136 +236,20 @@ def _warm_up(dtype: torch.dtype) -> None:
         x.float().softmax(-1).topk(4)
 
 
-def _load(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    config: RuntimeConfig,
-    plan: PlacementPlan,
-    vram_plan: DevicePlan | None,
-    choice: PredictorChoice,
-    progress: Callable[[int, int], None] | None,
-    found: ProfileInUse | None,
-) -> PreTrainedModel:
-    reader = open_reader()
-    arena = Arena(max(plan.expert_bytes, 4096))
-    try:
-        store = ExpertStore(checkpoint.experts, checkpoint.files, reader)
-        skeleton.load_dense(model, checkpoint, store, progress)
-        skeleton.apply_generation_config(model, checkpoint)
-        stats = OffloadStats(ram_bytes=plan.ram_bytes)
-        cache = ExpertCache(
-            plan.pools,
-            checkpoint.experts.layouts,
-            store,
-            arena,
-            lambda: make_policy(config.policy),
-            stats,
-            top_k=checkpoint.spec.top_k,
+def _say_plans(config: RuntimeConfig, plan: PlacementPlan, vram_plan: DevicePlan | None) -> None:
+    if config.ram_bytes is None:
+        print(f"ram auto: {plan.describe()}", file=sys.stderr)
+    if config.device is not None:
+        _say(
+            f"vram: {vram_plan.describe()}" if vram_plan else "device= changes nothing: there are no experts"
         )
-        executors = _attach(model, checkpoint, config, plan, choice, cache, stats, store, arena, found)
-        if vram_plan is not None:
-            model.offload.hybrid = attach_device(
-                executors, checkpoint, config, vram_plan, cache, store, arena
-            )
-            if all(
-                pool.num_staging == 0 for pool in plan.pools
-            ):  # RAM will lack nothing: look ahead for VRAM
-                tier = model.offload.hybrid.tier
-                model.offload.prefetcher.turn_to(tier.cache, tier.link_counters)
-        if config.warm_start:
-            start_warm(model.offload, cache, checkpoint, config.policy)
-    except BaseException:
-        reader.close()
-        arena.close()
-        raise
-    return model
 
 
-def _attach(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    config: RuntimeConfig,
-    plan: PlacementPlan,
-    choice: PredictorChoice,
-    cache: ExpertCache,
-    stats: OffloadStats,
-    store: ExpertStore,
-    arena: Arena,
-    found: ProfileInUse | None,
-) -> dict[int, ExpertExecutor]:
-    """Give the model its class, every experts module its executor, and the handle its resources."""
-
-    alive = weakref.ref(model)
-
-    def close_resources() -> None:
-        store.close()
-        arena.close()
-        closed = alive()
-        if closed is not None:
-            release_weights(closed)
-            trim_heap()
-
-    guard = MemoryGuard(
-        available_bytes,
-        reserve_bytes=GUARD_RESERVE_BYTES,
-        interval_s=GUARD_INTERVAL_S,
-        clock=time.monotonic,
-    )
-    handle = OffloadHandle(checkpoint.spec, plan, cache, stats, guard, store.reader, close_resources)
-    handle.layer_types = skeleton.cache_layer_types(model)
-    handle.kv = config.kv
-    handle.state_tokens = state_tokens(
-        checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv
-    )
-    modules = skeleton.experts_modules(model)
-    handle.policy = config.policy
-    handle.profile, handle.speeds = found, machine_profile.expectations(found, checkpoint)
-    prefetcher = Prefetcher(
-        cache,
-        _make_predictor(choice, model, sorted(modules), config.prefetch_depth),
-        link=partial(_link_counters, store.reader),
-        switch=GainSwitch(),
-        speeds=handle.speeds,
-    )
-    handle.prefetcher = prefetcher
-    executors: dict[int, ExpertExecutor] = {}
-    for layer_idx, experts in modules.items():
-        kernel = make_kernel(experts, checkpoint.experts.layouts[layer_idx])
-        experts.moe_offload_executor = ExpertExecutor(kernel, layer_idx, cache, prefetcher, handle.layer_done)
-        executors[layer_idx] = experts.moe_offload_executor
-    model_class: Any = type(model)
-    model.__class__ = offloaded_class(model_class)
-    model.offload = handle
-    if native_step_reason(checkpoint.config) is None:
-        handle.native_step = NativeStep(model, executors, kv=config.kv)
-    handle.make_recorder = partial(
-        RoutingRecorder,
-        executors,
-        partial(skeleton.router_of, weakref.proxy(model)),
-        checkpoint.spec.num_experts,
-        checkpoint.path.name,
-        partial(
-            handle.account,
-            policy=config.policy,
-            prefetch=prefetcher.enabled,
-            expert_bytes={str(i): layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()},
-        ),
-    )
-    weakref.finalize(model, handle.close)
-    return executors
-
-
-def _link_counters(reader: DirectReader) -> tuple[int, float]:
-    counters = reader.counters()
-    return int(counters["bytes_read"]), counters["busy_seconds"]
-
-
-def _make_predictor(
-    choice: PredictorChoice, model: PreTrainedModel, layers: list[int], depth: int | None
-) -> Predictor | None:
-    """Return the predictor; the default goes without where a family's routers cannot be asked."""
-    try:
-        return make_predictor(choice, model, layers, depth=depth)
-    except CheckpointError as error:
-        print(f"moe-offload: nothing is read ahead: {error}", file=sys.stderr)
-        return None
+def _as_transformers_would(model: PreTrainedModel, arguments: LoadArguments) -> Any:
+    """Return what the caller of transformers' ``from_pretrained`` gets for these arguments."""
+    if arguments.generation_config is not None:
+        model.generation_config = copy.deepcopy(arguments.generation_config)
+        model.generation_config.disable_compile = True
+    if torch.accelerator.is_available():
+        model.hf_device_map = {"": "cpu"}  # or a pipeline would try to move it there
+    return (model, loading_info()) if arguments.output_loading_info else model
