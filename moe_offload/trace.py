@@ -24,11 +24,10 @@ optional header; ``.jsonl`` of objects {"token", "layer", "experts", "weights"*,
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.trace_formats import READERS, expect
 
 PREFILL, DECODE = 0, 1
 MAX_EXPERTS = 1 << 16
@@ -109,32 +109,30 @@ class RoutingTrace:
     def check(self) -> None:
         """Raise CheckpointError where the arrays contradict one another."""
         num_tokens, num_layers, top_k = self.experts.shape
-        _expect(
-            num_layers > 0 and top_k > 0, f"experts has shape {self.experts.shape}: no layer or no expert"
-        )
-        _expect(len(self.layers) == num_layers, f"{len(self.layers)} layers, experts has {num_layers}")
-        _expect(list(self.layers) == sorted(set(self.layers)), f"layers {self.layers} do not ascend")
-        _expect(0 < self.num_experts <= MAX_EXPERTS, f"num_experts is {self.num_experts}")
+        expect(num_layers > 0 and top_k > 0, f"experts has shape {self.experts.shape}: no layer or no expert")
+        expect(len(self.layers) == num_layers, f"{len(self.layers)} layers, experts has {num_layers}")
+        expect(list(self.layers) == sorted(set(self.layers)), f"layers {self.layers} do not ascend")
+        expect(0 < self.num_experts <= MAX_EXPERTS, f"num_experts is {self.num_experts}")
         if num_tokens:
             largest, smallest = int(self.experts.max()), int(self.experts.min())
-            _expect(smallest >= 0, f"expert {smallest} is negative")
-            _expect(largest < self.num_experts, f"expert {largest} of num_experts={self.num_experts}")
+            expect(smallest >= 0, f"expert {smallest} is negative")
+            expect(largest < self.num_experts, f"expert {largest} of num_experts={self.num_experts}")
             in_order = np.sort(self.experts, axis=2)
-            _expect(bool((np.diff(in_order, axis=2) != 0).all()), "a token chooses an expert twice")
+            expect(bool((np.diff(in_order, axis=2) != 0).all()), "a token chooses an expert twice")
         for name in ("seq_len", "step_tokens"):
             lengths = getattr(self, name)
-            _expect(lengths.ndim == 1 and bool((lengths > 0).all()), f"{name} has a length below 1")
-            _expect(int(lengths.sum()) == num_tokens, f"{name} sums to {lengths.sum()}, tokens {num_tokens}")
-        _expect(self.phase.shape == (num_tokens,), f"phase has shape {self.phase.shape}")
+            expect(lengths.ndim == 1 and bool((lengths > 0).all()), f"{name} has a length below 1")
+            expect(int(lengths.sum()) == num_tokens, f"{name} sums to {lengths.sum()}, tokens {num_tokens}")
+        expect(self.phase.shape == (num_tokens,), f"phase has shape {self.phase.shape}")
         if self.weights is not None:
             shape = self.weights.shape
-            _expect(shape == self.experts.shape, f"weights has shape {shape}, experts {self.experts.shape}")
-            _expect(bool(np.isfinite(self.weights).all()), "weights has a number that is not finite")
+            expect(shape == self.experts.shape, f"weights has shape {shape}, experts {self.experts.shape}")
+            expect(bool(np.isfinite(self.weights).all()), "weights has a number that is not finite")
         for name, width in (("router_logits", self.num_experts), ("router_inputs", None)):
             array = getattr(self, name)
             if array is not None:
                 fits = array.shape[:2] == (num_tokens, num_layers) and width in (None, array.shape[-1])
-                _expect(fits and array.ndim == 3, f"{name} has shape {array.shape}")
+                expect(fits and array.ndim == 3, f"{name} has shape {array.shape}")
 
 
 def make_trace(
@@ -159,11 +157,11 @@ def make_trace(
         CheckpointError: the arrays contradict one another.
     """
     integers = np.issubdtype(experts.dtype, np.integer)
-    _expect(experts.ndim == 3 and integers, f"experts has shape {experts.shape} of {experts.dtype}")
+    expect(experts.ndim == 3 and integers, f"experts has shape {experts.shape} of {experts.dtype}")
     num_tokens = len(experts)
     if num_experts is None:
         num_experts = int(experts.max()) + 1 if experts.size else 1
-    _expect(0 < num_experts <= MAX_EXPERTS, f"num_experts is {num_experts}")
+    expect(0 < num_experts <= MAX_EXPERTS, f"num_experts is {num_experts}")
     trace = RoutingTrace(
         experts=_narrow(experts),
         num_experts=num_experts,
@@ -218,13 +216,12 @@ def read_trace(path: str | Path, num_experts: int | None = None) -> RoutingTrace
         CheckpointError: the file is damaged or contradicts itself.
     """
     path = Path(path)
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise ConfigError(f"trace {path} ends in none of {', '.join(readers)}")
+    if path.suffix not in READERS:
+        raise ConfigError(f"trace {path} ends in none of {', '.join(READERS)}")
     if not path.is_file():
         raise ConfigError(f"trace {path} is not a file")
     try:
-        fields = readers[path.suffix](path)
+        fields = READERS[path.suffix](path)
         if fields.get("num_experts") is None:
             fields["num_experts"] = num_experts
         return make_trace(**fields)
@@ -238,70 +235,6 @@ def sequence_digests(trace: RoutingTrace) -> list[str]:
     """Return a digest of each sequence's choices: a fitted file names its training data by them."""
     parts = np.split(np.sort(trace.experts, axis=2).astype("<u2"), np.cumsum(trace.seq_len)[:-1])
     return [hashlib.sha256(repr(part.shape).encode() + part.tobytes()).hexdigest()[:16] for part in parts]
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        fields: dict[str, Any] = {name: file[name] for name in _NPZ_ARRAYS if name in file}
-        if "weights" not in fields and "probs" in file:
-            fields["weights"] = file["probs"]
-        if "num_experts" in file:
-            fields["num_experts"] = int(file["num_experts"])
-        if "model" in file:
-            fields["model"] = str(file["model"])
-        if "metadata" in file:
-            fields["metadata"] = dict(json.loads(str(file["metadata"])))
-    _expect("experts" in fields, "it has no array 'experts'")
-    return fields
-
-
-_NPZ_ARRAYS = (
-    "experts", "weights", "seq_len", "step_tokens", "phase", "layers", "router_logits", "router_inputs",
-)  # fmt: skip
-
-
-def _read_npy(path: Path) -> dict[str, Any]:
-    return {"experts": np.load(path, allow_pickle=False)}
-
-
-def _read_csv(path: Path) -> dict[str, Any]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row and not row[0].lstrip().startswith("#")]
-    if rows and not rows[0][0].strip().lstrip("-").isdigit():
-        rows = rows[1:]  # a header
-    table = [[int(cell) for cell in row] for row in rows]
-    return _grid((row[0], row[1], row[2:], None) for row in table)
-
-
-def _read_jsonl(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8") as file:
-        objects = [json.loads(line) for line in file if line.strip()]
-    _expect(all(isinstance(item, dict) for item in objects), "a line is not an object")
-    fields = _grid((item["token"], item["layer"], item["experts"], item.get("weights")) for item in objects)
-    sequences = dict.fromkeys((item["token"], item.get("sequence", 0)) for item in objects)
-    of_token = [sequence for _, sequence in sorted(sequences, key=lambda pair: int(pair[0]))]
-    _expect(len(of_token) == len(fields["experts"]), "a token is in two sequences")
-    starts = [i for i in range(len(of_token)) if i == 0 or of_token[i] != of_token[i - 1]]
-    fields["seq_len"] = np.diff([*starts, len(of_token)])
-    return fields
-
-
-def _grid(rows: Iterable[tuple[int, int, Sequence[int], Sequence[float] | None]]) -> dict[str, Any]:
-    """Put (token, layer, ids, weights) rows of any order into arrays; every token has every layer."""
-    cells = {(int(token), int(layer)): (ids, weights) for token, layer, ids, weights in rows}
-    tokens = sorted({token for token, _ in cells})
-    layers = sorted({layer for _, layer in cells})
-    _expect(bool(cells), "it has no rows")
-    _expect(len(cells) == len(tokens) * len(layers), f"{len(tokens)} tokens, {len(layers)} layers: rows lack")
-    widths = {len(ids) for ids, _ in cells.values()}
-    _expect(len(widths) == 1, f"rows have {sorted(widths)} experts; every row needs the same number")
-    order = [(token, layer) for token in tokens for layer in layers]
-    shape = (len(tokens), len(layers), widths.pop())
-    fields: dict[str, Any] = {"layers": layers}
-    fields["experts"] = np.array([cells[cell][0] for cell in order], np.int64).reshape(shape)
-    if all(weights is not None for _, weights in cells.values()):
-        fields["weights"] = np.array([cells[cell][1] for cell in order], np.float32).reshape(shape)
-    return fields
 
 
 def _cut(lengths: NDArray[np.int32], total: int) -> NDArray[np.int32]:
@@ -322,8 +255,3 @@ def _narrow(experts: NDArray[Any]) -> NDArray[Any]:
     if not experts.size or experts.min() < 0 or experts.max() >= MAX_EXPERTS:
         return experts
     return experts.astype(np.uint8 if experts.max() < 256 else np.uint16, copy=False)
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckpointError(message)

@@ -508,7 +508,7 @@ def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(dem
 
 
 def test_a_full_cache_is_a_budget_error_as_before(demo):
-    cache = KVCache(demo.offload.layer_types, 5)
+    cache = KVCache(demo.offload.room.layer_types, 5)
     with pytest.raises(moe_offload.BudgetError, match="5 tokens"):
         demo(**step_inputs(demo, past_key_values=fill(demo, cache)))
 

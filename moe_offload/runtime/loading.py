@@ -23,6 +23,7 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import machine_profile, skeleton
+from moe_offload.runtime.context_room import ContextRoom
 from moe_offload.runtime.device_setup import attach_device
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel
 from moe_offload.runtime.footprint import release_weights, trim_heap
@@ -114,10 +115,11 @@ def _make_handle(
     handle = OffloadHandle(
         checkpoint.spec, decided.plan, cache, cache.stats, guard, store.reader, close_resources
     )
-    handle.layer_types = skeleton.cache_layer_types(model)
-    handle.kv = config.kv
-    handle.state_tokens = state_tokens(
-        checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv
+    handle.room = ContextRoom(
+        decided.plan.context_tokens,
+        skeleton.cache_layer_types(model),
+        config.kv,
+        state_tokens(checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv),
     )
     handle.policy = config.policy
     handle.profile = decided.profile

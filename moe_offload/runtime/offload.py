@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
-from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import belady_window
+from moe_offload.runtime.context_room import ContextRoom
 from moe_offload.runtime.footprint import cache_bytes, trim_heap
 from moe_offload.runtime.hybrid import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
-from moe_offload.runtime.packed_kv import layer_class
 from moe_offload.runtime.timeline import recorded_timeline
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
@@ -47,6 +45,7 @@ class OffloadHandle:
     Attributes:
         plan: where the budget went.
         spec: the checkpoint's shape.
+        room: tokens of key/value cache, budgeted and used.
         on_prefill: called with (tokens done, tokens in all) while a prompt runs.
         profile: of the machine, and how it was found.
     """
@@ -67,14 +66,9 @@ class OffloadHandle:
         self._lock = threading.RLock()
         self._owner_pid = os.getpid()
         self._closed = False
-        self._kv_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._stepping: int | None = None  # the thread that is inside a forward
         self._chunk = (0, 0, 0)
-        self.layer_types: Sequence[tuple[str, dict[str, Any]]] = (
-            ("full_attention", {}),
-        ) * spec.num_hidden_layers  # of a cache (kv_cache.make_layers)
-        self.kv: str | None = None  # how keys and values are kept (planning.kv_format)
-        self.state_tokens = 0  # what one more sequence's running state weighs, in tokens of cache
+        self.room = ContextRoom(plan.context_tokens, [("full_attention", {})] * spec.num_hidden_layers)
         self.native_step: NativeStep | None = None
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
@@ -159,7 +153,7 @@ class OffloadHandle:
     def memory_bytes(self) -> int:
         """What experts and key/value caches may hold now: slots, touched or not, and caches alive."""
         slot_bytes = 0 if self._closed or self.cache is None else self.cache.slot_bytes
-        return slot_bytes + cache_bytes(self._kv_caches)
+        return slot_bytes + cache_bytes(self.room.caches)
 
     def touched_bytes(self) -> int:
         """What of the plan is in memory for certain: dense weights and slots that hold an expert."""
@@ -205,66 +199,7 @@ class OffloadHandle:
         Raises:
             BudgetError: together with the caches still alive it would pass the budgeted context.
         """
-        wanted_tokens = self._weight((max_tokens or 1) * batch_size, batch_size)
-        if wanted_tokens + self._held_tokens() > self._room_tokens:
-            gc.collect()  # a cache that only a reference cycle keeps alive does not count
-        held_tokens = self._held_tokens()
-        if wanted_tokens + held_tokens > self._room_tokens:
-            raise BudgetError(
-                f"{batch_size} sequence(s) of up to {max_tokens} tokens need a key/value cache of "
-                + self._refusal(wanted_tokens, held_tokens)
-            )
-        room_tokens = self.context_tokens - self._held_tokens(stateless=True)
-        cache = KVCache(self.layer_types, room_tokens, layer_class(self.kv))
-        self._kv_caches.add(cache)
-        return cache
-
-    def check_room(self, num_tokens: int, batch_size: int, cache: Cache | None) -> None:
-        """Refuse a forward that would pass the budgeted context, whoever made its cache.
-
-        Caches made together are empty and each may fill the whole context, and a caller's own cache
-        asks nobody before it grows.
-
-        Raises:
-            BudgetError: this call and the other caches in use need more than was budgeted.
-        """
-        cached_tokens = cache.get_seq_length() if cache is not None else 0
-        wanted_tokens = self._weight(batch_size * (cached_tokens + num_tokens), batch_size)
-        held_tokens = self._held_tokens(besides=cache)
-        if wanted_tokens + held_tokens > self._room_tokens:
-            gc.collect()
-            held_tokens = self._held_tokens(besides=cache)
-        if wanted_tokens + held_tokens > self._room_tokens:
-            raise BudgetError(
-                f"{batch_size} sequence(s) of {cached_tokens + num_tokens} tokens are "
-                + self._refusal(wanted_tokens, held_tokens)
-            )
-
-    @property
-    def _room_tokens(self) -> int:
-        """The context and the state of one sequence, in tokens of key/value cache."""
-        return self.context_tokens + self.state_tokens
-
-    def _weight(self, num_tokens: int, num_sequences: int) -> int:
-        return num_tokens + num_sequences * self.state_tokens
-
-    def _held_tokens(self, besides: Cache | None = None, *, stateless: bool = False) -> int:
-        return sum(
-            cache.used_tokens if stateless else self._weight(cache.used_tokens, cache.num_sequences)
-            for cache in self._kv_caches
-            if cache is not besides
-        )
-
-    def _refusal(self, wanted_tokens: int, held_tokens: int) -> str:
-        """The end of a BudgetError: what was budgeted, what is held, what would do."""
-        one_state = self.state_tokens
-        beside = f" (each sequence's running state counts as {one_state} of them)" if one_state else ""
-        return (
-            f"{wanted_tokens} tokens{beside}, but {self._room_tokens} were budgeted"
-            + (f" and {held_tokens} are held by caches still alive" if held_tokens else "")
-            + f"; load the model with context={wanted_tokens + held_tokens - one_state} "
-            "or ask for fewer tokens"
-        )
+        return self.room.new_cache(max_tokens, batch_size)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     in_chunks = needs_chunks(inputs)
     if cache is None and (keep_cache or in_chunks):
         cache = inputs["past_key_values"] = handle.new_cache(num_tokens, batch_size)
-    handle.check_room(num_tokens, batch_size, cache)
+    handle.room.check(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
     is_new_text = cache is None or cache.get_seq_length() == 0
     with handle.step(batch_size * num_tokens, inputs.get("input_ids"), is_new_text=is_new_text):

@@ -1,149 +1,34 @@
 """The families of models: what each model_type calls its numbers, and what a token costs in it.
 
 One ``Family`` per model_type; a test holds the table equal to the classes of the tested transformers
-version. Key/value and state sizes are what transformers caches, layer by layer.
+version. family_layers.py has what differs by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.config_view import MAX_EXPERTS, ConfigView
-
-PerLayer = Callable[[ConfigView, int], tuple[int, ...]]
-
-
-def _all_layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    return tuple(range(num_layers))
-
-
-def _sparse_step_layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    dense = view.indices("mlp_only_layers", num_layers)
-    step = view.integer("decoder_sparse_step")
-    return tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
-
-
-def _after_dense_layers(name: str) -> PerLayer:
-    def layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-        return tuple(range(view.integer(name, low=0), num_layers))
-
-    return layers
-
-
-def _listed_sparse_layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    kinds = view.names("mlp_layer_types", num_layers) or ("dense", *["sparse"] * (num_layers - 1))
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
-
-
-def _gemma4_layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    return tuple(range(num_layers)) if view.flag("enable_moe_block") else ()
-
-
-def _ernie_layers(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    last = view.optional("moe_layer_end_index", low=-1)
-    last = num_layers - 1 if last in (None, -1) else last
-    assert last is not None
-    first, interval = view.integer("moe_layer_start_index", low=0), view.integer("moe_layer_interval")
-    return tuple(
-        layer for layer in range(num_layers) if first <= layer <= last and not (layer + 1) % interval
-    )
-
-
-def _attention_elements(view: ConfigView) -> int:
-    """Cached elements of one token in one layer: keys and values of every key-value head."""
-    heads = view.integer("num_attention_heads")
-    kv_heads = view.optional("num_key_value_heads", high=heads) or heads
-    head_dim = view.optional("head_dim") or view.integer("hidden_size") // heads
-    if head_dim < 1 or heads % kv_heads:
-        raise CheckpointError(
-            f"{view.where}: num_attention_heads={heads}, num_key_value_heads={kv_heads} and "
-            f"head_dim={head_dim} do not fit together"
-        )
-    return 2 * kv_heads * head_dim
-
-
-def _attention_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    return tuple(_attention_elements(view.of_layer(layer)) for layer in range(num_layers))
-
-
-def _latent_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    """DeepSeek caches the compressed latent and the shared rotary key."""
-    return (view.integer("kv_lora_rank") + view.integer("qk_rope_head_dim"),) * num_layers
-
-
-def layer_types(view: ConfigView, num_layers: int) -> tuple[str, ...]:
-    """Return what each layer attends with; every fourth is full attention where nothing is said.
-
-    Raises:
-        CheckpointError: neither layer_types nor an interval is known for the family.
-    """
-    kinds = view.names("layer_types", num_layers, "layers_block_type")
-    if kinds is not None:
-        return kinds
-    interval = view.optional("full_attention_interval")
-    if interval is None:
-        raise CheckpointError(f"{view.where}: layer_types is missing; it must name each layer's attention")
-    return tuple(
-        "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
-    )
-
-
-def _hybrid_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    """Keys and values in the layers of full attention only."""
-    elements = _attention_elements(view)
-    return tuple(elements * (kind == "full_attention") for kind in layer_types(view, num_layers))
-
-
-def _gemma4_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    """Full attention has a head size of its own; the last layers may use the keys of earlier ones."""
-    kinds = view.names("layer_types", num_layers) or tuple(
-        "full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(num_layers)
-    )
-    kinds = (*kinds[:-1], "full_attention")
-    owners = num_layers - (view.optional("num_kv_shared_layers", low=0) or 0)
-    full: dict[str, int] = {}
-    if "per_layer_config" not in view.config:
-        full["head_dim"] = view.optional("global_head_dim") or 512
-        kv_heads = view.optional("num_global_key_value_heads")
-        if kv_heads is not None and view.flag("attention_k_eq_v"):
-            full["num_key_value_heads"] = kv_heads
-    full_view = ConfigView({**view.config, **full}, view.defaults, view.where)
-    return tuple(
-        _attention_elements((full_view if kind == "full_attention" else view).of_layer(layer))
-        * (layer < owners)
-        for layer, kind in enumerate(kinds)
-    )
-
-
-def _no_state(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    return (0,) * num_layers
-
-
-def _linear_layers(view: ConfigView, num_layers: int, elements: int) -> tuple[int, ...]:
-    kinds = layer_types(view, num_layers)
-    return tuple(elements * (kind in ("linear_attention", "conv")) for kind in kinds)
-
-
-def _delta_net_state(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    """Gated delta net: the last inputs of the convolution and a matrix for each value head."""
-    key_dim, value_dim = view.integer("linear_key_head_dim"), view.integer("linear_value_head_dim")
-    key_heads, value_heads = view.integer("linear_num_key_heads"), view.integer("linear_num_value_heads")
-    conv_dim = 2 * key_dim * key_heads + value_dim * value_heads
-    conv = conv_dim * view.integer("linear_conv_kernel_dim")
-    return _linear_layers(view, num_layers, conv + value_heads * key_dim * value_dim)
-
-
-def _mamba2_state(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    inner = view.integer("mamba_expand") * view.integer("hidden_size")
-    state = view.integer("mamba_d_state")
-    conv = (inner + 2 * view.integer("mamba_n_groups") * state) * view.integer("mamba_d_conv")
-    return _linear_layers(view, num_layers, conv + inner * state)
-
-
-def _short_conv_state(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    return _linear_layers(view, num_layers, view.integer("hidden_size") * view.integer("conv_L_cache"))
+from moe_offload.storage.config_view import MAX_EXPERTS
+from moe_offload.storage.family_layers import (
+    PerLayer,
+    after_dense_layers,
+    all_layers,
+    any_kv,
+    attention_kv,
+    delta_net_state,
+    ernie_layers,
+    gemma4_kv,
+    gemma4_layers,
+    hybrid_kv,
+    latent_kv,
+    listed_sparse_layers,
+    mamba2_state,
+    no_state,
+    short_conv_state,
+    sparse_step_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +39,9 @@ class Family:
     experts_names: tuple[str, ...] = ()  # empty for a dense family
     intermediate_name: str = "moe_intermediate_size"
     top_k_names: tuple[str, ...] = ("num_experts_per_tok",)
-    moe_layers: PerLayer = _all_layers
-    kv_elements: PerLayer = _attention_kv  # by layer, of one token
-    state_elements: PerLayer = _no_state  # by layer, of one sequence, however long
+    moe_layers: PerLayer = all_layers
+    kv_elements: PerLayer = attention_kv  # by layer, of one token
+    state_elements: PerLayer = no_state  # by layer, of one sequence, however long
     transposed: bool = False  # fused matrices are stored (cols, rows)
     interleaved: bool = False  # fused gate and up rows alternate
     found_in_file: bool = False  # layers and sizes of experts are those of the tensors
@@ -185,7 +70,7 @@ MOE_FAMILIES = {
         _defaults(24, 2048, 32, 4, 151936, 32768, num_local_experts=128, num_experts_per_tok=8,
                   moe_intermediate_size=768, decoder_sparse_step=1),
         experts_names=_LOCAL_EXPERTS,
-        moe_layers=_sparse_step_layers,
+        moe_layers=sparse_step_layers,
     ),
     "mixtral": Family(
         _defaults(32, 4096, 32, 8, 32000, 131072, num_local_experts=8, num_experts_per_tok=2,
@@ -203,8 +88,8 @@ MOE_FAMILIES = {
         _defaults(32, 4096, 32, None, 102400, 2048, n_routed_experts=64, moe_intermediate_size=1407,
                   first_k_dense_replace=0, kv_lora_rank=512, qk_rope_head_dim=64),
         experts_names=_ROUTED_EXPERTS,
-        moe_layers=_after_dense_layers("first_k_dense_replace"),
-        kv_elements=_latent_kv,
+        moe_layers=after_dense_layers("first_k_dense_replace"),
+        kv_elements=latent_kv,
     ),
     "gpt_oss": Family(
         _defaults(36, 2880, 64, 8, 201088, 131072, num_local_experts=128, num_experts_per_tok=4,
@@ -218,14 +103,14 @@ MOE_FAMILIES = {
         _defaults(24, 2048, 16, 16, 151936, 32768, num_experts=60, num_experts_per_tok=4,
                   moe_intermediate_size=1408, decoder_sparse_step=1),
         experts_names=("num_experts", "num_local_experts"),
-        moe_layers=_sparse_step_layers,
+        moe_layers=sparse_step_layers,
     ),
     "deepseek_v3": Family(
         _defaults(61, 7168, 128, 128, 129280, 4096, n_routed_experts=256, num_experts_per_tok=8,
                   moe_intermediate_size=2048, first_k_dense_replace=3, kv_lora_rank=512, qk_rope_head_dim=64),
         experts_names=(*_ROUTED_EXPERTS, "num_local_experts"),
-        moe_layers=_after_dense_layers("first_k_dense_replace"),
-        kv_elements=_latent_kv,
+        moe_layers=after_dense_layers("first_k_dense_replace"),
+        kv_elements=latent_kv,
         next_token_layers=1,
     ),
     "granitemoe": Family(_GRANITE, experts_names=_LOCAL_EXPERTS, intermediate_name="intermediate_size"),
@@ -235,8 +120,8 @@ MOE_FAMILIES = {
          "full_attention_interval": MAX_EXPERTS},  # all layers are linear where layer_types is absent
         experts_names=_LOCAL_EXPERTS,
         intermediate_name="intermediate_size",
-        kv_elements=_hybrid_kv,
-        state_elements=_mamba2_state,
+        kv_elements=hybrid_kv,
+        state_elements=mamba2_state,
     ),
     "phimoe": Family(
         _defaults(32, 4096, 32, 8, 32064, 131072, num_local_experts=16, num_experts_per_tok=2,
@@ -248,53 +133,53 @@ MOE_FAMILIES = {
         _defaults(46, 4096, 96, 8, 151552, 131072, n_routed_experts=128, num_experts_per_tok=8,
                   moe_intermediate_size=1408, first_k_dense_replace=1),
         experts_names=(*_ROUTED_EXPERTS, "num_local_experts"),
-        moe_layers=_after_dense_layers("first_k_dense_replace"),
+        moe_layers=after_dense_layers("first_k_dense_replace"),
         next_token_layers=1,
     ),
     "glm4_moe_lite": Family(
         _defaults(47, 2048, 20, 20, 154880, 202752, n_routed_experts=64, num_experts_per_tok=4,
                   moe_intermediate_size=1536, kv_lora_rank=512, qk_rope_head_dim=64),
         experts_names=(*_ROUTED_EXPERTS, "num_local_experts"),
-        moe_layers=_listed_sparse_layers,
-        kv_elements=_latent_kv,
+        moe_layers=listed_sparse_layers,
+        kv_elements=latent_kv,
         next_token_layers=1,
     ),
     "qwen3_next": Family(
         _defaults(48, 2048, 16, 2, 151936, 32768, num_experts=512, num_experts_per_tok=10, head_dim=256,
                   moe_intermediate_size=512, decoder_sparse_step=1, **_DELTA_NET),
         experts_names=("num_experts", "num_local_experts"),
-        moe_layers=_sparse_step_layers,
-        kv_elements=_hybrid_kv,
-        state_elements=_delta_net_state,
+        moe_layers=sparse_step_layers,
+        kv_elements=hybrid_kv,
+        state_elements=delta_net_state,
     ),
     "qwen3_5_moe_text": Family(
         _defaults(40, 2048, 16, 2, 248320, 32768, num_experts=256, num_experts_per_tok=8, head_dim=256,
                   moe_intermediate_size=512, **_DELTA_NET),
         experts_names=("num_experts", "num_local_experts"),
-        kv_elements=_hybrid_kv,
-        state_elements=_delta_net_state,
+        kv_elements=hybrid_kv,
+        state_elements=delta_net_state,
     ),
     "gemma4_text": Family(
         _defaults(30, 2304, 8, 4, 262144, 131072, head_dim=256),
         experts_names=("num_experts", "num_local_experts"),
         top_k_names=("top_k_experts", "num_experts_per_tok"),
-        moe_layers=_gemma4_layers,
-        kv_elements=_gemma4_kv,
+        moe_layers=gemma4_layers,
+        kv_elements=gemma4_kv,
     ),
     "lfm2_moe": Family(
         _defaults(32, 2048, 32, 8, 65536, 128000, num_experts=32, num_experts_per_tok=4,
                   moe_intermediate_size=1792, num_dense_layers=2, conv_L_cache=3),
         experts_names=("num_experts", "num_local_experts"),
-        moe_layers=_after_dense_layers("num_dense_layers"),
-        kv_elements=_hybrid_kv,
-        state_elements=_short_conv_state,
+        moe_layers=after_dense_layers("num_dense_layers"),
+        kv_elements=hybrid_kv,
+        state_elements=short_conv_state,
     ),
     "ernie4_5_moe": Family(
         _defaults(28, 2560, 20, 4, 103424, 131072, moe_num_experts=64, moe_k=6, moe_intermediate_size=1536,
                   moe_layer_start_index=1, moe_layer_interval=1),
         experts_names=("moe_num_experts", "num_experts"),
         top_k_names=("moe_k", "num_experts_per_tok"),
-        moe_layers=_ernie_layers,
+        moe_layers=ernie_layers,
     ),
     "minimax_m2": Family(
         _defaults(62, 3072, 48, 8, 200064, 196608, num_local_experts=256, num_experts_per_tok=8, head_dim=128,
@@ -311,17 +196,11 @@ DENSE_FAMILIES = {
 }
 
 
-def _any_kv(view: ConfigView, num_layers: int) -> tuple[int, ...]:
-    """What most families cache; loading measures it (runtime/skeleton.py)."""
-    known = _latent_kv if view.config.get("kv_lora_rank") else _attention_kv
-    return known(view, num_layers)
-
-
 ANY_NAMES = Family(
     {},
     experts_names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     top_k_names=("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
-    kv_elements=_any_kv,
+    kv_elements=any_kv,
     found_in_file=True,
 )
 # Families without a description of their own: their numbers go by one of the usual names, the rest is
