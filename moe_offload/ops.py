@@ -137,20 +137,6 @@ def linear(
     return out
 
 
-def linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    ggml_type: WeightType,
-    rows: int,
-    cols: int,
-    bias: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """``linear`` in float64 without quantizing the activations."""
-    matrix = dequantize(weight, MatrixFormat(ggml_type, rows, cols, transposed))
-    return functional.linear(x.double(), matrix, None if bias is None else bias.double())
-
-
 def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: WeightType, rows: int, cols: int) -> Tensor:
     """Return rows ``ids`` of ``weight``, (T, cols) float32, to the bit as gguf-py dequantizes them.
 
@@ -167,13 +153,6 @@ def embedding_rows(ids: Tensor, weight: Tensor, ggml_type: WeightType, rows: int
         ids.data_ptr(), len(ids), weight.data_ptr(), weight.numel(), ggml_type, rows, cols, out.data_ptr()
     )
     return out
-
-
-def embedding_rows_reference(
-    ids: Tensor, weight: Tensor, ggml_type: WeightType, rows: int, cols: int
-) -> Tensor:
-    """``embedding_rows`` by dequantizing the whole matrix; float64 of the same float32 numbers."""
-    return dequantize(weight, MatrixFormat(ggml_type, rows, cols))[ids]
 
 
 class ExpertKernel:

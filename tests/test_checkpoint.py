@@ -19,7 +19,6 @@ from moe_offload import CheckpointError
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.expert_format import ExpertKey, GgmlType, RowOrder, Span
 from moe_offload.storage.hf_config import DENSE_FAMILIES, MOE_FAMILIES, model_spec
-from moe_offload.storage.tokenizer import end_of_generation_ids
 
 TORCH_TYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 
@@ -353,11 +352,3 @@ def test_damaged_checkpoints_are_opened_or_refused(tmp_path: Path) -> None:
     assert one.spec.moe_layers == other.spec.moe_layers == (0, 1) and len(one.experts.spans) == 8
     opened, refused = fuzz_headers.run(seconds=60, seed=0, max_files=600)
     assert opened + refused == 600 and opened > 0
-
-
-def test_what_ends_a_generation_comes_from_generation_config_then_config(tmp_path: Path) -> None:
-    folder = save_toy_model("qwen3_moe", tmp_path)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert end_of_generation_ids(open_checkpoint(folder)) == {5, 6}
-    (folder / "generation_config.json").unlink()
-    assert end_of_generation_ids(open_checkpoint(folder)) == {2}

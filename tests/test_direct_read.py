@@ -7,7 +7,6 @@ import errno
 import gc
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -513,25 +512,3 @@ def test_ctrl_c_reaches_a_wait_for_a_read_that_never_returns(scenario: str, path
 
 def test_a_forked_child_is_told_instead_of_hanging(path: Path) -> None:
     assert "do not exist in the forked process" in run_hang_child("fork", path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_the_reader_runs_clean_under_a_sanitizer(sanitizer: str, tmp_path: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    root = Path(__file__).parent.parent
-    sources = [path for path in (root / "csrc" / "io").glob("*.cpp") if not path.name.startswith("bindings")]
-    program = tmp_path / "stress"
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", f"-I{root / 'csrc'}"]
-    sources.append(root / "tests" / "native" / "stress_direct_read.cpp")
-    build = subprocess.run(
-        [compiler, *flags, *sources, "-o", program], capture_output=True, text=True, check=False
-    )
-    if "cannot find" in build.stderr:
-        pytest.skip(f"no library for -fsanitize={sanitizer}")
-    assert build.returncode == 0, build.stderr
-    command = [program, tmp_path / "data.bin", "200"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr

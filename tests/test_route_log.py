@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import moe_offload
+from moe_offload import cli
 from moe_offload.planning.eviction import make_policy
 from moe_offload.replay import belady_hit_rate, replay
 from moe_offload.residency.route_log import CHUNK_EVENTS, RouteLog
@@ -96,21 +95,20 @@ def test_a_window_that_begins_in_the_middle_of_a_run_is_still_bounded_by_belady(
     assert 0 < stats.below_belady < 0.5
 
 
-def test_the_command_line_prints_the_account() -> None:
+def test_the_command_line_prints_the_account(capsys: pytest.CaptureFixture[str]) -> None:
     command = [
-        sys.executable,
-        "-m",
-        "moe_offload",
         "generate",
         "--raw",
         "--prompt",
         "Once upon a time there was",
+        "--experts",
+        "25%",
+        "--ram",
+        "8GiB",
     ]
-    done = subprocess.run(
-        [*command, "--experts", "25%", "--max-new-tokens", "12", "--stats"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    names = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stderr.splitlines() if " " in line}
+    assert cli.main([*command, "--max-new-tokens", "12", "--stats"]) == 0
+    account = capsys.readouterr().err
+    names = {line.split()[0]: line.split(maxsplit=1)[1] for line in account.splitlines() if " " in line}
     for name in ("hit_rate", "prefetch_accuracy", "bytes_read", "stall_s", "belady_hit_rate", "below_belady"):
         assert json.loads(names[name].strip()) is not None, name
     assert names["prefetch_state"].split()[0].rstrip(":") in ("on", "off")

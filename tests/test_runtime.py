@@ -138,6 +138,17 @@ def test_a_failed_load_leaves_no_threads_and_no_files(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == files and len(os.listdir("/proc/self/task")) == tasks
 
 
+def test_what_ends_a_generation_comes_from_generation_config_then_config(tmp_path):
+    folder = save_toy_model("qwen3_moe", tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for text, expected in ((None, 2), ('{"eos_token_id": [5, 6]}', [5, 6])):
+        if text is not None:
+            (folder / "generation_config.json").write_text(text)
+        model = moe_offload.from_pretrained(folder, ram="8GiB", context=64)
+        assert model.generation_config.eos_token_id == expected
+        model.offload.close()
+
+
 def test_a_model_that_goes_out_of_scope_closes_itself(tmp_path):
     folder = save_toy_model("qwen3_moe", tmp_path)
     warm = moe_offload.from_pretrained(folder, ram="8GiB")

@@ -105,7 +105,6 @@ class DecodeStep {
 
     int64_t num_layers() const { return int64_t(layers_.size()); }
     int64_t num_matrices(int64_t layer) const;
-    int64_t vocab_size() const { return head_.matrix.rows; }
 
   private:
     struct Layer {

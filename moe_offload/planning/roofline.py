@@ -112,13 +112,8 @@ class Speed:
     binding: str
 
 
-def active_macs(spec: ModelSpec, layouts: Mapping[int, ExpertLayout], dense_weights: int) -> int:
-    """Return multiply-adds of one prompt token: one for each weight that it uses."""
-    return dense_weights + active_expert_macs(spec, layouts)
-
-
 def active_expert_macs(spec: ModelSpec, layouts: Mapping[int, ExpertLayout]) -> int:
-    """Return those of its experts."""
+    """Return the multiply-adds of one prompt token in its experts: one for each weight that it uses."""
     per_layer = (sum(m.rows * m.cols for m in layout.matrices) for layout in layouts.values())
     return sum(spec.top_k * macs for macs in per_layer)
 

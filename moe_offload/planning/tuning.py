@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.tuning_device import DeviceFacts
@@ -249,11 +249,6 @@ def worth_a_duel(times_s: Mapping[Choice, Sequence[float]], defaults: Choice) ->
     }
     best = max(gains, key=lambda choice: gains[choice], default=None)
     return best if best is not None and gains[best] > 1.0 else None
-
-
-def with_threads(choice: Choice, num_threads: int) -> Choice:
-    """Return the choice with another number of threads."""
-    return replace(choice, num_threads=num_threads)
 
 
 def thread_counts(most: int) -> list[int]:

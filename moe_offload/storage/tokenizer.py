@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_offload.config import DEMO_MODEL
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.checkpoint import Checkpoint, locate
+from moe_offload.storage.checkpoint import locate
 from moe_offload.storage.gguf import GgufHeader, read_gguf
 from moe_offload.storage.split_rules import SPLIT_RULES, WHOLE_PIECES_FIRST
 
@@ -47,15 +47,6 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
 def tokenizer_was_loaded(path: Path) -> bool:
     """Whether this process holds, or held, the tokenizer of ``path``: then its memory is measured."""
     return path.resolve() in _loaded_paths
-
-
-def end_of_generation_ids(checkpoint: Checkpoint) -> frozenset[int]:
-    """Return the ids that end a generation: generation_config's, else config's."""
-    for config in (checkpoint.generation_config or {}, checkpoint.config):
-        ids = config.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids) if isinstance(ids, list) else frozenset((ids,))
-    return frozenset()
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
