@@ -5,48 +5,14 @@
 
 #include <cstdint>
 
+#include "common/ggml_types.h"
+
 namespace moe {
 
 constexpr int kBlock = 32;        // activations share a scale in blocks of 32
 constexpr int kSuperblock = 256;  // 8 blocks: one step of the 8 chains
 constexpr int kTokenTile = 32;    // tokens that a kernel keeps the sums of at most
 constexpr int kRowTile = 32;      // rows that one call computes at most
-
-// ggml's numbers; the same as moe_offload.storage.expert_format.GgmlType and OwnType.
-enum GgmlType : int {
-    F32 = 0,
-    F16 = 1,
-    Q4_0 = 2,
-    Q4_1 = 3,
-    Q5_0 = 6,
-    Q5_1 = 7,
-    Q8_0 = 8,
-    Q2_K = 10,
-    Q3_K = 11,
-    Q4_K = 12,
-    Q5_K = 13,
-    Q6_K = 14,
-    IQ2_XXS = 16,
-    IQ2_XS = 17,
-    IQ3_XXS = 18,
-    IQ1_S = 19,
-    IQ4_NL = 20,
-    IQ3_S = 21,
-    IQ2_S = 22,
-    IQ4_XS = 23,
-    IQ1_M = 29,
-    BF16 = 30,
-    TQ1_0 = 34,
-    TQ2_0 = 35,
-    MXFP4 = 39,
-    NVFP4 = 40,
-    F8_E4M3 = 63,  // not ggml's: a float32 scale and 128 codes
-};
-constexpr int kNumTypes = 64;
-
-constexpr bool is_float(int type) {
-    return type == F32 || type == F16 || type == BF16 || type == F8_E4M3;
-}
 
 // 256 activations in the order of the tiles: blocks 0 2 4 6, then 1 3 5 7.
 struct alignas(64) ActivationTile {

@@ -1,4 +1,5 @@
 // Which kernel computes what. Tile sizes and launch bounds are chosen by reasoning; bench/gpu.py measures.
+#include "common/ggml_types.h"
 #include "cuda/float_rows.h"
 #include "cuda/kernels.h"
 #include "cuda/packed_rows.h"
@@ -6,27 +7,6 @@
 
 namespace moe::cuda {
 namespace {
-
-// ggml's numbers (csrc/cpu/kernels.h).
-enum GgmlType : int {
-    F32 = 0,
-    F16 = 1,
-    Q4_0 = 2,
-    Q4_1 = 3,
-    Q5_0 = 6,
-    Q5_1 = 7,
-    Q8_0 = 8,
-    Q2_K = 10,
-    Q3_K = 11,
-    Q4_K = 12,
-    Q5_K = 13,
-    Q6_K = 14,
-    IQ4_NL = 20,
-    IQ4_XS = 23,
-    BF16 = 30,
-    MXFP4 = 39,
-    F8_E4M3 = 63,
-};
 
 constexpr int kUnknownType = 1;  // cudaErrorInvalidValue
 constexpr int kFewTokens = 8, kManyTokens = 32;
