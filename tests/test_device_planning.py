@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_disk import ARENA_ADDRESS, SimulatedDisk
 
 from moe_offload.config import DeviceChoice, ModelSpec, PoolPlan, parse_device
 from moe_offload.errors import BudgetError
-from moe_offload.planning.admission import SecondMiss
+from moe_offload.planning.admission import SecondMiss, most_under_way
 from moe_offload.planning.cost_model import device_workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
 from moe_offload.planning.placement import plan_device
+from moe_offload.planning.scheduler import SCHEDULERS, LayerWork
+from moe_offload.planning.token_moves import TokenMoves, moves_of
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.hybrid_stream import alternate
 from moe_offload.stats import OffloadStats
@@ -64,7 +66,7 @@ def test_costs_follow_what_steps_show() -> None:
     costs = RunningCosts(MeasuredCosts(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),), 5e-4))
     tokens = np.array([1, 4, 7])
     assert costs.cpu_s(tokens) == pytest.approx([1e-3, 2e-3, 3e-3])
-    work = costs.work(tokens, np.array([True, False, False]))
+    work = costs.work(tokens, np.array([True, False, False]), np.array([True, True, False]))
     assert work.copy_s == 5e-4 and work.gpu_s == pytest.approx([1e-4] * 3) and work.in_ram.all()
     for _ in range(100):
         costs.saw_cpu(float(costs.cpu_s(tokens).sum()), 12e-3)
@@ -164,3 +166,36 @@ def test_where_nothing_may_stay_the_end_of_a_step_waits_for_its_copies() -> None
     tiers.ram.end(step)
     assert tiers.waited == 1 and not tiers.ram.residents()
     tiers.ram.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(SCHEDULERS)),
+    st.lists(st.booleans(), min_size=1, max_size=10),
+    st.tuples(*[st.floats(0.01, 5.0)] * 3),
+)
+def test_moves_are_what_the_scheduler_chooses_for_one_token(name, on_gpu, costs) -> None:
+    """Whichever experts are on the device, it chooses as many, and ends as early, as ``moves_of`` says."""
+    cpu_s, gpu_s, copy_s = costs
+    there, n = np.array(on_gpu), len(on_gpu)
+    work = LayerWork(np.full(n, cpu_s), np.full(n, gpu_s), there, np.ones(n, np.bool_), copy_s)
+    moves = moves_of(SCHEDULERS[name], n, cpu_s, gpu_s, copy_s)[int(there.sum())]
+    schedule = SCHEDULERS[name](work)
+    assert moves == int((schedule.on_gpu & ~there).sum()) or -int((there & ~schedule.on_gpu).sum())
+    assert moves == int(schedule.on_gpu.sum()) - int(there.sum())
+
+
+def test_the_scheduler_is_asked_again_when_costs_have_changed() -> None:
+    costs = RunningCosts(MeasuredCosts(((1, 1e-3),), ((1, 1e-4),), 5e-3))
+    moves = TokenMoves(costs)
+    first = moves.of(SCHEDULERS["hybrid"], 4)
+    costs.cpu_factor = 1.01
+    assert moves.of(SCHEDULERS["hybrid"], 4) is first
+    costs.copy_factor = 0.01
+    assert moves.of(SCHEDULERS["hybrid"], 4) is not first and moves.of(SCHEDULERS["hybrid"], 4)[0] > first[0]
+    assert moves.of(SCHEDULERS["static_split"], 4) == [0] * 5
+
+
+def test_copies_for_later_take_half_of_the_links_idle_time() -> None:
+    assert most_under_way(idle_s=0.0, copy_s=1e-3) == 2 == most_under_way(idle_s=1.0, copy_s=0.0)
+    assert most_under_way(idle_s=20e-3, copy_s=1e-3) == 10

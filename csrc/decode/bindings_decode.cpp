@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/without_gil.h"
+#include "decode/cached_addresses.h"
 #include "decode/decode_step.h"
 
 namespace py = pybind11;
@@ -94,12 +95,9 @@ void add_expert_rows(DecodeStep& step, int64_t layer) {
 }
 
 // (key address, value address) by layer; tables by layer, 0 where there are no experts.
-int64_t run(DecodeStep& step, int64_t first, const std::vector<std::pair<uint64_t, uint64_t>>& keys_values,
-            int64_t capacity, int64_t num_tokens, const std::vector<uint64_t>& tables) {
-    std::vector<CachedTokens> cached;
-    for (const auto& [keys, values] : keys_values)
-        cached.push_back(
-            {reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity, num_tokens});
+int64_t run(DecodeStep& step, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
+            int64_t num_tokens, const std::vector<uint64_t>& tables) {
+    const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
     std::vector<const uint64_t*> addresses;
     for (uint64_t table : tables) addresses.push_back(reinterpret_cast<const uint64_t*>(table));
     int64_t stopped = 0;

@@ -10,6 +10,7 @@
 #include "cpu/thread_pool.h"
 #include "decode/cached_attention.h"
 #include "decode/packed_cache.h"
+#include "decode/resident_table.h"
 #include "decode/token_kernels.h"
 
 namespace moe {
@@ -283,7 +284,7 @@ bool DecodeStep::find_chosen(int64_t layer, const uint64_t* table) {
     chosen_addresses_.clear();
     for (int32_t id : choice_.ids) {
         const uint64_t* expert = table + id * width;
-        if (!expert[0]) return false;
+        if (expert[0] <= kOnItsWay) return false;
         chosen_addresses_.insert(chosen_addresses_.end(), expert, expert + width);
     }
     return true;

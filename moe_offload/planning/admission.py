@@ -10,6 +10,8 @@ from collections import OrderedDict
 from moe_offload.storage.expert_format import ExpertKey
 
 REMEMBERED_SHARE = 4  # misses remembered, in times the slots
+LEAST_UNDER_WAY = 2  # copies; a demand overtakes what is not issued of them
+IDLE_SHARE = 0.5  # of the link's idle time: copies take RAM's bandwidth from the CPU's experts
 
 
 class SecondMiss:
@@ -36,3 +38,13 @@ class SecondMiss:
     def remember(self, key: ExpertKey) -> None:
         """Let the next miss count as the second: it was admitted, and there was no time to copy it."""
         self._missed[key] = None
+
+
+def most_under_way(idle_s: float, copy_s: float) -> int:
+    """Return how many copies may be under way that no step waits for.
+
+    Args:
+        idle_s: how long the link had nothing to do since they were last counted.
+        copy_s: an expert's time on it.
+    """
+    return max(LEAST_UNDER_WAY, int(IDLE_SHARE * idle_s / copy_s)) if copy_s > 0 else LEAST_UNDER_WAY

@@ -34,6 +34,9 @@ class RunningCosts:
     def __init__(self, measured: MeasuredCosts) -> None:
         self.measured = measured
         self.cpu_factor = self.gpu_factor = self.copy_factor = 1.0
+        one = np.ones(1, np.int64)
+        self._one_cpu_s = float(times_of(measured.cpu_curve, one)[0])
+        self._one_gpu_s = float(times_of(measured.gpu_curve, one)[0])
 
     def cpu_s(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return each expert's time on the CPU for its tokens."""
@@ -48,13 +51,21 @@ class RunningCosts:
         """An expert's time on the link."""
         return self.measured.copy_s * self.copy_factor
 
-    def work(self, num_tokens: NDArray[np.int64], on_gpu: Choice) -> LayerWork:
-        """Return the layer as the schedulers see it; what is not on the device can run on the CPU."""
+    def of_one_token(self) -> tuple[float, float, float]:
+        """Return an expert's time on the CPU and on the device for one token, and on the link."""
+        return self._one_cpu_s * self.cpu_factor, self._one_gpu_s * self.gpu_factor, self.copy_s
+
+    def work(self, num_tokens: NDArray[np.int64], on_gpu: Choice, in_ram: Choice) -> LayerWork:
+        """Return the layer as the schedulers see it; what is not on the device can run on the CPU.
+
+        Args:
+            in_ram: (n,) whether RAM has the expert too.
+        """
         return LayerWork(
             cpu_s=self.cpu_s(num_tokens),
             gpu_s=self.gpu_s(num_tokens),
             on_gpu=on_gpu,
-            in_ram=np.ones(len(on_gpu), np.bool_),
+            in_ram=in_ram | ~on_gpu,
             copy_s=self.copy_s,
         )
 

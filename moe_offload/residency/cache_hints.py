@@ -78,6 +78,5 @@ class CacheHints(CachePools):
     def absorb(self) -> None:
         """Make residents of what ``preload`` has read meanwhile; nothing while a step or stream is open."""
         if self._open is None and self.is_warming:
-            self._tables = None
             for pool in self._pools:
                 pool.absorb()

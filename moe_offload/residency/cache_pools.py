@@ -50,7 +50,13 @@ class Step:
 
 
 class CachePools:
-    """Slots of an arena in pools, one behind the other; see ``ExpertCache``."""
+    """Slots of an arena in pools, one behind the other; see ``ExpertCache``.
+
+    Attributes:
+        keeps_log: whether ``log`` has what is routed, for the next start and the distance to Belady.
+    """
+
+    keeps_log = True
 
     def __init__(
         self,
@@ -69,7 +75,6 @@ class CachePools:
         self._policy_factory, self._layouts = policy_factory, layouts
         self._pools: list[SlotPool] = []
         self._pool_of: dict[int, SlotPool] = {}
-        self._tables: dict[int, NDArray[np.uint64]] | None = None  # see resident_tables
         self._open: Step | int | None = None  # the open step, or the layer of the open stream
         address = arena.address
         for plan in pools:
@@ -104,9 +109,9 @@ class CachePools:
         """Return which of a layer's experts have no slot, here or in a tier above."""
         pool = self._pool_of[layer_idx]
         row = pool.table[layer_idx]
-        if pool.above is None:
+        above = None if pool.above is None else pool.above.table.get(layer_idx)
+        if above is None:
             return [expert_id for expert_id in expert_ids if row[expert_id] is None]
-        above = pool.above.table[layer_idx]
         return [i for i in expert_ids if row[i] is None and above[i] is None]
 
     def has_room(self, layer_idx: int) -> bool:
@@ -166,27 +171,37 @@ class CachePools:
             addresses += entry.addresses
         return addresses
 
-    def resident_tables(self) -> dict[int, NDArray[np.uint64]] | None:
-        """Return the residents' addresses by layer, (num_experts, number of matrices), 0 for all others.
+    def resident_table(self, layer_idx: int) -> NDArray[np.uint64]:
+        """Return a layer's part of ``SlotReads.resident_table``; the array stays, and is kept up to date.
 
-        None where experts may have to leave again. The arrays are kept up to date until ``give_back``,
-        ``recover`` or a stream: ask before each token. Who computes from them instead of through ``begin``
-        and ``end`` tells ``used_residents`` what was used.
+        Who computes from it instead of through ``begin`` and ``end`` tells ``used_residents`` what was used,
+        before the next step.
         """
-        if self._tables is None and all(pool.is_full_size for pool in self._pools):
-            self._tables = {}
-            for pool in self._pools:
-                for layer_idx, row in pool.table.items():
-                    width = len(self._layouts[layer_idx].matrices)
-                    self._tables[layer_idx] = np.zeros((len(row), width), np.uint64)
-                for key, entry in pool.residents.items():
-                    self._tables[key.layer_idx][key.expert_id] = entry.addresses
-        return self._tables
+        return self._pool_of[layer_idx].resident_table[layer_idx]
 
-    def used_residents(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
-        """Count a step that ran on ``resident_tables`` as ``begin`` and ``end`` would have."""
-        self._stats.hits += len(expert_ids)
-        self._pool_of[layer_idx].routed(layer_idx, expert_ids, weights)
+    def resident_tables(self) -> dict[int, NDArray[np.uint64]] | None:
+        """Return ``resident_table`` of all layers; None where experts may have to leave again."""
+        if not all(pool.is_full_size for pool in self._pools):
+            return None
+        return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}
+
+    def used_residents(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float],
+        num_hits: int | None = None,
+    ) -> None:
+        """Count a step that ran on ``resident_table`` as ``begin`` and ``end`` would have.
+
+        Args:
+            num_hits: how many of what the router chose were used here; the others in another tier. None: all.
+        """
+        pool = self._pool_of[layer_idx]
+        if self.keeps_log and not pool.is_full_size:
+            self.log.add(layer_idx, expert_ids)
+        self._stats.hits += len(expert_ids) if num_hits is None else num_hits
+        pool.routed(layer_idx, expert_ids, weights)
 
     def expert_bytes(self, layer_idx: int) -> int:
         """Return the bytes of an expert of a layer in the file."""

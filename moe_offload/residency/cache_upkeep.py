@@ -113,7 +113,6 @@ class CacheUpkeep(CachePools):
 
     def _shrink(self, pool: SlotPool, count: int) -> None:
         """Take ``count`` slots out of a pool for good and hand their pages back."""
-        self._tables = None
         for entry in list(pool.staged.values()):
             pool.discard(entry)
         pool.drain()
@@ -129,7 +128,6 @@ class CacheUpkeep(CachePools):
     def keep_only(self, keys: Iterable[ExpertKey]) -> None:
         """Let all residents leave but ``keys``, between steps, and whatever was being read."""
         assert self._open is None, "residents leave between steps"
-        self._tables = None
         self.finish_reads()
         kept = set(keys)
         for pool in self._pools:

@@ -7,11 +7,12 @@ those that a step waits for; and a device may fail, after which RAM and the CPU 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moe_offload.config import DevicePlan
 from moe_offload.errors import DeviceError
-from moe_offload.planning.admission import SecondMiss
+from moe_offload.planning.admission import SecondMiss, most_under_way
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.residency.accelerator import Device, DeviceFault
 from moe_offload.residency.device_source import DeviceSource
@@ -20,7 +21,6 @@ from moe_offload.residency.slot_entry import ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
-MOST_QUEUED_ADMISSIONS = 2  # experts; a demand overtakes what is not issued of them
 MOST_FAILURES = 8  # in a row, then the device is left alone
 SHARE_TO_GIVE_BACK = 8  # one part in so many of the slots, where a launch found no memory
 
@@ -29,6 +29,7 @@ class DeviceCache(ExpertCache):
     """An ExpertCache whose hints are taken only where their bytes are in RAM."""
 
     ram: ExpertCache
+    keeps_log = False
 
     def prefetch(self, keys: Iterable[ExpertKey], *, after_layer: int | None = None) -> None:
         super().prefetch([key for key in keys if self.ram.is_resident(key)], after_layer=after_layer)
@@ -68,10 +69,12 @@ class DeviceTier:
         )
         self.cache.ram = ram
         self._second_miss = SecondMiss(sum(pool.num_slots for pool in plan.pools))
+        self._link_looked_at = time.perf_counter(), 0.0  # when, and its busy seconds by then
         self.replaces = True
         self.off_reason = ""
         self._failures = 0
         self._layers = [pool.layers[0] for pool in plan.pools]
+        self._first_layer = {i: pool.layers[0] for pool in plan.pools for i in pool.layers}
         self._counters_at_load = dict.fromkeys(device.counters(), 0.0)
         ram.put_below(self.cache, self.cache.finish_reads)
 
@@ -98,25 +101,49 @@ class DeviceTier:
         now = self.device.counters()
         return {name: value - self._counters_at_load[name] for name, value in now.items()}
 
-    def ran_on_cpu(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
-        """Take note of misses that the CPU computed; between steps. Copies those worth it."""
-        for expert_id in expert_ids:
-            self.stats.misses += 1
-            self._consider(ExpertKey(layer_idx, expert_id))
+    @property
+    def wants_misses(self) -> bool:
+        """Whether what missed may be copied: something may leave, or there is room."""
+        return self.replaces or any(map(self.cache.has_room, self._layers))
 
-    def _consider(self, key: ExpertKey) -> None:
-        has_room = self.cache.has_room(key.layer_idx)
-        if not has_room and not (self.replaces and self._second_miss.admits(key)):
+    def ran_on_cpu(self, keys: Sequence[ExpertKey], count: int) -> None:
+        """Take note of ``count`` misses that the CPU computed; between steps. Copies some of those worth it.
+
+        Args:
+            keys: all of them; none where nobody ``wants_misses``.
+        """
+        self.stats.misses += count
+        if not keys:
             return
-        if self.cache.num_under_way(key.layer_idx) >= MOST_QUEUED_ADMISSIONS:
-            if not has_room:
-                self._second_miss.remember(key)
-        elif not self.ram.is_resident(key):
-            return
-        elif has_room:
-            self.cache.preload([key])
-        else:
-            self.cache.prefetch([key])
+        with_room = {i for i in self._layers if self.cache.has_room(i)}
+        pool_of = self._first_layer
+        worth = [key for key in keys if pool_of[key.layer_idx] in with_room or self._was_missed_before(key)]
+        if worth:
+            self._copy_for_later(worth)
+
+    def _was_missed_before(self, key: ExpertKey) -> bool:
+        return self.replaces and self._second_miss.admits(key)
+
+    def _copy_for_later(self, keys: Sequence[ExpertKey]) -> None:
+        most = self._most_under_way(keys[0].layer_idx)
+        left = {i: most - self.cache.num_under_way(i) for i in self._layers}
+        for key in keys:
+            pool = self._first_layer[key.layer_idx]
+            has_room = self.cache.has_room(pool)
+            if left[pool] <= 0:
+                if not has_room:
+                    self._second_miss.remember(key)
+            elif self.ram.is_resident(key):
+                left[pool] -= 1
+                (self.cache.preload if has_room else self.cache.prefetch)([key])
+
+    def _most_under_way(self, layer_idx: int) -> int:
+        """Return how many copies for later may be under way, by what the link did since the last look."""
+        num_bytes, busy_s = self.link_counters()
+        now, (then, busy_then_s) = time.perf_counter(), self._link_looked_at
+        self._link_looked_at = now, busy_s
+        copy_s = self.cache.expert_bytes(layer_idx) * busy_s / max(1, num_bytes)
+        return most_under_way(now - then - (busy_s - busy_then_s), copy_s)
 
     def fill(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """Copy experts that a prompt used, the most used first, where slots are free: the layer's share."""

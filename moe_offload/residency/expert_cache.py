@@ -71,7 +71,8 @@ class ExpertCache(CacheHints, CacheUpkeep):
         pool = self._pool_of[layer_idx]
         if len(expert_ids) > pool.num_slots:
             return None
-        self.log.add(layer_idx, expert_ids if routed is None else routed[0])
+        if self.keeps_log:
+            self.log.add(layer_idx, expert_ids if routed is None else routed[0])
         step = Step(layer_idx, expert_ids, weights, [], routed=routed)
         try:
             missing = self._pin_what_is_there(pool, step)
@@ -114,8 +115,6 @@ class ExpertCache(CacheHints, CacheUpkeep):
         for entry in step.entries:
             if entry.state is not SlotState.RESIDENT:
                 pool.admit(entry)
-                if self._tables is not None:
-                    self._tables[step.layer_idx][entry.key.expert_id] = entry.addresses
         for entry in step.entries:
             entry.pins -= 1
         self._open = None
@@ -136,7 +135,7 @@ class ExpertCache(CacheHints, CacheUpkeep):
         Ctrl-C may fall between any two instructions, so nothing is believed but what adds up:
         residents stay, policies start anew, a slot that nobody can account for is lost.
         """
-        self._open = self._tables = None
+        self._open = None
         for pool in self._pools:
             pool.recover(self._policy_factory())
             pool.num_staging = staging_slots(pool.num_slots, pool.num_experts, self._top_k)
@@ -230,7 +229,7 @@ class ExpertCache(CacheHints, CacheUpkeep):
             pool = self._pool_of[layer_idx]
             yield from stream_experts(pool, layer_idx, expert_ids, num_tokens, copies)
         finally:
-            self._open = self._tables = None
+            self._open = None
 
     @contextmanager
     def lend(self, layer_idx: int, most: int) -> Generator[list[int]]:

@@ -95,6 +95,11 @@ class Prefetcher:
         return self.enabled and (self.switch is None or self.switch.is_on)
 
     @property
+    def needs_not_resident(self) -> int:
+        """How often a step needed what was not resident in the tier that is filled."""
+        return self._cache.needs_not_resident
+
+    @property
     def link(self) -> LinkCounters | None:
         """The counters of the reader that guesses are read by."""
         return self._link

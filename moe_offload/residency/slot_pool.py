@@ -193,8 +193,9 @@ class SlotPool(SlotReads):
         owners += [entry for row in self.table.values() for entry in row if entry is not None]
         entries = {entry.slot: entry for entry in owners}
         self.residents, self.staged, self.warming, self.held = {}, {}, {}, {}
-        for row in self.table.values():
+        for layer_idx, row in self.table.items():
             row[:] = [None] * len(row)
+            self.resident_table[layer_idx][:] = 0
         drained = {slot for _, slot in self.draining}
         self.draining = [pair for pair in self.draining if not self.was_forgotten(pair[0])]
         known_free = set(self.free) - drained - entries.keys()
@@ -215,6 +216,7 @@ class SlotPool(SlotReads):
         if entry.state is SlotState.RESIDENT and self.find(entry.key) is None:
             self.residents[entry.key] = entry
             self.table[entry.key.layer_idx][entry.key.expert_id] = entry
+            self.resident_table[entry.key.layer_idx][entry.key.expert_id] = entry.addresses
             return
         if entry.state is SlotState.IN_FLIGHT and not self.was_forgotten(entry.ticket):
             if not self.store.cancel(entry.ticket):

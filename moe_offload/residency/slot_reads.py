@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moe_offload.config import PoolPlan
 from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
+
+ON_ITS_WAY = 1  # in place of an address (csrc/decode/resident_table.h)
 
 
 class SlotReads:
@@ -45,6 +50,11 @@ class SlotReads:
         for layer_idx in plan.layers:
             assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
             self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
+        # For native code, layer_idx -> (num_experts, number of matrices): the addresses of residents; first
+        # ON_ITS_WAY where an expert has a slot and is no resident yet; 0 for all others.
+        self.resident_table: dict[int, NDArray[np.uint64]] = {
+            i: np.zeros((len(row), len(layouts[i].matrices)), np.uint64) for i, row in self.table.items()
+        }
 
     @property
     def capacity(self) -> int:
@@ -82,6 +92,7 @@ class SlotReads:
             unclaimed=speculative,
         )
         self.table[key.layer_idx][key.expert_id] = entry
+        self.resident_table[key.layer_idx][key.expert_id, 0] = ON_ITS_WAY
         self.staged[key] = entry
         return entry
 
@@ -139,6 +150,7 @@ class SlotReads:
         del self.staged[entry.key]
         entry.state = SlotState.RESIDENT
         self.residents[entry.key] = entry
+        self.resident_table[entry.key.layer_idx][entry.key.expert_id] = entry.addresses
         self.policy.on_insert(entry.key)
 
     def discard(self, entry: Entry) -> None:
@@ -187,6 +199,13 @@ class SlotReads:
         for entry in entries.values():
             assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
             assert entry.pins == 0, f"{entry} is pinned by nobody"
+        for layer_idx, row in self.table.items():
+            for expert_id, found in enumerate(row):
+                numbers = tuple(self.resident_table[layer_idx][expert_id].tolist())
+                wanted: tuple[int, ...] = (0,) if found is None else (ON_ITS_WAY,)
+                if found is not None and found.state is SlotState.RESIDENT:
+                    wanted = found.addresses
+                assert numbers[: len(wanted)] == wanted, f"layer {layer_idx} expert {expert_id}: {numbers}"
 
     def was_forgotten(self, ticket: int) -> bool:
         """Whether a ticket is unknown: then its read is over."""
@@ -203,7 +222,7 @@ class SlotReads:
             self.stats.prefetch_wasted_bytes += entry.num_bytes
         del self.staged[entry.key]
         self.warming.pop(entry.key, None)
-        self.table[entry.key.layer_idx][entry.key.expert_id] = None
+        self._forget(entry.key)
         self.draining.append((entry.ticket, entry.slot))
 
     def _drain_one(self, pair: tuple[int, int]) -> None:
@@ -219,5 +238,9 @@ class SlotReads:
         owner = self.residents if entry.state is SlotState.RESIDENT else self.staged
         del owner[entry.key]
         self.warming.pop(entry.key, None)
-        self.table[entry.key.layer_idx][entry.key.expert_id] = None
+        self._forget(entry.key)
         self.free.append(entry.slot)
+
+    def _forget(self, key: ExpertKey) -> None:
+        self.table[key.layer_idx][key.expert_id] = None
+        self.resident_table[key.layer_idx][key.expert_id] = 0

@@ -12,6 +12,7 @@ from moe_offload._native import DeviceInputs
 from moe_offload.errors import ConfigError, DeviceError
 from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.hybrid import HybridLayer, StepRows
+from moe_offload.storage.expert_format import ExpertKey
 
 
 def run_step(layer: HybridLayer, rows: StepRows, look_ahead: Callable[[], None]) -> bool:
@@ -167,7 +168,9 @@ class _Run:
         if self.failure is not None:
             self.layer.failed(self.failure)
         if self.tier.is_on:
-            self.tier.ran_on_cpu(self.layer.layer_idx, self._of_cpu())
+            layer_idx = self.layer.layer_idx
+            missed = [ExpertKey(layer_idx, i) for i in self._of_cpu()]
+            self.tier.ran_on_cpu(missed, len(missed))
 
     def _of_cpu(self) -> list[int]:
         return [expert_id for expert_id in self.rows.expert_ids if expert_id not in self.on_device]

@@ -59,6 +59,7 @@ class NativeDecoder:
             vocab_size=model.lm_head.weight.shape[0],
         )
         routers = {layer_idx: router_of(model, layer_idx) for layer_idx in executors}
+        self.top_k: dict[int, int] = {layer_idx: router.top_k for layer_idx, router in routers.items()}
         self.step = _native.DecodeStep(
             {
                 "hidden_size": config.hidden_size,

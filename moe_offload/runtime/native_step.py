@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from moe_offload._native import DecodeStep
 from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.hybrid_run import HybridRun
 from moe_offload.runtime.hybrid_step import run_step
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import NativeDecoder
@@ -51,6 +52,7 @@ class NativeStep:
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
         self._moe_executors = [executor for executor in self._executors if executor is not None]
+        self._hybrid_run: HybridRun | None = None  # made when a device is first there
         self._needs_seen, self._tokens_without_need = -1, 0
         self._config, self._dtype = model.config, model.config.dtype
         self._hidden_size = model.config.hidden_size
@@ -96,10 +98,12 @@ class NativeStep:
         self._step.begin(int(inputs["input_ids"]), *self._decoder.rotary.addresses(position))
         cached = [layer.addresses(shape.num_kv_heads, shape.head_dim, self._dtype) for layer in cache.layers]
         tables = self._tables()
-        if tables is None:
-            self._run_layers(cached, cache.capacity_tokens, num_tokens)
-        else:
+        if tables is not None:
             self._run_residents(cached, cache.capacity_tokens, num_tokens, tables)
+        elif self._may_share_in_runs():
+            self._share_layers(cached, cache.capacity_tokens, num_tokens)
+        else:
+            self._run_layers(cached, cache.capacity_tokens, num_tokens)
         logits = torch.empty(1, 1, shape.vocab_size)
         self._step.logits(logits.data_ptr())
         cache.grew_by_one()
@@ -115,7 +119,9 @@ class NativeStep:
         if not self._moe_executors:
             return [0] * len(self._executors)
         first = self._moe_executors[0]
-        if first.is_hybrid or first.on_route is not None or not self._prefetch_rests(first):
+        if any(executor.is_hybrid for executor in self._moe_executors):
+            return None
+        if first.on_route is not None or not self._prefetch_rests(first):
             return None
         return self._table_addresses(first)
 
@@ -129,7 +135,7 @@ class NativeStep:
 
     def _prefetch_rests(self, executor: ExpertExecutor) -> bool:
         """Whether no token has needed what was not resident for some tokens, or nothing prefetches."""
-        needs = executor.cache.needs_not_resident
+        needs = executor.prefetcher.needs_not_resident
         self._tokens_without_need = self._tokens_without_need + 1 if needs == self._needs_seen else 0
         self._needs_seen = needs
         return not executor.prefetcher.is_on or self._tokens_without_need > REST_AFTER_TOKENS
@@ -152,6 +158,31 @@ class NativeStep:
                 if still is None:
                     return self._run_layers(cached, capacity, num_tokens, layer_idx)
                 tables = still
+
+    def _may_share_in_runs(self) -> bool:
+        """Whether a device computes some experts, and Python has nothing to do but decide who does."""
+        if not any(executor.hybrid is not None for executor in self._moe_executors):
+            return False
+        first = self._moe_executors[0]
+        if first.on_route is not None or not self._prefetch_rests(first):
+            return False
+        if self._hybrid_run is None:
+            self._hybrid_run = HybridRun(self._step, self._executors, self._decoder.top_k)
+        return self._hybrid_run.is_possible
+
+    def _share_layers(self, cached: list[tuple[int, int]], capacity: int, num_tokens: int) -> None:
+        """Compute layer after layer on both sides, coming back where an expert has to be read or copied."""
+        assert self._hybrid_run is not None
+        layer_idx = 0
+        while layer_idx < len(self._executors):
+            layer_idx = self._hybrid_run.run(layer_idx, cached, capacity, num_tokens)
+            if layer_idx < len(self._executors):
+                executor = self._executors[layer_idx]
+                assert executor is not None, "only a layer with experts stops the run"
+                self._run_experts(executor)
+                layer_idx += 1
+                if not self._hybrid_run.is_possible:
+                    return self._run_layers(cached, capacity, num_tokens, layer_idx)
 
     def _count_residents(self, first: int, end: int) -> None:
         """Tell cache and handle of layers that were computed in one go."""

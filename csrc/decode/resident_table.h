@@ -1,0 +1,12 @@
+// Where a layer's experts are, for native code: (num_experts, number of matrices) addresses of those that are
+// resident; the first of them kOnItsWay where an expert has a slot but is no resident yet, 0 for all others.
+// moe_offload/residency/slot_reads.py keeps it up to date.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+constexpr uint64_t kOnItsWay = 1;
+
+}  // namespace moe

@@ -1,0 +1,57 @@
+// What Python sees of csrc/hybrid; moe_offload/runtime/hybrid_run.py is the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/without_gil.h"
+#include "decode/cached_addresses.h"
+#include "hybrid/token_run.h"
+
+namespace py = pybind11;
+using namespace moe;
+
+namespace {
+
+void check_signals() {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw Interrupted{};
+}
+
+void set_layer(TokenRun& run, int64_t layer, const ExpertKernel* of, const DeviceKernel* on_device,
+               uint64_t device_table, uint64_t ram_table) {
+    run.set_layer(layer, {of,
+                          on_device,
+                          reinterpret_cast<const uint64_t*>(device_table),
+                          reinterpret_cast<const uint64_t*>(ram_table),
+                          {}});
+}
+
+int64_t run(TokenRun& run, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
+            int64_t num_tokens, bool keeps_residents) {
+    const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
+    int64_t stopped = 0;
+    without_gil([&] { stopped = run.run(first, cached, keeps_residents, check_signals); });
+    return stopped;
+}
+
+py::list done(const TokenRun& run) {
+    py::list list;
+    for (const SharedLayerDone& layer : run.done())
+        list.append(py::make_tuple(layer.layer, layer.choice.ids, layer.choice.weights, layer.on_device,
+                                   layer.cpu_s));
+    return list;
+}
+
+}  // namespace
+
+void register_hybrid(py::module_& m) {
+    py::class_<TokenRun>(m, "TokenRun", "One token's layers on CPU and device at once")
+        .def(py::init<DecodeStep&, DeviceEngine&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def("set_layer", set_layer, py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::arg("layer"),
+             py::arg("of"), py::arg("on_device").none(true), py::arg("device_table"), py::arg("ram_table"))
+        .def("set_moves", &TokenRun::set_moves, py::arg("layer"), py::arg("moves"))
+        .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
+             py::arg("keeps_residents"), "The layers from one on, up to one where Python has to decide")
+        .def("done", done, "Of the last run, by layer: (layer, ids, weights, ids on the device, CPU seconds)")
+        .def_property_readonly("wait_s", &TokenRun::wait_s)
+        .def_property_readonly("failure", &TokenRun::failure);
+}

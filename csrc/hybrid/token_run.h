@@ -1,0 +1,83 @@
+// One token's layers on CPU and device at once, without coming back to Python, as long as the experts that a
+// router chose are at hand and none has to be copied.
+//
+// Nothing is decided here. A token's experts cost the same, so the scheduler's answer depends on how many of
+// them the device has, and moe_offload/planning/token_moves.py has written it down for each such number. The
+// bits are those of runtime/hybrid_step.py: rows from both sides, summed by ascending expert id.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "decode/decode_step.h"
+#include "device/engine.h"
+
+namespace moe {
+
+// A layer's experts on both sides; `of` null: a layer without experts.
+struct SharedLayer {
+    const ExpertKernel* of = nullptr;
+    const DeviceKernel* on_device = nullptr;  // null: the CPU computes the layer alone
+    const uint64_t* device_table = nullptr;   // decode/resident_table.h; null with on_device
+    const uint64_t* ram_table = nullptr;
+    // (top_k + 1,) by how many of a token's experts the device has: so many more are copied there, or, below
+    // zero, left to the CPU.
+    std::vector<int32_t> moves;
+};
+
+// What became of a layer.
+struct SharedLayerDone {
+    int64_t layer;
+    Choice choice;
+    std::vector<int32_t> on_device;  // experts
+    double cpu_s;                    // of the CPU's share
+};
+
+class TokenRun {
+  public:
+    using CheckInterrupt = CopyQueue::CheckInterrupt;
+
+    TokenRun(DecodeStep& step, DeviceEngine& engine) : step_(step), engine_(engine) {}
+
+    void set_layer(int64_t layer, SharedLayer shared);
+    void set_moves(int64_t layer, std::vector<int32_t> moves);
+
+    // Attention and experts of the layers from ``first`` on. Returns the layer whose router has spoken and
+    // whose experts are still to be computed, since one has to be read or copied or the device failed; or the
+    // number of layers. What Python decides and what is on its way then decides the layer.
+    // `keeps_residents`: experts on their way to the device count as absent.
+    int64_t run(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+                const CheckInterrupt& check_interrupt);
+
+    // Of the last run: the layers with experts that it computed; seconds in which the host waited; and why
+    // the device failed at the layer where the run stopped.
+    const std::vector<SharedLayerDone>& done() const { return done_; }
+    double wait_s() const { return wait_s_; }
+    const std::optional<DeviceFailure>& failure() const { return failure_; }
+
+  private:
+    // Some of the chosen experts, by position in the choice.
+    struct Side {
+        std::vector<int32_t> positions;
+        std::vector<uint64_t> addresses;  // (positions, number of matrices)
+        void clear() { positions.clear(), addresses.clear(); }
+        void add(int32_t position, const uint64_t* expert, int64_t width);
+    };
+    class Launch;
+
+    bool compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt);
+    bool divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents);
+    bool compute_both(int64_t layer, const CheckInterrupt& check_interrupt);
+
+    DecodeStep& step_;
+    DeviceEngine& engine_;
+    std::vector<SharedLayer> layers_;
+    Side device_, cpu_;
+    std::vector<int32_t> residents_;  // positions of what the device has
+    std::vector<SharedLayerDone> done_;
+    double wait_s_ = 0, cpu_s_ = 0;
+    std::optional<DeviceFailure> failure_;
+};
+
+}  // namespace moe

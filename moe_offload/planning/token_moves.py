@@ -1,0 +1,54 @@
+"""What a scheduler does with one token's experts, written down for native code.
+
+A token's experts cost the same, so a scheduler's answer depends on how many of them the device has, not on
+which: a table of one number for each such number says the same. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_offload.planning.expert_costs import RunningCosts
+from moe_offload.planning.scheduler import LayerWork, Schedule
+
+CHANGE = 0.05  # of a cost, before the scheduler is asked again
+
+Scheduler = Callable[[LayerWork], Schedule]
+
+
+def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[int]:
+    """Return, for 0 to ``count`` experts on the device, how many more are copied there.
+
+    Below zero: so many of those on the device are left to the CPU.
+    """
+    moves = []
+    for residents in range(count + 1):
+        on_gpu = np.arange(count) < residents
+        everywhere = np.ones(count, np.bool_)
+        work = LayerWork(np.full(count, cpu_s), np.full(count, gpu_s), on_gpu, everywhere, copy_s)
+        choice = scheduler(work).on_gpu
+        copied, left = int(choice[residents:].sum()), residents - int(choice[:residents].sum())
+        moves.append(copied or -left)
+    return moves
+
+
+class TokenMoves:
+    """``moves_of`` for experts that cost ``costs``, asked again when those have changed."""
+
+    def __init__(self, costs: RunningCosts) -> None:
+        self._costs = costs
+        self._scheduler: Scheduler | None = None
+        self._asked_at = (0.0, 0.0, 0.0)
+        self._moves: dict[int, list[int]] = {}  # by number of experts
+
+    def of(self, scheduler: Scheduler, count: int) -> list[int]:
+        """Return ``moves_of``; the same list as long as it holds."""
+        now = self._costs.of_one_token()
+        changed = any(abs(a - b) > CHANGE * b for a, b in zip(now, self._asked_at, strict=True))
+        if changed or scheduler is not self._scheduler:
+            self._scheduler, self._asked_at, self._moves = scheduler, now, {}
+        if count not in self._moves:
+            self._moves[count] = moves_of(scheduler, count, *self._asked_at)
+        return self._moves[count]
