@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,12 @@ from toy_models import save_toy_model
 import moe_offload
 from moe_offload import BudgetError, ConfigError, cli
 from moe_offload.config import DEMO_MODEL
+from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
+from moe_offload.replay import replay
+from moe_offload.residency.accelerator import wait_copy
+from moe_offload.runtime import device_setup
+from moe_offload.storage.expert_format import ExpertKey
 
 NUM_TOKENS = 16
 VRAM, SMALL_VRAM = "12MiB", "5MiB"  # 7.2 MiB of experts, or hardly one token's; 4.5 MiB are workspace
@@ -108,6 +115,161 @@ def test_a_device_changes_time_and_never_a_bit(placement, prompt_ids, expected) 
             assert counters.copied_experts == 0 and counters.cpu_experts > 0
         hybrid.tier.cache.check()
         model.offload.cache.check()
+
+
+def calls_of(run: Any) -> list[tuple[int, int]]:
+    """From now on, for each native run of layers: the first, and where it stopped."""
+    calls, native_run = list[tuple[int, int]](), run.run
+
+    def counted(first: int, *args: Any) -> int:
+        stopped = native_run(first, *args)
+        calls.append((first, stopped))
+        return stopped
+
+    run.run = counted
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("vram", "scheduler"),
+    [("64MiB", "hybrid"), ("64MiB", "on_demand"), (VRAM, "static_split"), (VRAM, "every_second")],
+)
+def test_with_everything_at_hand_a_token_is_one_native_call(
+    vram, scheduler, prompt_ids, expected, monkeypatch
+) -> None:
+    """Whatever it shares out: the device has all experts, or some, and leaves every second to the CPU."""
+    monkeypatch.setitem(
+        SCHEDULERS, "every_second", lambda work: Schedule(work.on_gpu & (np.cumsum(work.on_gpu) % 2 == 0), 0)
+    )
+    with loaded(vram, scheduler=scheduler, prefetch=False) as model:
+        generate(model, prompt_ids)  # fills RAM and the device's free slots
+        hybrid = model.offload.hybrid
+        hybrid.switch, hybrid.tier.replaces = None, False
+        for costs in hybrid.costs.values():  # hybrid would copy where the machine happens to be slow
+            costs.measured = dataclasses.replace(costs.measured, copy_s=1e3)
+        hybrid.tier.cache.keep_only(hybrid.tier.cache.residents())  # nothing is on its way
+        calls = calls_of(model.offload.native_step._hybrid_run)
+        before = hybrid.counters.device_experts, hybrid.counters.cpu_experts
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert calls == [(0, 12)] * (NUM_TOKENS - 1)
+        assert hybrid.counters.device_experts > before[0]
+        assert hybrid.counters.cpu_experts > before[1] or vram != VRAM
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+
+
+def test_layers_that_need_a_read_or_a_copy_are_left_to_python(prompt_ids, expected) -> None:
+    with loaded(experts="25%", prefetch=False) as model:
+        generate(model, prompt_ids)
+        calls = calls_of(model.offload.native_step._hybrid_run)
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert {first for first, _ in calls if first} & {stopped + 1 for _, stopped in calls}
+        model.offload.cache.check()
+        device = model.offload.stats().device
+        assert device.device_hits + device.device_misses == device.device_experts + device.cpu_experts
+
+
+@pytest.mark.parametrize("fault", ["lost", "no memory"])
+def test_a_device_that_fails_inside_a_native_run_changes_no_bit(fault, prompt_ids, expected, capsys) -> None:
+    with loaded(scheduler="static_split", prefetch=False) as model:
+        hybrid = model.offload.hybrid
+        generate(model, prompt_ids)
+        run = model.offload.native_step._hybrid_run
+        calls, counted_run = calls_of(run), run.run
+
+        def failing_run(*args: Any) -> int:
+            if calls:
+                return counted_run(*args)
+            device = hybrid.tier.device
+            if fault == "lost":
+                device.inject(after=0, lost=True)
+                span = np.array([[model.offload.cache._arena.address, device.address, 4096]], np.int64)
+                wait_copy(device, device.submit(span, True))
+            else:
+                device.inject_no_memory(1)
+            return counted_run(*args)
+
+        run.run = failing_run
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert calls[0][1] < 12 and hybrid.tier.is_on is (fault != "lost")
+        text = capsys.readouterr().err
+        assert ("goes on alone" if fault == "lost" else "slots were given back") in text
+        model.offload.cache.check()
+
+
+def test_an_interrupt_inside_a_native_run_leaves_both_tiers_usable(prompt_ids, expected) -> None:
+    with loaded("64MiB", scheduler="on_demand", prefetch=False, link="12GB/s") as model:
+        generate(model, prompt_ids)
+        run, forwards = model.offload.native_step._hybrid_run, iter(range(100))
+        native, native_run = run._native, run._native.run
+
+        class Interrupted:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(native, name)
+
+            def run(self, *args: Any) -> int:
+                if next(forwards) == 5:
+                    _thread.interrupt_main()  # seen by the first wait of the run
+                return native_run(*args)
+
+        run._native = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt_ids)
+        model.offload.hybrid.tier.cache.check()
+        model.offload.cache.check()
+        assert_same(generate(model, prompt_ids), expected[True])
+
+
+def fill_ram(model: Any) -> None:
+    cache, spec = model.offload.cache, model.offload.spec
+    cache.preload([ExpertKey(i, e) for i in spec.moe_layers for e in range(spec.num_experts)])
+    cache.finish_reads()
+    cache.absorb()
+
+
+@pytest.mark.parametrize("policy", ["lru", "ewma", "horizon"])
+def test_replaying_a_runs_own_trace_gives_the_devices_counters_to_the_digit(policy, prompt_ids) -> None:
+    """As bench/cache_hit_rate.py counts: every miss is copied and served on the device."""
+    with loaded(scheduler="on_demand", policy=policy, prefetch=False) as model:
+        fill_ram(model)
+        with model.offload.trace() as recorder:
+            recorder.begin_sequence()
+            generate(model, prompt_ids)
+        tier = model.offload.hybrid.tier
+        trace, stats = recorder.trace(), tier.stats
+        expert_bytes = {int(i): n for i, n in trace.metadata["expert_bytes"].items()}
+        replayed = replay(trace, tier.plan.pools, lambda: make_policy(policy), expert_bytes)
+        assert (stats.hits, stats.misses, stats.evictions) == (
+            replayed.hits,
+            replayed.misses,
+            replayed.evictions,
+        )
+        assert stats.evictions > 100 and 0.2 < replayed.hit_rate < 0.9
+        assert model.offload.stats().device.device_hit_rate == replayed.hit_rate
+
+
+def test_layers_without_a_kernel_on_the_device_stay_on_the_cpu(
+    prompt_ids, expected, long_prompt, expected_of_long, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(device_setup, "has_kernel", lambda device, executor: executor.layer_idx % 3 > 0)
+    with loaded(context=600) as model, torch.no_grad():
+        hybrid, said = (
+            model.offload.hybrid,
+            "the experts of layers 0, 3, 6, 9 stay on the CPU: emulated has no",
+        )
+        assert said in capsys.readouterr().err and said in model.offload.stats().device.device_state
+        assert_same(generate(model, prompt_ids), expected[True])
+        model.offload.prefetcher.enabled = False
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert hybrid.counters.device_experts > 0
+        (pool,) = hybrid.tier.plan.pools
+        assert pool.layers == (1, 2, 4, 5, 7, 8, 10, 11)
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+    monkeypatch.setattr(device_setup, "has_kernel", lambda device, executor: False)
+    with pytest.raises(ConfigError, match="has no kernels for experts in Q4_0"), loaded():
+        pass
 
 
 def test_several_sequences_at_once_have_the_cpus_bits(prompt_ids) -> None:

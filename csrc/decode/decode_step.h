@@ -92,8 +92,9 @@ class DecodeStep {
     float* expert_rows_data() { return rows_.data(); }  // (max_top_k, hidden_size)
 
     // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
-    // has, for each layer with experts, its resident table (resident_table.h); nullptr for other layers. Returns the layer whose router chose what is
-    // not in memory, its experts() still to be called, or num_layers().
+    // has, for each layer with experts, its resident table (resident_table.h); nullptr for other layers.
+    // Returns the layer whose router chose what is not in memory, its experts() still to be called, or
+    // num_layers().
     int64_t run(int64_t first, const std::vector<CachedTokens>& cached,
                 const std::vector<const uint64_t*>& tables);
 

@@ -45,13 +45,25 @@ def attach_device(
     store: ExpertStore,
     arena: Arena,
 ) -> HybridLayers:
-    """Give the executors their share on the device; before anything was read into RAM's slots."""
+    """Give the executors their share on the device; before anything was read into RAM's slots.
+
+    Layers in a format that the device has no kernel for stay on the CPU, and their part of the device's
+    memory goes to the others.
+
+    Raises:
+        ConfigError: the device has a kernel for no layer.
+    """
     assert config.device is not None
     device = open_device(config.device, plan.expert_bytes)
     try:
-        _check_kernels(device, executors)
+        lacking = _formats_without_kernel(device, executors)
+        if lacking:
+            plan = _plan_without(lacking, checkpoint, plan)
+            device.close()
+            device = open_device(config.device, plan.expert_bytes)
         _pin(device, arena)
-        kernels = {i: device.make_kernel(executor.kernel.native) for i, executor in executors.items()}
+        served = {i: executor for i, executor in executors.items() if i not in lacking}
+        kernels = {i: device.make_kernel(executor.kernel.native) for i, executor in served.items()}
         tier = DeviceTier(
             device,
             plan,
@@ -62,16 +74,19 @@ def attach_device(
             top_k=checkpoint.spec.top_k,
         )
         costs: dict[int, RunningCosts] = {}
-        ram_address, vram_address = arena.address, device.address
-        for ram_pool, pool in zip(ram.plans, plan.pools, strict=True):
-            layer_idx, kernel = pool.layers[0], executors[pool.layers[0]].kernel
+        ram_slots, vram_address = _first_slots(ram, arena.address), device.address
+        for pool in plan.pools:
+            layer_idx = pool.layers[0]
+            ram_address, ram_pool = ram_slots[layer_idx]
             slots = _slots(store, ram_address, vram_address, layer_idx, ram_pool, pool)
+            kernel = executors[layer_idx].kernel
             shared = RunningCosts(measure_costs(device, kernel, kernels[layer_idx], slots))
             costs |= dict.fromkeys(pool.layers, shared)
-            ram_address, vram_address = ram_address + ram_pool.num_bytes, vram_address + pool.num_bytes
+            vram_address += pool.num_bytes
         tier.start_counting()
         layers = HybridLayers(tier, ram, config.scheduler, costs)
-        for layer_idx, executor in executors.items():
+        layers.left_to_cpu = _say_left_to_cpu(device.name, lacking)
+        for layer_idx, executor in served.items():
             executor.hybrid = HybridLayer(layers, layer_idx, executor.kernel, kernels[layer_idx])
     except BaseException:
         device.close()
@@ -79,22 +94,51 @@ def attach_device(
     return layers
 
 
-def _check_kernels(device: Device, executors: Mapping[int, ExpertExecutor]) -> None:
-    """Refuse formats that the device cannot compute.
+def _formats_without_kernel(device: Device, executors: Mapping[int, ExpertExecutor]) -> dict[int, str]:
+    """Return the layers that the device cannot compute, and their experts' formats.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: it can compute none.
     """
     lacking = {
-        matrix.ggml_type.name
-        for executor in executors.values()
-        if not device.has_kernel(executor.kernel.native)
-        for matrix in executor.kernel.layout.matrices
+        i: "/".join(sorted({matrix.ggml_type.name for matrix in executor.kernel.layout.matrices}))
+        for i, executor in executors.items()
+        if not has_kernel(device, executor)
     }
-    if lacking:
-        raise ConfigError(
-            f"{device.name} has no kernels for experts in {', '.join(sorted(lacking))}: run without device="
-        )
+    if len(lacking) == len(executors):
+        formats = ", ".join(sorted(set(lacking.values())))
+        raise ConfigError(f"{device.name} has no kernels for experts in {formats}: run without device=")
+    return lacking
+
+
+def has_kernel(device: Device, executor: ExpertExecutor) -> bool:
+    """Whether the device can compute a layer's experts."""
+    return device.has_kernel(executor.kernel.native)
+
+
+def _plan_without(lacking: Mapping[int, str], checkpoint: Checkpoint, plan: DevicePlan) -> DevicePlan:
+    layouts = {i: layout for i, layout in checkpoint.experts.layouts.items() if i not in lacking}
+    return plan_device(checkpoint.spec, layouts, vram_bytes=plan.vram_bytes, context_bytes=plan.context_bytes)
+
+
+def _say_left_to_cpu(device_name: str, lacking: Mapping[int, str]) -> str:
+    """Tell the user which layers the CPU computes alone, and why; returns it, "" for none."""
+    if not lacking:
+        return ""
+    formats = ", ".join(sorted(set(lacking.values())))
+    layers = f"layer{'s' * (len(lacking) > 1)} {', '.join(map(str, sorted(lacking)))}"
+    said = f"the experts of {layers} stay on the CPU: {device_name} has no kernel for {formats}"
+    print(f"moe-offload: note: {said}", file=sys.stderr)
+    return said
+
+
+def _first_slots(ram: ExpertCache, address: int) -> dict[int, tuple[int, PoolPlan]]:
+    """Return for each layer the address of its pool in RAM, and the pool."""
+    found: dict[int, tuple[int, PoolPlan]] = {}
+    for pool in ram.plans:
+        found |= dict.fromkeys(pool.layers, (address, pool))
+        address += pool.num_bytes
+    return found
 
 
 def _pin(device: Device, arena: Arena) -> None:

@@ -22,13 +22,12 @@ from moe_offload.errors import DeviceError
 from moe_offload.ops import ExpertKernel
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
-from moe_offload.planning.scheduler import SCHEDULERS, Choice, LayerWork, Schedule
+from moe_offload.planning.scheduler import SCHEDULERS, Choice
+from moe_offload.planning.token_moves import Scheduler, TokenMoves
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.stats import DeviceStats
-
-Scheduler = Callable[[LayerWork], Schedule]
 
 
 class StepRows(Protocol):
@@ -75,7 +74,9 @@ class HybridLayers:
     ) -> None:
         self.tier, self.ram, self.scheduler_name = tier, ram, scheduler
         self.costs = costs  # by layer index; layers of one size share theirs
+        self._moves = {id(shared): TokenMoves(shared) for shared in costs.values()}
         self.counters = HybridCounters()
+        self.left_to_cpu = ""  # which layers the device has no kernel for
         self.switch = GainSwitch() if scheduler == "hybrid" else None
         # What timeline.py watches: the CPU's spans (layer, experts, begin, end), and the launches' layers
         # and experts by ticket.
@@ -91,6 +92,10 @@ class HybridLayers:
     @property
     def scheduler(self) -> Scheduler:
         return SCHEDULERS["static_split" if self.is_frozen else self.scheduler_name]
+
+    def moves(self, layer_idx: int, count: int) -> list[int]:
+        """Return what the scheduler does with ``count`` experts of one token (token_moves.py)."""
+        return self._moves[id(self.costs[layer_idx])].of(self.scheduler, count)
 
     def use(self, scheduler: str, switch: GainSwitch) -> None:
         """Go on with another scheduler, between steps; ``switch``: for "hybrid", what it has learned."""
@@ -134,10 +139,12 @@ class HybridLayers:
 
     def describe(self) -> str:
         """Return which device, which scheduler, and whether it pays."""
-        name = f"{self.tier.device.name}, {self.scheduler_name}"
+        state = f"{self.tier.device.name}, {self.scheduler_name}"
         if not self.tier.is_on:
-            return f"{name}: off: {self.tier.off_reason}"
-        return f"{name} {self.switch.describe('a static split')}" if self.switch is not None else name
+            state += f": off: {self.tier.off_reason}"
+        elif self.switch is not None:
+            state += f" {self.switch.describe('a static split')}"
+        return f"{state}; {self.left_to_cpu}" if self.left_to_cpu else state
 
 
 class HybridLayer:
@@ -155,11 +162,26 @@ class HybridLayer:
 
     def choose(self, rows: StepRows, there: Sequence[bool], room: int) -> tuple[list[int], list[int]]:
         """Return who runs on the device at once, at most ``room``, and who after a copy."""
+        if rows.num_tokens == 1:
+            resident, to_copy = self._choose_for_one(rows.expert_ids, there)
+            return resident[:room], to_copy
         num_tokens = np.diff(np.array(rows.pair_offsets))
         on_gpu: Choice = np.array(there, np.bool_)
-        choice = self.layers.scheduler(self.layers.costs[self.layer_idx].work(num_tokens, on_gpu)).on_gpu
+        in_ram: Choice = np.array(self.layers.ram.are_resident(self.layer_idx, rows.expert_ids), np.bool_)
+        work = self.layers.costs[self.layer_idx].work(num_tokens, on_gpu, in_ram)
+        choice = self.layers.scheduler(work).on_gpu
         chosen = [(i, is_there) for i, is_there, on in zip(rows.expert_ids, there, choice, strict=True) if on]
         return [i for i, is_there in chosen if is_there][:room], [i for i, is_there in chosen if not is_there]
+
+    def _choose_for_one(self, ids: Sequence[int], there: Sequence[bool]) -> tuple[list[int], list[int]]:
+        """The same from the scheduler's answers for one token (csrc/hybrid: TokenRun::divide)."""
+        resident = [i for i, is_there in zip(ids, there, strict=True) if is_there]
+        moves = self.layers.moves(self.layer_idx, len(ids))[len(resident)]
+        if moves >= 0:
+            return resident, [i for i, is_there in zip(ids, there, strict=True) if not is_there][:moves]
+        in_ram = self.layers.ram.are_resident(self.layer_idx, resident)
+        left = [i for i, is_in_ram in zip(resident, in_ram, strict=True) if is_in_ram][:-moves]
+        return [i for i in resident if i not in left], []
 
     def launch(
         self,

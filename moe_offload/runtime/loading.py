@@ -190,7 +190,8 @@ def _attach_device(
         executors, decided.checkpoint, decided.config, vram_plan, cache, store, arena
     )
     ram_lacks_nothing = all(pool.num_staging == 0 for pool in decided.plan.pools)
-    if ram_lacks_nothing and handle.prefetcher is not None:  # then look ahead for VRAM
+    serves_all_layers = not handle.hybrid.left_to_cpu
+    if ram_lacks_nothing and serves_all_layers and handle.prefetcher is not None:  # look ahead for VRAM
         tier = handle.hybrid.tier
         handle.prefetcher.turn_to(tier.cache, tier.link_counters)
 
