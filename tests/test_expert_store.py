@@ -123,6 +123,28 @@ def test_every_expert_arrives_whole_and_inside_its_slot(files: list[Path], seed:
         arena.close()
 
 
+def test_matrices_side_by_side_in_the_file_are_one_read(files: list[Path], arena: Arena) -> None:
+    """In any order, and only where nothing lies between them; a slot has room for either."""
+    sizes = [matrix.num_bytes for matrix in LAYOUTS[0].matrices]
+    apart, after, before = (
+        Span(0, 70_001, sizes[0]),
+        Span(0, 12_345, sizes[1]),
+        Span(0, 12_345 - sizes[2], sizes[2]),
+    )
+    spans = make_index().spans | {ExpertKey(0, 0): (apart, after, before)}
+    store = ExpertStore(ExpertIndex(LAYOUTS, spans), files, open_reader(1))
+    try:
+        store.wait(store.read(ExpertKey(0, 0), arena.address, speculative=False))
+        assert store.reader.counters()["requests"] == 2
+        for address, span in zip(
+            store.addresses(ExpertKey(0, 0), arena.address), spans[ExpertKey(0, 0)], strict=True
+        ):
+            assert bytes_at(address, span.num_bytes) == expected(files, span)
+        assert not memory_of(arena)[LAYOUTS[0].slot_bytes :].any()
+    finally:
+        store.close()
+
+
 def test_sizes_are_the_layouts(store: ExpertStore) -> None:
     for layer_idx, layout in LAYOUTS.items():
         assert store.slot_bytes(layer_idx) == layout.slot_bytes
@@ -245,5 +267,7 @@ def test_the_environment_chooses_the_mode(monkeypatch: pytest.MonkeyPatch, files
     assert reader.file_mode(add_file(reader, files[0])) == ("buffered", "asked to")
     reader.close()
     monkeypatch.setenv("MOE_OFFLOAD_IO", "mmap")
-    with pytest.raises(ConfigError, match="MOE_OFFLOAD_IO must be one of direct, buffered, got 'mmap'"):
+    with pytest.raises(
+        ConfigError, match="MOE_OFFLOAD_IO must be one of direct, buffered, got 'mmap'"
+    ):
         open_reader(1)

@@ -1,7 +1,7 @@
 """Where a device's slots are filled from: the slots in RAM, by copies over the link.
 
 The same ``ExpertSource`` that disks are for RAM, so one cache serves both tiers. An expert keeps its
-layout: a copy is one span from its first matrix to the end of its last.
+layout: a copy is one span from the first byte of its matrices to the last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DeviceSource:
         self, device: Device, ram: ExpertCache, store: ExpertSource, layouts: Mapping[int, ExpertLayout]
     ) -> None:
         self.device, self._ram, self._store = device, ram, store
-        self._last_matrix_bytes = {i: layout.matrices[-1].num_bytes for i, layout in layouts.items()}
+        self._matrix_bytes = {i: [m.num_bytes for m in layout.matrices] for i, layout in layouts.items()}
         self.keys: dict[int, ExpertKey] = {}  # of tickets not yet forgotten
         self.log: dict[int, ExpertKey] | None = None  # of all tickets from now on, where somebody asks
 
@@ -39,8 +39,7 @@ class DeviceSource:
         """Queue the copy of an expert whose bytes are in RAM."""
         ram_slot = self._ram.hold(key)
         try:
-            first, *_, last = self._store.addresses(key, ram_slot)
-            num_bytes = last + self._last_matrix_bytes[key.layer_idx] - first
+            first, num_bytes = self._span(key, self._store.addresses(key, ram_slot))
             span = np.array([[first, slot_address + first - ram_slot, num_bytes]], np.int64)
             ticket = self.device.submit(span, speculative)
         except BaseException:
@@ -51,18 +50,27 @@ class DeviceSource:
         return ticket
 
     def copy(self, key: ExpertKey, first: int, slot_address: int) -> tuple[int, tuple[int, ...]]:
-        """Queue the copy of an expert from ``first``, its first matrix, to a slot that is no cache's.
+        """Queue the copy of an expert to a slot that is no cache's.
 
         The caller keeps the expert in its place, and forgets the ticket with ``device.forget``.
+
+        Args:
+            first: the first byte of the first of its matrices, in the layout's order.
 
         Returns:
             The ticket, and the addresses of the matrices there.
         """
         addresses = self._store.addresses(key, slot_address)
-        num_bytes = addresses[-1] + self._last_matrix_bytes[key.layer_idx] - addresses[0]
-        ticket = self.device.submit(np.array([[first, addresses[0], num_bytes]], np.int64), False)
+        lowest, num_bytes = self._span(key, addresses)
+        span = np.array([[first + lowest - addresses[0], lowest, num_bytes]], np.int64)
+        ticket = self.device.submit(span, False)
         self._note(ticket, key)
         return ticket, addresses
+
+    def _span(self, key: ExpertKey, addresses: tuple[int, ...]) -> tuple[int, int]:
+        """Return the first byte and the number of bytes that hold all matrices, in any order."""
+        ends = map(sum, zip(addresses, self._matrix_bytes[key.layer_idx], strict=True))
+        return min(addresses), max(ends) - min(addresses)
 
     def _note(self, ticket: int, key: ExpertKey) -> None:
         if self.log is not None:

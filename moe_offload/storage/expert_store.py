@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.expert_format import DIRECT_IO_ALIGNMENT_BYTES, ExpertIndex, ExpertKey, Span
+from moe_offload.storage.expert_format import (
+    DIRECT_IO_ALIGNMENT_BYTES,
+    ExpertIndex,
+    ExpertKey,
+    Span,
+    region_bytes,
+)
 from moe_offload.storage.io import DirectReader, TicketState, add_file
 
 WAIT_S = 3600.0  # per native call; the native side looks for Ctrl-C every 100 ms
@@ -53,14 +59,13 @@ class ExpertStore:
             if key in self._index.scale_spans:
                 self._prepare_scaled(key)
                 continue
-            regions = self._index.layouts[key.layer_idx].region_offsets
-            starts[key] = (len(rows), len(rows) + len(spans))
-            for span, region in zip(spans, regions, strict=True):
-                rows.append((self._reader_ids[span.file_id], span.offset, span.num_bytes, region))
-            self._first_bytes[key] = tuple(
-                region + span.offset % DIRECT_IO_ALIGNMENT_BYTES
-                for span, region in zip(spans, regions, strict=True)
-            )
+            first_row, end = len(rows), 0
+            for run in neighbours(spans):
+                num_bytes = sum(span.num_bytes for span in run)
+                rows.append((self._reader_ids[run[0].file_id], run[0].offset, num_bytes, end))
+                end += region_bytes(num_bytes)
+            starts[key] = (first_row, len(rows))
+            self._first_bytes[key] = first_bytes(spans)
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         self._segments |= {key: table[start:end] for key, (start, end) in starts.items()}
 
@@ -175,6 +180,35 @@ class ExpertStore:
         file_id, _, _, message = error
         path = self._files[self._reader_ids.index(file_id)]
         return f"{path}: {expert}: {message}{_REMEDY}"
+
+
+def neighbours(spans: Sequence[Span]) -> list[list[Span]]:
+    """Group spans that follow one another in a file, in the file's order: each group is read at once.
+
+    Most folders keep the matrices of an expert side by side, in the order of their names.
+    """
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: (span.file_id, span.offset)):
+        last = groups[-1][-1] if groups else None
+        if last is not None and (last.file_id, last.offset + last.num_bytes) == (span.file_id, span.offset):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def first_bytes(spans: Sequence[Span]) -> tuple[int, ...]:
+    """Return where each span begins in a slot: groups one after the other, each as a direct read leaves it.
+
+    A slot is laid out for spans that are read one by one, so there is always room.
+    """
+    places: dict[Span, int] = {}
+    region = 0
+    for run in neighbours(spans):
+        first = region + run[0].offset % DIRECT_IO_ALIGNMENT_BYTES
+        places |= {span: first + span.offset - run[0].offset for span in run}
+        region += region_bytes(sum(span.num_bytes for span in run))
+    return tuple(places[span] for span in spans)
 
 
 _REMEDY = "; check the disk and that no other program writes to the file, then load the model again"
