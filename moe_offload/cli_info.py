@@ -120,9 +120,11 @@ def _io() -> dict[str, Any]:
     reader = open_reader()
     try:
         mode, reason = reader.file_mode(add_file(reader, DEMO_MODEL))
+        why_threads = reader.why_no_ring()
     finally:
         reader.close()
-    return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason}
+    by = f"threads ({why_threads})" if why_threads else "io_uring"
+    return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason, "by": by}
 
 
 def _cuda_line(report: dict[str, Any]) -> str:
@@ -186,7 +188,9 @@ def as_text(report: dict[str, Any]) -> str:
         "processor": _line(report["cpu"], "{name}, {logical_cores} logical cores"),
         "threads": _line(report["cpu"], "{threads}, instruction set {isa}"),
         "memory": _sizes(report["memory"]),
-        "disk reads": _line(report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk")
+        "disk reads": _line(
+            report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk, by {by}"
+        )
         + (f" ({report['io']['reason']})" if report["io"].get("reason") else ""),
         "CUDA": _cuda_line(report["cuda"]),
         "profile": _profile_line(report["profile"]),

@@ -86,7 +86,7 @@ def bench(path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
 on_both = pytest.mark.parametrize("bench", ["direct", "buffered"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=["direct", "buffered"])
+@pytest.fixture(scope="module", params=["direct", "threads", "buffered"])
 def shared_bench(path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(path, request.param, num_threads=3)
     yield bench
@@ -410,7 +410,7 @@ def test_thread_counts_and_modes_are_checked() -> None:
     for num_threads in (0, -1, 65):
         with pytest.raises(ConfigError, match=f"num_threads must be from 1 to 64, got {num_threads}"):
             DirectReader(num_threads, "direct")
-    with pytest.raises(ConfigError, match='io_mode must be "direct" or "buffered", got "mmap"'):
+    with pytest.raises(ConfigError, match='io_mode must be "direct", "threads" or "buffered", got "mmap"'):
         DirectReader(1, "mmap")
 
 
@@ -441,26 +441,105 @@ def test_reading_leaves_nothing_in_the_page_cache(bench: Bench, path: Path) -> N
     assert cached_pages(path) == 0
 
 
+@pytest.mark.parametrize("bench", ["threads"], indirect=True)
 def test_counters_count_span_bytes_and_whole_pages(bench: Bench) -> None:
     bench.wait(bench.submit(PAGE - 1, 2))
     bench.wait(bench.submit(0, PAGE))
     counters = bench.reader.counters()
     assert counters["bytes_read"] == 2 + PAGE
     assert counters["requests"] == 2
-    assert counters["busy_seconds"] > 0
+    assert counters["busy_seconds"] > 0 and counters["timed_bytes"] == 2 + PAGE
     if bench.reader.file_mode(bench.file_id)[0] == "direct":
         assert counters["disk_bytes"] == 3 * PAGE
+
+
+# The system's ring.
+
+
+@pytest.fixture
+def ring_bench(path: Path) -> Iterator[Bench]:
+    bench = Bench(path, "direct", num_threads=2)
+    if bench.reader.why_no_ring():
+        bench.close()
+        pytest.skip(f"no ring here: {bench.reader.why_no_ring()}")
+    yield bench
+    bench.close()
+
+
+def submit_many(bench: Bench, count: int, num_bytes: int = 100_000) -> list[tuple[int, int, int]]:
+    """Queue demands and speculation in turns; returns (ticket, offset, region) of each."""
+    step = region_bytes(num_bytes)
+    places = [(i * 290_003, i * step) for i in range(count)]
+    return [
+        (bench.submit(offset, num_bytes, region=region, speculative=i % 3 > 0), offset, region)
+        for i, (offset, region) in enumerate(places)
+    ]
+
+
+def test_more_reads_than_the_ring_takes_all_arrive_in_any_order_of_waiting(
+    ring_bench: Bench, data: np.ndarray
+) -> None:
+    reads = submit_many(ring_bench, 30)
+    for ticket, offset, region in reads[::-1]:
+        assert ring_bench.wait(ticket) == DONE
+        landed = ring_bench.landed(offset, 100_000, region=region)
+        np.testing.assert_array_equal(landed, data[offset : offset + 100_000])
+    assert ring_bench.reader.why_no_ring() == ""
+
+
+def test_several_threads_wait_for_what_the_ring_reads(ring_bench: Bench) -> None:
+    states: list[int] = []
+    threads = [
+        threading.Thread(target=lambda ticket: states.append(ring_bench.wait(ticket)), args=(ticket,))
+        for ticket, *_ in submit_many(ring_bench, 24)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(GUARD_S)
+    assert states == [DONE] * 24
+
+
+def test_what_the_ring_does_not_read_whole_is_read_again_by_a_thread(tmp_path: Path) -> None:
+    path = tmp_path / "shrinks"
+    path.write_bytes(bytes(range(256)) * 4096)
+    bench = Bench(path, "direct")
+    try:
+        os.truncate(path, 300_000)
+        ticket = bench.submit(200_000, 200_000)
+        assert bench.wait(ticket) == FAILED
+        error = bench.reader.error(ticket)
+        assert error is not None and "the file ends at 300000" in error[3]
+        assert bench.wait(bench.submit(290_000, 10_000)) == DONE, "up to the last byte of the file"
+    finally:
+        bench.close()
+
+
+def test_threads_take_over_from_the_ring_while_it_reads(ring_bench: Bench, data: np.ndarray) -> None:
+    reads = submit_many(ring_bench, 20)
+    ring_bench.reader.inject("delay", delay_s=0.001)
+    assert ring_bench.reader.why_no_ring() == "faults were injected"
+    for ticket, offset, region in reads:
+        assert ring_bench.wait(ticket) == DONE
+        landed = ring_bench.landed(offset, 100_000, region=region)
+        np.testing.assert_array_equal(landed, data[offset : offset + 100_000])
+
+
+def test_closing_waits_for_what_the_ring_was_given(ring_bench: Bench) -> None:
+    tickets = [ticket for ticket, *_ in submit_many(ring_bench, 30)]
+    ring_bench.reader.close()
+    assert {ring_bench.reader.state(ticket) for ticket in tickets} <= {DONE, FAILED, CANCELLED}
 
 
 # End of life.
 
 
 def assert_threads_end(wanted: int) -> None:
-    """A joined thread may stand in /proc for a moment longer."""
+    """A joined thread may stand in /proc for a moment longer; the ring's own end when the system likes."""
     deadline = time.monotonic() + GUARD_S
     while len(os.listdir("/proc/self/task")) > wanted and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert len(os.listdir("/proc/self/task")) == wanted
+    assert len(os.listdir("/proc/self/task")) <= wanted
 
 
 def test_close_ends_hanging_and_queued_reads_and_joins_the_threads(path: Path) -> None:

@@ -101,7 +101,7 @@ def store(files: list[Path], arena: Arena) -> Iterator[ExpertStore]:
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 10_000), io_mode=st.sampled_from(["direct", "buffered"]))
+@given(seed=st.integers(0, 10_000), io_mode=st.sampled_from(["direct", "threads", "buffered"]))
 def test_every_expert_arrives_whole_and_inside_its_slot(files: list[Path], seed: int, io_mode: str) -> None:
     index = make_index(seed)
     store = ExpertStore(index, files, open_reader(2, io_mode))
@@ -268,6 +268,6 @@ def test_the_environment_chooses_the_mode(monkeypatch: pytest.MonkeyPatch, files
     reader.close()
     monkeypatch.setenv("MOE_OFFLOAD_IO", "mmap")
     with pytest.raises(
-        ConfigError, match="MOE_OFFLOAD_IO must be one of direct, buffered, got 'mmap'"
+        ConfigError, match="MOE_OFFLOAD_IO must be one of direct, threads, buffered, got 'mmap'"
     ):
         open_reader(1)

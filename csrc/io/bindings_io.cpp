@@ -91,6 +91,7 @@ py::dict counters(const DirectReader& reader) {
     out["disk_bytes"] = counters.disk_bytes;
     out["requests"] = counters.requests;
     out["busy_seconds"] = counters.busy_seconds;
+    out["timed_bytes"] = counters.timed_bytes;
     return out;
 }
 
@@ -111,8 +112,7 @@ void inject(DirectReader& reader, const std::string& kind, int64_t after_reads, 
     const bool direct_only =
         found->second == Fault::Kind::kPreadDirect || found->second == Fault::Kind::kOpenDirect;
     if (error_number == 0) error_number = direct_only ? EINVAL : EIO;
-    reader.syscalls().inject(
-        {found->second, after_reads, times, error_number, delay_s, num_bytes, path_substring});
+    reader.inject({found->second, after_reads, times, error_number, delay_s, num_bytes, path_substring});
 }
 
 // ConfigError has its translator in register_ops.
@@ -138,11 +138,12 @@ void register_arena(py::module_& m) {
 
 void register_reader(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
-    py::class_<DirectReader>(m, "DirectReader", "Threads that read spans of files into memory, demand first.")
+    py::class_<DirectReader>(m, "DirectReader", "Reads spans of files into memory, demand first.")
         .def(py::init<int, const std::string&>(), py::arg("num_threads"), py::arg("io_mode"))
         .def("add_file", &DirectReader::add_file, py::arg("path"), unlocked,
              "Open a file; returns its file_id.")
         .def("file_mode", &file_mode, py::arg("file_id"), "(\"direct\" | \"buffered\", why).")
+        .def("why_no_ring", &DirectReader::why_no_ring, "Why threads read; empty: the system's ring does.")
         .def(
             "file_bytes", [](const DirectReader& r, int64_t id) { return r.file(id).num_bytes(); },
             py::arg("file_id"), "Size when it was opened.")
@@ -163,7 +164,7 @@ void register_reader(py::module_& m) {
              "Drop a finished ticket; False if it is not.")
         .def("read_into", &read_into, py::arg("file_id"), py::arg("offset"), py::arg("num_bytes"),
              py::arg("address"), "Read now, into memory of any alignment.")
-        .def("counters", &counters, "bytes_read, disk_bytes, requests, busy_seconds.")
+        .def("counters", &counters, "bytes_read, disk_bytes, requests, busy_seconds, timed_bytes.")
         .def("inject", &inject, py::arg("kind"), py::kw_only(), py::arg("after_reads") = 0,
              py::arg("times") = -1, py::arg("error_number") = 0, py::arg("delay_s") = 0.0,
              py::arg("num_bytes") = 0, py::arg("path_substring") = "",

@@ -38,6 +38,7 @@ class DirectFile {
 
     const std::string& path() const { return path_; }
     int64_t num_bytes() const { return num_bytes_; }  // when it was opened
+    int descriptor() const { return fd_; }
     bool is_direct() const { return direct_.load(std::memory_order_relaxed); }
     std::string mode_reason() const;  // why it is read as it is
 

@@ -25,16 +25,21 @@ constexpr int kMaxThreads = 64;
 }  // namespace
 
 DirectReader::DirectReader(int num_threads, const std::string& io_mode)
-    : direct_(io_mode == "direct"), owner_pid_(getpid()) {
-    if (io_mode != "direct" && io_mode != "buffered") {
-        throw ConfigError("DirectReader: io_mode must be \"direct\" or \"buffered\", got \"" + io_mode +
-                          "\"");
+    : direct_(io_mode != "buffered"), owner_pid_(getpid()) {
+    if (io_mode != "direct" && io_mode != "threads" && io_mode != "buffered") {
+        throw ConfigError("DirectReader: io_mode must be \"direct\", \"threads\" or \"buffered\", got \"" +
+                          io_mode + "\"");
     }
     if (num_threads < 1 || num_threads > kMaxThreads) {
         throw ConfigError("DirectReader: num_threads must be from 1 to " + std::to_string(kMaxThreads) +
                           ", got " + std::to_string(num_threads));
     }
     state_ = std::make_unique<State>();
+    if (io_mode == "direct") {
+        open_ring();
+    } else {
+        state_->why_no_ring = "MOE_OFFLOAD_IO=" + io_mode;
+    }
     // Signals belong to the caller's thread, where Python's handlers expect them.
     sigset_t all, previous;
     sigfillset(&all);
@@ -134,6 +139,9 @@ DirectReader::RequestPtr DirectReader::make_request(const std::vector<Segment>& 
 void DirectReader::enqueue(const RequestPtr& request) {
     if (request->is_finished()) return;
     (request->speculative ? state_->speculation : state_->demand).push_back(request);
+    fill_ring(*state_);
+    const bool left = state_->why_no_ring.empty() ? !state_->demand.empty() : true;
+    if (!left) return;
     if (request->pieces.size() == 1) {
         state_->work_added.notify_one();
     } else {
@@ -147,6 +155,7 @@ DirectReader::Ticket DirectReader::submit(const std::vector<Segment>& segments, 
     for (const Relayout& relayout : relayouts) check_relayout(relayout);
     std::lock_guard lock(state_->mutex);
     if (state_->closed) throw ConfigError("DirectReader.submit: the reader is closed");
+    if (!relayouts.empty()) leave_ring(*state_, "blocks are put together by threads");
     const RequestPtr request = make_request(segments, speculative);
     request->relayouts = std::move(relayouts);
     const Ticket ticket = state_->next_ticket++;
@@ -189,6 +198,7 @@ bool DirectReader::cancel(Ticket ticket) {
 TicketState DirectReader::state(Ticket ticket) const {
     check_usable();
     std::lock_guard lock(state_->mutex);
+    take_finished(*state_, End::kLater);
     return find(ticket)->state;
 }
 
@@ -207,15 +217,26 @@ bool DirectReader::wait_for(const RequestPtr& request, double timeout_s,
     };
     const double bounded_s = std::clamp(timeout_s, 0.0, 1e9);  // NaN and infinity fit no clock
     const Clock::time_point deadline = Clock::now() + seconds(bounded_s);
+    State& state = *state_;
+    const auto ring_is_mine = [&] { return !state.is_ring_awaited && moves_with_ring(state, *request); };
     while (true) {
+        bool looked = false;
         {
-            std::unique_lock lock(state_->mutex);
+            std::unique_lock lock(state.mutex);
+            take_finished(state, End::kLater);
+            if (request->is_finished()) return true;
             const auto until = std::min(deadline, Clock::now() + seconds(kMaxWaitSeconds));
-            if (state_->request_finished.wait_until(lock, until, [&] { return request->is_finished(); }))
-                return true;
+            if (ring_is_mine()) {
+                looked =
+                    wait_on_ring(state, lock, std::chrono::duration<double>(until - Clock::now()).count());
+            } else {
+                state.request_finished.wait_until(lock, until,
+                                                  [&] { return request->is_finished() || ring_is_mine(); });
+            }
+            if (request->is_finished()) return true;
         }
         if (Clock::now() >= deadline) return false;
-        check_interrupt();
+        if (!looked) check_interrupt();
     }
 }
 
@@ -228,6 +249,7 @@ std::optional<ReadError> DirectReader::error(Ticket ticket) const {
 bool DirectReader::forget(Ticket ticket) {
     check_usable();
     std::lock_guard lock(state_->mutex);
+    take_finished(*state_, End::kLater);
     if (!find(ticket)->is_finished()) return false;
     state_->requests.erase(ticket);
     return true;
@@ -236,11 +258,22 @@ bool DirectReader::forget(Ticket ticket) {
 ReadCounters DirectReader::counters() const {
     check_usable();
     std::lock_guard lock(state_->mutex);
-    ReadCounters counters = state_->counters;
-    if (state_->pieces_in_flight > 0) {
-        counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state_->busy_since).count();
+    take_finished(*state_, End::kLater);
+    return state_->counters;
+}
+
+std::string DirectReader::why_no_ring() const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    return state_->why_no_ring;
+}
+
+void DirectReader::inject(Fault fault) {
+    {
+        std::lock_guard lock(state_->mutex);
+        leave_ring(*state_, "faults were injected");
     }
-    return counters;
+    state_->syscalls.inject(std::move(fault));
 }
 
 void DirectReader::work(State& state) {
@@ -267,7 +300,7 @@ void DirectReader::work(State& state) {
             }
             lock.lock();
         }
-        finish_piece(state, *request, piece, std::move(error));
+        finish_piece(state, *request, piece, std::move(error), End::kSeen);
     }
 }
 
@@ -280,25 +313,41 @@ bool DirectReader::is_last_piece(const Request& request) {
 // Waits for a piece; null when the reader closes.
 DirectReader::RequestPtr DirectReader::take_piece(State& state, Piece* piece) {
     std::unique_lock lock(state.mutex);
-    state.work_added.wait(
-        lock, [&] { return state.closed || !state.demand.empty() || !state.speculation.empty(); });
+    state.work_added.wait(lock, [&] {
+        const bool is_speculation_mine = !state.why_no_ring.empty() && !state.speculation.empty();
+        return state.closed || !state.again.empty() || !state.demand.empty() || is_speculation_mine;
+    });
     if (state.closed) return nullptr;
+    if (!state.again.empty()) {
+        const Issued issued = std::move(state.again.front());
+        state.again.pop_front();
+        *piece = issued.piece;
+        return issued.request;
+    }
     auto& queue = state.demand.empty() ? state.speculation : state.demand;
     const RequestPtr request = queue.front();
-    *piece = request->pieces[request->next_piece++];
+    *piece = issue_next(state, queue);
+    return request;
+}
+
+// Takes the first request's next piece. Called with the lock held.
+DirectReader::Piece DirectReader::issue_next(State& state, std::deque<RequestPtr>& queue) {
+    const RequestPtr request = queue.front();
     request->state = TicketState::kReading;
     ++request->in_flight;
+    const Piece piece = request->pieces[request->next_piece++];
     if (request->next_piece == request->pieces.size()) queue.pop_front();
-    if (state.pieces_in_flight++ == 0) state.busy_since = Clock::now();
-    return request;
+    if (state.pieces_in_flight++ == 0) {
+        state.busy_since = Clock::now();
+        state.untimed_bytes = 0;
+    }
+    return piece;
 }
 
 // Called with the lock held.
 void DirectReader::finish_piece(State& state, Request& request, const Piece& piece,
-                                std::optional<ReadError> error) {
-    if (--state.pieces_in_flight == 0) {
-        state.counters.busy_seconds += std::chrono::duration<double>(Clock::now() - state.busy_since).count();
-    }
+                                std::optional<ReadError> error, End end) {
+    --state.pieces_in_flight;
     --request.in_flight;
     if (error) {
         if (!request.error) request.error = std::move(error);
@@ -309,6 +358,14 @@ void DirectReader::finish_piece(State& state, Request& request, const Piece& pie
         }
     } else {
         state.counters.bytes_read += piece.window.end - piece.window.begin;
+        state.untimed_bytes += piece.window.end - piece.window.begin;
+    }
+    if (end == End::kSeen) {
+        const Clock::time_point now = Clock::now();
+        state.counters.busy_seconds += std::chrono::duration<double>(now - state.busy_since).count();
+        state.counters.timed_bytes += state.untimed_bytes;
+        state.busy_since = now;
+        state.untimed_bytes = 0;
     }
     if (request.in_flight > 0 || request.next_piece < request.pieces.size()) return;
     request.state = request.error ? TicketState::kFailed : TicketState::kDone;
@@ -339,7 +396,8 @@ void DirectReader::close() {
     state_->syscalls.stop();
     for (std::thread& thread : state_->threads) thread.join();
     state_->threads.clear();
-    std::lock_guard lock(state_->mutex);
+    std::unique_lock lock(state_->mutex);
+    drain_ring(*state_, lock);
     for (auto& file : state_->files) file->close();
 }
 

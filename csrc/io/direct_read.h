@@ -1,8 +1,12 @@
-// A small pool of threads that reads spans of files into memory: demand before speculation, several in
-// flight, cancellable until issued. Knows files, offsets and addresses; nothing of experts or Python.
+// Reads spans of files into memory: demand before speculation, several in flight, cancellable until issued.
+// Knows files, offsets and addresses; nothing of experts or Python.
 //
 // Life of a ticket: queued -> reading -> done | failed, or queued -> cancelled. A ticket's segments are
-// cut into pieces; it is "reading" from the moment that a thread takes its first piece.
+// cut into pieces; it is "reading" from the moment that its first piece is issued.
+//
+// A piece goes to the system's ring (read_ring.h), which takes a few at a time, from the thread that submits
+// it; whoever asks about a ticket takes what the ring has finished. A small pool of threads reads where there
+// is no ring, demands beyond what it takes, and again what it did not read whole.
 #pragma once
 
 #include <chrono>
@@ -20,6 +24,7 @@
 
 #include "io/arena.h"
 #include "io/direct_file.h"
+#include "io/read_ring.h"
 #include "io/relayout.h"
 #include "io/syscalls.h"
 
@@ -47,7 +52,8 @@ struct ReadCounters {
     int64_t bytes_read = 0;   // of spans, done
     int64_t disk_bytes = 0;   // with the padding to whole pages
     int64_t requests = 0;     // preads
-    double busy_seconds = 0;  // with at least one piece in flight
+    double busy_seconds = 0;  // with at least one piece in flight, where the end of a piece was seen
+    int64_t timed_bytes = 0;  // of spans, read in these
 };
 
 class DirectReader {
@@ -56,7 +62,7 @@ class DirectReader {
     // Called between waits of at most 100 ms, without locks held; may throw to abandon the wait.
     using CheckInterrupt = std::function<void()>;
 
-    // io_mode: "direct" or "buffered".
+    // io_mode: "direct", "threads" (direct, without the ring) or "buffered".
     DirectReader(int num_threads, const std::string& io_mode);
     ~DirectReader();
     DirectReader(const DirectReader&) = delete;
@@ -64,6 +70,7 @@ class DirectReader {
 
     int64_t add_file(const std::string& path);  // throws FileError
     const DirectFile& file(int64_t file_id) const;
+    std::string why_no_ring() const;  // empty: it is in use
 
     // Relayouts run on the thread that reads the last piece, before the ticket is done.
     Ticket submit(const std::vector<Segment>& segments, bool speculative,
@@ -87,6 +94,7 @@ class DirectReader {
 
     ReadCounters counters() const;
     Syscalls& syscalls() { return state_->syscalls; }
+    void inject(Fault fault);  // into open and pread: no ring from then on
 
     // Cancels what is queued, waits for the pieces in flight, closes the files. Idempotent; nothing in a
     // forked child.
@@ -103,6 +111,7 @@ class DirectReader {
         std::vector<Piece> pieces;
         size_t next_piece = 0;
         int in_flight = 0;
+        int in_ring = 0;  // of these
         bool speculative = false;
         TicketState state = TicketState::kQueued;
         std::optional<ReadError> error;
@@ -111,6 +120,10 @@ class DirectReader {
         bool is_finished() const { return state >= TicketState::kDone; }
     };
     using RequestPtr = std::shared_ptr<Request>;
+    struct Issued {
+        RequestPtr request;
+        Piece piece;
+    };
     struct State {
         Syscalls syscalls;
         mutable std::mutex mutex;  // guards everything below
@@ -121,9 +134,17 @@ class DirectReader {
         std::unordered_map<Ticket, RequestPtr> requests;
         Ticket next_ticket = 1;
         int pieces_in_flight = 0;
-        std::chrono::steady_clock::time_point busy_since;
+        std::chrono::steady_clock::time_point busy_since;  // or since an end was seen
+        int64_t untimed_bytes = 0;                         // read since then
         ReadCounters counters;
         bool closed = false;
+
+        std::unique_ptr<ReadRing> ring;  // null: never
+        std::string why_no_ring;         // empty: pieces go there
+        std::vector<Issued> in_ring;     // by tag; no request: free
+        int num_in_ring = 0;
+        bool is_ring_awaited = false;  // somebody sleeps until it has finished something, and takes that
+        std::deque<Issued> again;      // for the threads: in flight, and not read whole
 
         std::vector<std::thread> threads;
         std::mutex close_mutex;
@@ -148,8 +169,19 @@ class DirectReader {
     static void work(State& state);
     static RequestPtr take_piece(State& state, Piece* piece);
     static bool is_last_piece(const Request& request);
+    enum class End { kSeen, kLater };  // kLater: nobody looked when it was read
     static void finish_piece(State& state, Request& request, const Piece& piece,
-                             std::optional<ReadError> error);
+                             std::optional<ReadError> error, End end);
+    static Piece issue_next(State& state, std::deque<RequestPtr>& queue);
+
+    // ring_reads.cpp; all called with the lock held.
+    void open_ring();
+    static void leave_ring(State& state, const std::string& reason);
+    static void fill_ring(State& state);
+    static bool take_finished(State& state, End end);
+    static bool wait_on_ring(State& state, std::unique_lock<std::mutex>& lock, double seconds);
+    static bool moves_with_ring(const State& state, const Request& request);
+    static void drain_ring(State& state, std::unique_lock<std::mutex>& lock);
 
     std::unique_ptr<State> state_;  // leaked in a forked child: its mutexes belong to threads that are gone
     const bool direct_;

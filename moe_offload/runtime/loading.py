@@ -198,7 +198,7 @@ def _attach_device(
 
 def _link_counters(reader: DirectReader) -> tuple[int, float]:
     counters = reader.counters()
-    return int(counters["bytes_read"]), counters["busy_seconds"]
+    return int(counters["timed_bytes"]), counters["busy_seconds"]
 
 
 def _make_predictor(

@@ -23,8 +23,8 @@ __all__ = [
     "put_together",
 ]
 
-DEFAULT_NUM_IO_THREADS = 4  # each has one pread in flight; the threads sleep in the kernel
-IO_MODES = ("direct", "buffered")
+DEFAULT_NUM_IO_THREADS = 4  # beside the ring; each has one pread in flight and sleeps in the kernel
+IO_MODES = ("direct", "threads", "buffered")
 
 
 class TicketState(IntEnum):
@@ -38,7 +38,7 @@ class TicketState(IntEnum):
 
 
 def io_mode_from_env() -> str:
-    """Return ``MOE_OFFLOAD_IO``: ``direct`` (around the page cache; the default) or ``buffered``."""
+    """Return ``MOE_OFFLOAD_IO``: ``direct`` (the default), ``threads`` (without io_uring) or ``buffered``."""
     io_mode = os.environ.get("MOE_OFFLOAD_IO", "") or "direct"
     if io_mode not in IO_MODES:
         raise ConfigError(f"MOE_OFFLOAD_IO must be one of {', '.join(IO_MODES)}, got {io_mode!r}")

@@ -113,12 +113,12 @@ void use_read_into(DirectReader& reader, int64_t file_id, unsigned seed, int rou
 
 // Faults come and the file falls back to buffered reads in the middle of it all.
 void disturb(DirectReader& reader) {
-    reader.syscalls().inject({Fault::Kind::kDelay, 20, 50, 0, 0.001, 0, ""});
-    reader.syscalls().inject({Fault::Kind::kShort, 30, 50, 0, 0, 6000, ""});
-    reader.syscalls().inject({Fault::Kind::kPreadDirect, 150, 1, EINVAL, 0, 0, ""});
+    reader.inject({Fault::Kind::kDelay, 20, 50, 0, 0.001, 0, ""});
+    reader.inject({Fault::Kind::kShort, 30, 50, 0, 0, 6000, ""});
+    reader.inject({Fault::Kind::kPreadDirect, 150, 1, EINVAL, 0, 0, ""});
 }
 
-void run(const std::string& path, const std::string& io_mode, int rounds) {
+void run(const std::string& path, const std::string& io_mode, bool is_disturbed, int rounds) {
     DirectReader reader(3, io_mode);
     const int64_t file_id = reader.add_file(path);
     std::vector<std::thread> users;
@@ -126,7 +126,7 @@ void run(const std::string& path, const std::string& io_mode, int rounds) {
         users.emplace_back([&, seed] { use_tickets(reader, file_id, seed, rounds); });
     }
     users.emplace_back([&] { use_read_into(reader, file_id, 7, rounds); });
-    users.emplace_back([&] { disturb(reader); });
+    if (is_disturbed) users.emplace_back([&] { disturb(reader); });
     for (std::thread& user : users) user.join();
 }
 
@@ -135,7 +135,7 @@ void run_close(const std::string& path) {
     Arena arena(1 << 20);
     DirectReader reader(2, "direct");
     const int64_t file_id = reader.add_file(path);
-    reader.syscalls().inject({Fault::Kind::kHang, 3, -1, 0, 0, 0, ""});
+    reader.inject({Fault::Kind::kHang, 3, -1, 0, 0, 0, ""});
     std::vector<int64_t> tickets;
     for (int i = 0; i < 20; ++i) {
         tickets.push_back(reader.submit({{file_id, i * 5000, 100, arena.address() + i * 8192}}, i % 2));
@@ -156,7 +156,9 @@ int main(int argc, char** argv) {
     if (argc != 3) return 2;
     const std::string path = argv[1];
     write_file(path);
-    for (const char* io_mode : {"direct", "buffered"}) run(path, io_mode, std::atoi(argv[2]));
+    for (const char* io_mode : {"direct", "threads", "buffered"}) {
+        for (const bool is_disturbed : {false, true}) run(path, io_mode, is_disturbed, std::atoi(argv[2]));
+    }
     run_close(path);
     return failures ? 1 : 0;
 }
