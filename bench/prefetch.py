@@ -111,9 +111,17 @@ class Recorded:
                 self._used[number, np.arange(len(layers))[:, None], token] = 1.0
             start += length
         self._pass = -1
+        self.one_token = self  # answers as predictors/one_token.py does
 
     def new_sequence(self) -> None:
         self._pass = -1
+
+    def first_input(self, token_ids: Any) -> Any:
+        """Tell the next pass; of a tensor nothing is wanted but an address."""
+        import torch
+
+        self._pass += 1
+        return torch.empty(0)
 
     def begin_step(self, token_ids: Any) -> list[Any]:
         self._pass += 1
@@ -124,6 +132,15 @@ class Recorded:
 
     def predict(self, layer_idx: int, *known: Any) -> list[Any]:
         return self._ahead(self._position[layer_idx])
+
+    def likely(self, layer_idx: int, *known: Any) -> list[tuple[int, int, int, float]]:
+        """Return the routes of the next layers, -1: of the first ones."""
+        position = -1 if layer_idx < 0 else self._position[layer_idx]
+        return [
+            (windows, forecast.layer_idx, expert_id, 1.0)
+            for windows, forecast in enumerate(self._ahead(position), start=1)
+            for expert_id in np.flatnonzero(forecast.probabilities).tolist()
+        ]
 
     def _ahead(self, position: int) -> list[Any]:
         """Return the next layers' routes; after the last layer come the next token's."""
@@ -141,6 +158,9 @@ class Fixed:
     """A threshold that stays where it is."""
 
     value = 0.5
+
+    def skip(self, *known: Any) -> None:
+        """Nothing is counted."""
 
     def update(self, *known: Any, **named: Any) -> None:
         """Nothing moves it."""

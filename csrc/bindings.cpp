@@ -6,6 +6,7 @@ void register_io(pybind11::module_& m);         // csrc/io/bindings_io.cpp: aren
 void register_decode(pybind11::module_& m);     // csrc/decode/bindings_decode.cpp: the native decode step
 void register_planning(pybind11::module_& m);   // csrc/planning/bindings_planning.cpp: the horizon policy
 void register_scheduler(pybind11::module_& m);  // csrc/planning/bindings_scheduler.cpp: CPU or GPU, by expert
+void register_lookahead(pybind11::module_& m);  // csrc/planning/bindings_lookahead.cpp: what comes next
 void register_device(pybind11::module_& m);     // csrc/device/bindings_device.cpp: the emulated accelerator
 void register_hybrid(pybind11::module_& m);     // csrc/hybrid/bindings_hybrid.cpp: layers on both at once
 
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_native, m) {
     register_decode(m);
     register_planning(m);
     register_scheduler(m);
+    register_lookahead(m);
     register_device(m);
     register_hybrid(m);
 }

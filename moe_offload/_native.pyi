@@ -182,6 +182,36 @@ def gate_chances(
     offset: float,
 ) -> npt.NDArray[np.float32]: ...
 
+class Lookahead:
+    def __init__(
+        self,
+        hidden_size: int,
+        previous: npt.NDArray[np.float32],
+        frequency: npt.NDArray[np.float32],
+        decay: float,
+    ) -> None: ...
+    def add(
+        self,
+        layer_idx: int,
+        later: int,
+        weight: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+        bias: npt.NDArray[np.float32] | None,
+        top_k: int,
+        slope: float,
+        offset: float,
+        history_row: int,
+    ) -> None: ...
+    def likely(
+        self,
+        layer_idx: int,
+        depth: int,
+        hidden: int,
+        expert_ids: list[int],
+        weights: list[float],
+        threshold: float,
+    ) -> list[tuple[int, int, int, float]]: ...
+    def observe(self, row: int, expert_ids: list[int], weights: list[float]) -> None: ...
+
 class HorizonForecast:
     def __init__(
         self,

@@ -16,6 +16,7 @@ from torch import nn
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
 from moe_offload.predictors.history import LayerOrder
 from moe_offload.predictors.native_gate import NativeGate
+from moe_offload.predictors.one_token import OneToken, router_rows
 from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
 
 
@@ -46,6 +47,26 @@ class CrossLayerGate(StatelessPredictor):
             for later in self.order.after(layer_idx)
             if NativeGate.serves(self._scores[later])
         }
+        self.one_token = self._for_one_token() if all(map(NativeGate.serves, self._scores.values())) else None
+
+    def _for_one_token(self) -> OneToken:
+        routers, order = self._scores, self.order
+        any_router = next(iter(routers.values()))
+        num_experts = max(router.num_experts for router in routers.values())
+        one_token = OneToken(order, num_experts, any_router.hidden_size)
+        for layer_idx in order.layers:
+            for later in order.after(layer_idx):
+                router, bias = routers[later], routers[later].linear_bias
+                assert router.linear_weight is not None
+                one_token.add(
+                    layer_idx,
+                    later,
+                    router_rows(router.linear_weight),
+                    None if bias is None else bias.float().numpy(),
+                    router.top_k,
+                    self._curves.get((layer_idx, later), DEFAULT_CURVE),
+                )
+        return one_token
 
     def predict(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_offload._native import gate_chances
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
 from moe_offload.predictors.history import Float32Array, HistoryPredictor, LayerOrder
+from moe_offload.predictors.one_token import FIRST, OneToken
 from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
 
 Pair = tuple[int, int]  # (layer, later layer)
@@ -118,16 +119,39 @@ class Hybrid(Features):
         self._tables = {pair: np.ascontiguousarray(table.T) for pair, table in tables.items()}  # (E, F)
         self._first = {i: np.ascontiguousarray(table.T) for i, table in (first_tables or {}).items()}
         self._embed, self._curves = embed, dict(curves or {})
+        pairs = [
+            (layer_idx, later) for layer_idx in self.order.layers for later in self.order.after(layer_idx)
+        ]
+        is_whole = top_k < num_experts and all(pair in self._tables for pair in pairs)
+        self.one_token = self._for_one_token(pairs) if is_whole else None
+
+    def _for_one_token(self, pairs: list[Pair]) -> OneToken:
+        one_token = OneToken(self.order, self.num_experts, self.hidden_size, self.history)
+        for layer_idx, later in pairs:
+            curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
+            one_token.add(layer_idx, later, self._tables[layer_idx, later], None, self._top_k, curve)
+        for later in self._known_first():
+            curve = self._curves.get((FIRST, later), DEFAULT_CURVE)
+            one_token.add(FIRST, later, self._first[later], None, self._top_k, curve)
+        return one_token
+
+    def _known_first(self) -> list[int]:
+        return [layer_idx for layer_idx in self.first_layers() if layer_idx in self._first]
+
+    def first_input(self, token_ids: NDArray[np.int64]) -> Tensor | None:
+        """Return the tokens' embeddings (T, H) float32, by which the first layers are forecast."""
+        if self._embed is None or not self._first:
+            return None
+        with torch.no_grad():
+            return self._embed(torch.from_numpy(token_ids)).float()
 
     def begin_step(self, token_ids: NDArray[np.int64] | None) -> Sequence[Forecast]:
         """Return what the tokens' embeddings and the past say of the first layers."""
-        if token_ids is None or self._embed is None:
+        embedding = None if token_ids is None else self.first_input(token_ids)
+        if embedding is None:
             return ()
-        with torch.no_grad():
-            embedding = self._embed(torch.from_numpy(token_ids)).float().numpy()
-        seen = np.concatenate([embedding, np.ones((len(token_ids), 1), np.float32)], axis=1)
-        first = [layer_idx for layer_idx in self.first_layers() if layer_idx in self._first]
-        return [self._forecast(seen, layer_idx, self._first[layer_idx], -1) for layer_idx in first]
+        seen = np.concatenate([embedding.numpy(), np.ones((len(embedding), 1), np.float32)], axis=1)
+        return [self._forecast(seen, later, self._first[later], FIRST) for later in self._known_first()]
 
     def predict(
         self,

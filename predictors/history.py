@@ -26,13 +26,13 @@ class History:
 
     Attributes:
         previous: (L, E) float32, the routing weights of the last token, 0 for what it did not choose.
-        frequency: (L, E) float32, of use, decayed per token; kept over sequences.
+        frequency: (L, E) float32, of use, decayed per token by ``decay``; kept over sequences.
     """
 
     def __init__(self, num_layers: int, num_experts: int, decay: float = DECAY) -> None:
         self.previous = np.zeros((num_layers, num_experts), np.float32)
         self.frequency = np.zeros((num_layers, num_experts), np.float32)
-        self._decay = decay
+        self.decay = decay
 
     def new_sequence(self) -> None:
         """Forget the last token."""
@@ -44,12 +44,12 @@ class History:
         previous[:] = 0.0
         previous[expert_ids[-1]] = expert_weights[-1]
         if num_tokens == 1:
-            frequency *= self._decay
-            frequency[expert_ids[0]] += 1.0 - self._decay
+            frequency *= self.decay
+            frequency[expert_ids[0]] += 1.0 - self.decay
         else:
             age = np.arange(num_tokens - 1, -1, -1)
-            share = (1.0 - self._decay) * self._decay**age  # (T,)
-            frequency *= self._decay**num_tokens
+            share = (1.0 - self.decay) * self.decay**age  # (T,)
+            frequency *= self.decay**num_tokens
             np.add.at(frequency, expert_ids.reshape(-1), np.repeat(share, expert_ids.shape[1]))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_offload._native import gate_chances
+from moe_offload.predictors.one_token import router_rows
 from moe_offload.predictors.routers import Curve, RouterScores
 
 
@@ -26,7 +27,7 @@ class NativeGate:
         self._hidden_size = router.hidden_size
         self._chances = partial(
             gate_chances,
-            weight=weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy(),
+            weight=router_rows(weight),
             bias=None if bias is None else bias.float().numpy(),
             top_k=router.top_k,
             slope=curve.slope,

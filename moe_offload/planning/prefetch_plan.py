@@ -16,7 +16,8 @@ from moe_offload.storage.expert_format import ExpertKey
 
 WASTE_TARGET = 0.13  # of all bytes read
 LOWEST, HIGHEST = 0.10, 0.95  # of the threshold on a guess's probability
-UP, DOWN = 0.08, 0.03  # its steps
+GAIN, MOST_STEP = 0.4, 0.05  # of its steps: per share of waste above the target, and in all
+REMEMBERED = 12  # looks at the counters
 READERS = 4  # reads under way at the same time
 
 
@@ -70,11 +71,19 @@ def break_even(read_s: float, submit_s: float) -> float:
 
 
 class Threshold:
-    """Least probability of a guess: at break-even, and higher while too much of what is read is wasted."""
+    """Least probability of a guess: at break-even, and higher while too much of what is read is wasted.
+
+    It moves by the waste of the last ``REMEMBERED`` or so looks, so that this settles at the target.
+    """
 
     def __init__(self) -> None:
         self.value = 0.5
         self._read = self._wasted = 0
+        self._recent_read = self._recent_wasted = 0.0
+
+    def skip(self, read_bytes: int, wasted_bytes: int) -> None:
+        """Leave out what was read until now: not by these guesses."""
+        self._read, self._wasted = read_bytes, wasted_bytes
 
     def update(self, read_bytes: int, wasted_bytes: int, lowest: float) -> None:
         """Take note of the counters so far and move by at most a step.
@@ -88,5 +97,8 @@ class Threshold:
         if read <= 0:
             return
         self._read, self._wasted = read_bytes, wasted_bytes
-        step = UP if wasted > WASTE_TARGET * read else -DOWN
+        self._recent_read += read - self._recent_read / REMEMBERED
+        self._recent_wasted += wasted - self._recent_wasted / REMEMBERED
+        above = self._recent_wasted / self._recent_read - WASTE_TARGET
+        step = min(MOST_STEP, max(-MOST_STEP, GAIN * above))
         self.value = min(HIGHEST, max(LOWEST, lowest, self.value + step))

@@ -38,6 +38,8 @@ SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measur
 EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
 PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
 
+FIRST = -1  # stands for the layer that has routed, before any has
+
 LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
 
 
@@ -127,6 +129,7 @@ class Prefetcher:
         """Go on with another predictor and its state: benchmarks compare several on one model."""
         self._predictor, self.enabled = predictor, predictor is not None
         self.switch, self.threshold = switch, threshold or Threshold()
+        self.threshold.skip(self._cache.stats.decode_bytes, self._cache.stats.prefetch_wasted_bytes)
         self._link, self._bytes_per_s = link, self._speeds.get("disk_bytes_per_s")
         self._set_depth_limit()
 
@@ -149,9 +152,18 @@ class Prefetcher:
         if not self.is_on:
             self._needs_seen = -1
         elif not self._cache.has_every_expert:
-            forecasts = self._predictor.begin_step(token_ids)
-            if forecasts:
-                self._read(forecasts)
+            self._read(self._first_guesses(token_ids))
+
+    def _first_guesses(self, token_ids: NDArray[np.int64] | None) -> list[Guess]:
+        assert self._predictor is not None
+        if self._one_token is None or token_ids is None or len(token_ids) != 1:
+            return self._guesses(self._predictor.begin_step(token_ids))
+        first_input = getattr(self._predictor, "first_input", None)
+        hidden = None if first_input is None else first_input(token_ids)
+        if hidden is None:
+            return []
+        likely = self._one_token.likely(FIRST, hidden.data_ptr(), [], [], self.threshold.value)
+        return self._absent_of(likely)
 
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time; a step's prefetching is switched as a whole."""
@@ -187,34 +199,57 @@ class Prefetcher:
         expert_weights: NDArray[np.float32],
     ) -> None:
         """Queue reads for the next layers; call after ``cache.begin``, whose demand reads go first."""
+
+        def ask() -> list[Guess]:
+            assert self._predictor is not None
+            return self._guesses(self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights))
+
+        self._look_ahead(layer_idx, ask)
+
+    @property
+    def serves_one_token(self) -> bool:
+        """Whether ``routed_one`` and ``look_ahead_one`` may be called instead of the general ones."""
+        return self._one_token is not None
+
+    def routed_one(self, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
+        """``routed`` for a single token."""
+        if self.is_on:
+            assert self._one_token is not None
+            self._one_token.observe(layer_idx, expert_ids, weights)
+            self._cache.contradict(layer_idx, expert_ids)
+
+    def look_ahead_one(
+        self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float]
+    ) -> None:
+        """``look_ahead`` for a single token; ``hidden``: address of what its router saw, float32."""
+
+        def ask() -> list[Guess]:
+            assert self._one_token is not None
+            threshold = self.threshold.value
+            return self._absent_of(self._one_token.likely(layer_idx, hidden, expert_ids, weights, threshold))
+
+        self._look_ahead(layer_idx, ask)
+
+    def _look_ahead(self, layer_idx: int, ask: Callable[[], list[Guess]]) -> None:
         if not self.is_on or self._cache.has_every_expert or self._rests(layer_idx):
             return
-        assert self._predictor is not None
         started = self._measure()
         queued_bytes = self._cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
         if self._is_link_full(queued_bytes) or not self._is_worth_predicting(layer_idx):
             return
         self._submitting_s = 0.0
-        forecasts = self._predictor.predict(layer_idx, router_input, expert_ids, expert_weights)
-        if forecasts:
-            self._read(forecasts, queued_bytes)
+        self._read(ask(), queued_bytes)
         predict_s = self._clock() - started - self._submitting_s
         self._predict_s += SMOOTHING * (predict_s - self._predict_s)
 
-    def _read(self, forecasts: Sequence[Forecast], queued_bytes: int = -PARALLEL_BYTES) -> None:
-        threshold = self.threshold.value
-        guesses = [
-            guess
-            for windows, forecast in enumerate(forecasts, start=1)
-            for guess in self._absent(forecast, windows, threshold)
-        ]
+    def _read(self, guesses: list[Guess], queued_bytes: int = -PARALLEL_BYTES) -> None:
         if not guesses:
             return
         keys = plan_reads(
             guesses,
             queued_bytes=queued_bytes,
             window_bytes=self._window_s * self._bytes_per_s,
-            threshold=threshold,
+            threshold=self.threshold.value,
         )
         if keys:
             started = self._clock()
@@ -223,17 +258,22 @@ class Prefetcher:
             self._submit_s += SMOOTHING * (submit_s - self._submit_s)
             self._submitting_s = submit_s * len(keys)
 
-    def _absent(self, forecast: Forecast, windows: int, threshold: float) -> list[Guess]:
-        """Return a layer's likely experts that have no slot."""
-        layer_idx, probabilities = forecast
-        likely = np.flatnonzero(probabilities >= threshold).tolist()
-        absent = self._cache.absent(layer_idx, likely)
-        if not absent:
-            return []
-        num_bytes = self._cache.expert_bytes(layer_idx)
+    def _guesses(self, forecasts: Sequence[Forecast]) -> list[Guess]:
+        """Return the likely experts of some layers that have no slot."""
+        likely = [
+            (windows, layer_idx, expert_id, float(probabilities[expert_id]))
+            for windows, (layer_idx, probabilities) in enumerate(forecasts, start=1)
+            for expert_id in np.flatnonzero(probabilities >= self.threshold.value).tolist()
+        ]
+        return self._absent_of(likely)
+
+    def _absent_of(self, likely: Iterable[tuple[int, int, int, float]]) -> list[Guess]:
+        """Return those of (layers ahead, layer_idx, expert_id, probability) that have no slot."""
+        cache = self._cache
         return [
-            Guess(ExpertKey(layer_idx, expert_id), float(probabilities[expert_id]), num_bytes, windows)
-            for expert_id in absent
+            Guess(ExpertKey(layer_idx, expert_id), probability, cache.expert_bytes(layer_idx), windows)
+            for windows, layer_idx, expert_id, probability in likely
+            if cache.absent(layer_idx, (expert_id,))
         ]
 
     def _is_link_full(self, queued_bytes: int) -> bool:
@@ -285,6 +325,7 @@ class Prefetcher:
 
     def _set_depth_limit(self) -> None:
         """Take the layers ahead that the predictor was made for as the most; begin with one."""
+        self._one_token = getattr(self._predictor, "one_token", None)
         self._order = getattr(self._predictor, "order", None)
         self._most_depth = self._order.depth if self._order is not None else 1
 

@@ -209,8 +209,11 @@ class NativeStep:
         """Serve the chosen experts from the caches, those at hand while the others are read."""
         layer_idx, prefetcher = executor.layer_idx, executor.prefetcher
         expert_ids, weights = self._step.choice()
+        quick = executor.on_route is None and prefetcher.serves_one_token
         watched = executor.on_route is not None or prefetcher.is_on
-        if watched:
+        if watched and quick:
+            prefetcher.routed_one(layer_idx, expert_ids, weights)
+        elif watched:
             router_input, chosen = self._router_input(), np.array([expert_ids])
             chosen_weights = np.array([weights], np.float32)
             if executor.on_route is not None:
@@ -219,7 +222,9 @@ class NativeStep:
             prefetcher.routed(layer_idx, expert_ids, chosen, chosen_weights)
 
         def look_ahead() -> None:
-            if watched:
+            if watched and quick:
+                prefetcher.look_ahead_one(layer_idx, self._step.router_input, expert_ids, weights)
+            elif watched:
                 prefetcher.look_ahead(layer_idx, router_input, chosen, chosen_weights)
 
         if executor.is_hybrid:

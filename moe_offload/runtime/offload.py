@@ -215,6 +215,7 @@ class OffloadHandle:
     ) -> Iterator[None]:
         """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
         decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
+        started = time.perf_counter()
         if self.cache is not None and self.cache.is_warming:
             self.cache.absorb()
         if self.prefetcher is not None:
@@ -223,7 +224,6 @@ class OffloadHandle:
         torch_threads = torch.get_num_threads()
         if decoding and torch_threads > 1:
             torch.set_num_threads(1)
-        started = time.perf_counter()
         self._stepping = threading.get_ident()
         try:
             yield

@@ -1,0 +1,115 @@
+// What Python sees of the look-ahead for one token; predictors/one_token.py is the only caller.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "planning/lookahead.h"
+
+namespace py = pybind11;
+using moe::Lookahead;
+
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Bfloat16s = py::array_t<uint16_t, py::array::c_style>;
+
+// Keeps the arrays that the native object points into.
+struct KeptLookahead {
+    KeptLookahead(int64_t hidden_size, Floats previous, Floats frequency, float decay)
+        : lookahead(hidden_size, history_of(previous, frequency, decay)),
+          hidden_size(hidden_size),
+          kept{std::move(previous), std::move(frequency)} {}
+
+    static moe::RouteHistory history_of(Floats& previous, Floats& frequency, float decay) {
+        const bool agree = previous.ndim() == 2 && frequency.ndim() == 2 &&
+                           previous.shape(0) == frequency.shape(0) && previous.shape(1) == frequency.shape(1);
+        if (!agree) throw py::value_error("Lookahead: previous and frequency must both be (L, E)");
+        return {previous.mutable_data(), frequency.mutable_data(), previous.shape(0), previous.shape(1),
+                decay};
+    }
+
+    void check_choice(const std::vector<int64_t>& expert_ids, const std::vector<float>& weights) {
+        const int64_t experts = lookahead.history().num_experts;
+        const bool known = std::all_of(expert_ids.begin(), expert_ids.end(),
+                                       [&](int64_t id) { return 0 <= id && id < experts; });
+        if (!known || expert_ids.size() != weights.size())
+            throw py::value_error(
+                "Lookahead: an expert id is out of range, or there is not a weight for each");
+    }
+
+    Lookahead lookahead;
+    int64_t hidden_size;
+    std::vector<py::object> kept;
+};
+
+void add(KeptLookahead& self, int64_t layer_idx, int64_t later, const py::array& weight,
+         const std::optional<Floats>& bias, int64_t top_k, float slope, float offset, int64_t history_row) {
+    Lookahead::Target target{};
+    if (py::isinstance<Floats>(weight)) {
+        target.weight.floats = static_cast<const float*>(weight.data());
+    } else if (py::isinstance<Bfloat16s>(weight)) {
+        target.weight.bfloat16s = static_cast<const uint16_t*>(weight.data());
+    } else {
+        throw py::value_error("Lookahead.add: weight float32, or bfloat16 as uint16, in rows wanted");
+    }
+    const moe::RouteHistory& history = self.lookahead.history();
+    const int64_t experts = weight.ndim() == 2 ? weight.shape(0) : 0;
+    const int64_t features = weight.ndim() == 2 ? weight.shape(1) : 0;
+    const int64_t past = 2 * history.num_experts + 1, extra = features - self.hidden_size;
+    const bool fits = extra == 0 || extra == past || extra == past + history.num_experts;
+    const bool has_row = 0 <= history_row && history_row < history.num_layers;
+    if (!fits || !has_row || experts > history.num_experts || top_k < 1 || top_k >= experts ||
+        (bias && (bias->ndim() != 1 || bias->shape(0) != experts)))
+        throw py::value_error("Lookahead.add: the shapes, top_k or history_row do not fit");
+    target.layer_idx = later;
+    target.bias = bias ? bias->data() : nullptr;
+    target.num_experts = experts;
+    target.num_features = features;
+    target.top_k = top_k;
+    target.slope = slope;
+    target.offset = offset;
+    target.history_row = history_row;
+    self.lookahead.add(layer_idx, target);
+    self.kept.push_back(weight);
+    if (bias) self.kept.push_back(*bias);
+}
+
+// hidden: the address of (hidden_size) floats.
+py::list likely(KeptLookahead& self, int64_t layer_idx, int64_t depth, uintptr_t hidden,
+                const std::vector<int64_t>& expert_ids, const std::vector<float>& weights, float threshold) {
+    self.check_choice(expert_ids, weights);
+    const auto found = self.lookahead.likely(layer_idx, depth, reinterpret_cast<const float*>(hidden),
+                                             expert_ids, weights, threshold);
+    py::list out(found.size());
+    for (size_t i = 0; i < found.size(); ++i)
+        out[i] = py::make_tuple(found[i].windows, found[i].layer_idx, found[i].expert_id, found[i].chance);
+    return out;
+}
+
+void observe(KeptLookahead& self, int64_t row, const std::vector<int64_t>& expert_ids,
+             const std::vector<float>& weights) {
+    self.check_choice(expert_ids, weights);
+    if (row < 0 || row >= self.lookahead.history().num_layers)
+        throw py::value_error("Lookahead.observe: there is no row " + std::to_string(row));
+    self.lookahead.history().observe(row, expert_ids, weights);
+}
+
+}  // namespace
+
+void register_lookahead(py::module_& m) {
+    py::class_<KeptLookahead>(m, "Lookahead",
+                              "Forecasts for one token, and what they remember of earlier ones.")
+        .def(py::init<int64_t, Floats, Floats, float>(), py::arg("hidden_size"),
+             py::arg("previous").noconvert(), py::arg("frequency").noconvert(), py::arg("decay"))
+        .def("add", &add, py::arg("layer_idx"), py::arg("later"), py::arg("weight"), py::arg("bias"),
+             py::arg("top_k"), py::arg("slope"), py::arg("offset"), py::arg("history_row"),
+             "Forecast a later layer after layer_idx has routed; nearest first.")
+        .def("likely", &likely, py::arg("layer_idx"), py::arg("depth"), py::arg("hidden"),
+             py::arg("expert_ids"), py::arg("weights"), py::arg("threshold"),
+             "(layers ahead, layer_idx, expert_id, probability), nearest layer and most probable first.")
+        .def("observe", &observe, py::arg("row"), py::arg("expert_ids"), py::arg("weights"),
+             "Take in one token's choice.");
+}

@@ -1,0 +1,62 @@
+#include "planning/lookahead.h"
+
+#include <algorithm>
+
+namespace moe {
+
+void RouteHistory::observe(int64_t row, const std::vector<int64_t>& expert_ids,
+                           const std::vector<float>& weights) {
+    float* const last = previous + row * num_experts;
+    float* const often = frequency + row * num_experts;
+    for (int64_t i = 0; i < num_experts; ++i) {
+        last[i] = 0.0f;
+        often[i] *= decay;
+    }
+    for (size_t i = 0; i < expert_ids.size(); ++i) {
+        last[expert_ids[i]] = weights[i];
+        often[expert_ids[i]] += static_cast<float>(1.0 - static_cast<double>(decay));
+    }
+}
+
+// A row that ends with the hidden state needs no copy.
+const float* Lookahead::features(const Target& target, const float* hidden,
+                                 const std::vector<int64_t>& expert_ids, const std::vector<float>& weights) {
+    if (target.num_features == hidden_size_) return hidden;
+    const int64_t experts = history_.num_experts;
+    features_.assign(static_cast<size_t>(target.num_features), 0.0f);
+    float* next = std::copy(hidden, hidden + hidden_size_, features_.data());
+    if (target.num_features > hidden_size_ + 2 * experts + 1) {
+        for (size_t i = 0; i < expert_ids.size(); ++i) next[expert_ids[i]] = weights[i];
+        next += experts;
+    }
+    *next++ = 1.0f;
+    const int64_t row = target.history_row * experts;
+    next = std::copy(history_.previous + row, history_.previous + row + experts, next);
+    std::copy(history_.frequency + row, history_.frequency + row + experts, next);
+    return features_.data();
+}
+
+std::vector<Lookahead::Likely> Lookahead::likely(int64_t layer_idx, int64_t depth, const float* hidden,
+                                                 const std::vector<int64_t>& expert_ids,
+                                                 const std::vector<float>& weights, float threshold) {
+    std::vector<Likely> likely;
+    const auto found = targets_.find(layer_idx);
+    if (found == targets_.end()) return likely;
+    int64_t windows = 0;
+    for (const Target& target : found->second) {
+        if (++windows > depth) break;
+        chances_.resize(static_cast<size_t>(target.num_experts));
+        gate_chances(features(target, hidden, expert_ids, weights), target.weight, target.bias,
+                     target.num_experts, target.num_features, target.top_k, target.slope, target.offset,
+                     chances_.data());
+        const auto first = static_cast<std::ptrdiff_t>(likely.size());
+        for (int64_t i = 0; i < target.num_experts; ++i) {
+            if (chances_[i] >= threshold) likely.push_back({windows, target.layer_idx, i, chances_[i]});
+        }
+        std::stable_sort(likely.begin() + first, likely.end(),
+                         [](const Likely& a, const Likely& b) { return a.chance > b.chance; });
+    }
+    return likely;
+}
+
+}  // namespace moe

@@ -1,0 +1,66 @@
+// What one token will probably need in the layers ahead, in one call: decoding pays for a prediction in every
+// layer, and numpy's calls cost more than the product that they make.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "planning/gate_chances.h"
+
+namespace moe {
+
+// What later layers chose so far, by row: predictors/history.py owns the memory.
+struct RouteHistory {
+    float* previous = nullptr;   // (num_layers, num_experts) routing weights of the last token
+    float* frequency = nullptr;  // (num_layers, num_experts) decayed
+    int64_t num_layers = 0, num_experts = 0;
+    float decay = 0.0f;
+
+    // Takes in one token's choice.
+    void observe(int64_t row, const std::vector<int64_t>& expert_ids, const std::vector<float>& weights);
+};
+
+class Lookahead {
+  public:
+    // How to forecast a later layer. A row of the weight is for [hidden (hidden_size)] and, where it is
+    // longer, [weights of this layer's choice (E) unless there is none yet, 1, previous (E), frequency (E)].
+    struct Target {
+        int64_t layer_idx;
+        GateWeight weight;  // (num_experts, num_features)
+        const float* bias;  // (num_experts) or null
+        int64_t num_experts, num_features, top_k;
+        float slope, offset;
+        int64_t history_row;
+    };
+    struct Likely {
+        int64_t windows;  // layers ahead, from 1
+        int64_t layer_idx, expert_id;
+        float chance;
+    };
+
+    Lookahead(int64_t hidden_size, RouteHistory history) : hidden_size_(hidden_size), history_(history) {}
+
+    // Targets of a layer are added nearest first; layer_idx -1: before any router has spoken.
+    void add(int64_t layer_idx, const Target& target) { targets_[layer_idx].push_back(target); }
+
+    // Returns the experts of at most ``depth`` layers that are used with at least ``threshold``: nearest
+    // layer first, and the more probable first.
+    std::vector<Likely> likely(int64_t layer_idx, int64_t depth, const float* hidden,
+                               const std::vector<int64_t>& expert_ids, const std::vector<float>& weights,
+                               float threshold);
+
+    RouteHistory& history() { return history_; }
+
+  private:
+    const float* features(const Target& target, const float* hidden, const std::vector<int64_t>& expert_ids,
+                          const std::vector<float>& weights);
+
+    int64_t hidden_size_;
+    RouteHistory history_;
+    std::map<int64_t, std::vector<Target>> targets_;
+    std::vector<float> features_, chances_;
+};
+
+}  // namespace moe

@@ -1,0 +1,65 @@
+"""A predictor's forecasts for one token in one native call; of several tokens numpy makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_offload._native import Lookahead
+from moe_offload.predictors.history import History, LayerOrder
+from moe_offload.predictors.routers import Curve
+
+FIRST = -1  # stands for the layer that has routed, before any has
+Likely = list[tuple[int, int, int, float]]  # (layers ahead, layer_idx, expert_id, probability)
+
+
+class OneToken:
+    """What the layers ahead probably use, nearest layer and most probable expert first.
+
+    Args:
+        history: kept up to date by ``observe``; None where no forecast looks at the past.
+    """
+
+    def __init__(
+        self, order: LayerOrder, num_experts: int, hidden_size: int, history: History | None = None
+    ) -> None:
+        self._order, self._remembers = order, history is not None
+        kept = history or History(1, num_experts)
+        self._lookahead = Lookahead(hidden_size, kept.previous, kept.frequency, kept.decay)
+
+    def add(
+        self, layer_idx: int, later: int, weight: NDArray[Any], bias: Any, top_k: int, curve: Curve
+    ) -> None:
+        """Forecast ``later`` after ``layer_idx`` has routed (``FIRST``: before), nearest first.
+
+        Args:
+            weight: (E, features), float32 or bfloat16 as uint16; see csrc/planning/lookahead.h.
+        """
+        row = self._order.row_of[later] if self._remembers else 0
+        self._lookahead.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
+
+    def observe(self, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
+        """Keep a layer's choice."""
+        if self._remembers:
+            self._lookahead.observe(self._order.row_of[layer_idx], expert_ids, weights)
+
+    def likely(
+        self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float], threshold: float
+    ) -> Likely:
+        """Return what the next layers use with at least ``threshold``.
+
+        Args:
+            hidden: address of (hidden_size,) float32, what the layer's router saw.
+        """
+        return self._lookahead.likely(layer_idx, self._order.depth, hidden, expert_ids, weights, threshold)
+
+
+def router_rows(weight: Tensor) -> NDArray[Any]:
+    """Return a router's weight as ``OneToken.add`` takes it, not copied."""
+    rows: NDArray[Any] = (
+        weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()
+    )
+    return rows
