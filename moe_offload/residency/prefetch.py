@@ -330,12 +330,16 @@ class Prefetcher:
         self._most_depth = self._order.depth if self._order is not None else 1
 
     def _set_depth(self) -> None:
-        """Look as many layers ahead as it takes to read what a layer needs."""
+        """Look as many layers ahead as it takes to read what a layer needs, and one more.
+
+        A read that begins with its own window is late more often than not: others go before, and it waits for
+        the disk as long as it reads.
+        """
         if self._order is not None and self._needs:
             needs = sum(self._needs.values()) / len(self._needs)
             window_bytes = self._window_s * self._bytes_per_s
             depth = lookahead_depth(needs * self._cache.largest_expert_bytes, window_bytes)
-            self._order.depth = min(self._most_depth, depth)
+            self._order.depth = min(self._most_depth, depth + 1)
 
     def _rests(self, layer_idx: int) -> bool:
         """Note what the layer needed; whether for long no layer needed what was not resident."""
