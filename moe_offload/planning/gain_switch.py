@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 BLOCK_STEPS = 5
 LEAST_PROBES, MOST_PROBES = 4, 12  # before a decision; the last MOST_PROBES count
-CLEAR = 2.0  # standard errors
-SWITCH_ON, SWITCH_OFF = 0.015, -0.005  # mean gain where the interval does not decide
+CLEAR, CLEAR_OF_FEW = 2.0, 3.5  # standard errors: with many probes, and more with few (Student's t)
+SWITCH_ON, SWITCH_OFF = 0.015, -0.015  # mean gain where the interval does not decide
 FIRST_REST_STEPS, LONGEST_REST_STEPS = 48, 256
 REMEMBERED_STEPS = 256  # for what a miss costs
 
@@ -92,7 +92,7 @@ class GainSwitch:
     def _decide(self) -> None:
         """Bring decision and gain up to date; rest, unless it takes more probes to change it."""
         gain, error = self._estimate()
-        clear = abs(gain) > CLEAR * error
+        clear = abs(gain) > (CLEAR + CLEAR_OF_FEW / (len(self._probes) - 1)) * error
         decision = gain > (0.0 if clear else SWITCH_OFF if self.decision else SWITCH_ON)
         contradicts = decision != self.decision
         if contradicts and not clear and len(self._probes) < MOST_PROBES:
