@@ -12,6 +12,7 @@ modes take turns in an order that changes from round to round, so that a busy ma
     always    ours without its switch
     perfect   the routes that an earlier identical run recorded
 
+A token's stall is what decoding waits for reads, prompts left out.
 "recovered" is the share of the stall that perfect prediction removes. Intervals are of a paired bootstrap
 over rounds. ``--delay-s`` makes every read of the real reader that much slower: a simulated slower disk, and
 labelled so. Prints a card, a table, and one last line of JSON.
@@ -257,7 +258,7 @@ def measure(model: Any, inputs: dict[str, Any], num_tokens: int) -> tuple[tuple[
     wasted = delta["prefetch_wasted_bytes"]
     return tokens, {
         "tokens_per_s": steps / delta["decode_s"],
-        "stall_s": delta["stall_s"] / steps,
+        "stall_s": (delta["stall_s"] - delta["prefill_stall_s"]) / steps,
         "resident_rate": delta["hits"] / needs,
         "useful_bytes": delta["prefetch_useful_bytes"] / steps,
         "late_bytes": delta["prefetch_late_bytes"] / steps,
@@ -317,8 +318,25 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
                 f"| {row['late_bytes'] / 1e6:.2f} MB | {row['wasted_bytes'] / 1e6:.2f} MB "
                 f"({row['wasted_share']:.0%}) | {row['state']}"
             )
+    print_answers(results)
     card = {"bench": "prefetch", "machine": cpu_name(), "commit": commit(), **vars(args)}
     print(json.dumps({**card, "simulated_disk": bool(args.delay_s), "results": results}))
+
+
+def print_answers(results: list[dict[str, Any]]) -> None:
+    """Print what the benchmark asks, share by share: does ours pay?"""
+    print("\n| experts | stall of none | of perfect | recovered by ours (95%) | wasted | speed (95%) |")
+    print("|---|---|---|---|---|---|")
+    for result in results:
+        none, ours, perfect = (result["modes"].get(name) for name in ("none", "ours", "perfect"))
+        if none and ours and perfect:
+            print(
+                f"| {result['experts']} | {none['stall_s'] * 1e3:.2f} ms | {perfect['stall_s'] * 1e3:.2f} ms "
+                "| {:.0%} ({:.0%} to {:.0%}) ".format(*ours["recovered"])
+                + f"| {ours['wasted_share']:.0%} "
+                + "| {:+.1%} ({:+.1%} to {:+.1%}) |".format(*ours["faster"])
+            )
+    print()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class OffloadStats:
     stream_bytes: int = 0  # read for prompts, past the decode cache
     warm_bytes: int = 0  # read at the start, because an earlier run had used them most
     stall_s: float = 0.0  # compute waited for reads
+    prefill_stall_s: float = 0.0  # of that, for prompts
     evictions: int = 0
     slots_given_back: int = 0
     decode_steps: int = 0

@@ -47,10 +47,12 @@ class CrossLayerGate(StatelessPredictor):
             for later in self.order.after(layer_idx)
             if NativeGate.serves(self._scores[later])
         }
-        self.one_token = self._for_one_token() if all(map(NativeGate.serves, self._scores.values())) else None
+        self.one_token = self._for_one_token()
 
-    def _for_one_token(self) -> OneToken:
+    def _for_one_token(self) -> OneToken | None:
         routers, order = self._scores, self.order
+        if not routers or not all(map(NativeGate.serves, routers.values())):
+            return None
         any_router = next(iter(routers.values()))
         num_experts = max(router.num_experts for router in routers.values())
         one_token = OneToken(order, num_experts, any_router.hidden_size)

@@ -215,7 +215,7 @@ class OffloadHandle:
     ) -> Iterator[None]:
         """Surround one forward: time it, keep torch off the expert threads' cores, watch memory."""
         decoding = num_tokens <= DECODE_STEP_MAX_TOKENS
-        started = time.perf_counter()
+        started, stall_s = time.perf_counter(), self._stats.stall_s
         if self.cache is not None and self.cache.is_warming:
             self.cache.absorb()
         if self.prefetcher is not None:
@@ -237,6 +237,8 @@ class OffloadHandle:
             self._stepping = None
             if decoding and torch_threads > 1:
                 torch.set_num_threads(torch_threads)
+            if not decoding:
+                self._stats.prefill_stall_s += self._stats.stall_s - stall_s
             self._count(decoding, num_tokens, time.perf_counter() - started)
 
     def _count(self, decoding: bool, num_tokens: int, seconds: float) -> None:
