@@ -27,6 +27,7 @@ ISA_FLAGS = {
     "token_kernels_avx2.cpp": AVX2,
     "kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", *UNDEFINED],
+    "kernels_amx.cpp": [*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", *UNDEFINED],
 }
 
 ParallelCompile("MOE_OFFLOAD_BUILD_JOBS", default=0).install()

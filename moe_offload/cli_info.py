@@ -94,6 +94,7 @@ def _cpu() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "threads": ops.num_threads(),
         "isa": ops.isa(),
+        "amx": ops.amx_state(),
     }
 
 
@@ -186,7 +187,7 @@ def as_text(report: dict[str, Any]) -> str:
         + (" (WSL2)" if machine["wsl2"] else "")
         + ("" if machine["supported"] else f"; unsupported: {machine['reason']}"),
         "processor": _line(report["cpu"], "{name}, {logical_cores} logical cores"),
-        "threads": _line(report["cpu"], "{threads}, instruction set {isa}"),
+        "threads": _line(report["cpu"], "{threads}, instruction set {isa} (AMX: {amx})"),
         "memory": _sizes(report["memory"]),
         "disk reads": _line(
             report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk, by {by}"

@@ -95,6 +95,11 @@ def isa() -> str:
     return _native.isa()
 
 
+def amx_state() -> str:
+    """How AMX's kernels fared on this machine against AVX-512's, or why they do not run."""
+    return _native.amx_state()
+
+
 def has_fast_kernel(ggml_type: WeightType) -> bool:
     """Whether the instruction set in use has a kernel for this type; otherwise it is correct and slow."""
     return _native.has_fast_kernel(ggml_type)

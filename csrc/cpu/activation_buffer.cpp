@@ -1,6 +1,7 @@
 #include "cpu/activation_buffer.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/thread_pool.h"
 
@@ -31,6 +32,11 @@ Activations ActivationBuffer::reserve(const float* x, int64_t num_tokens, int64_
     return a;
 }
 
+uint64_t ActivationBuffer::next_version() {
+    static std::atomic<uint64_t> last{0};
+    return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
 void ActivationBuffer::quantize_row(const Kernels& kernels, const Activations& a, int64_t token) {
     const int64_t padded = a.padded_cols;
     kernels.quantize(a.x + token * a.cols, a.cols, padded, const_cast<int16_t*>(a.q) + token * padded,
@@ -41,8 +47,9 @@ void ActivationBuffer::quantize_row(const Kernels& kernels, const Activations& a
 
 Activations ActivationBuffer::prepare(const Kernels& kernels, const float* x, int64_t num_tokens,
                                       int64_t cols, bool quantized) {
-    const Activations a = reserve(x, num_tokens, cols, quantized);
+    Activations a = reserve(x, num_tokens, cols, quantized);
     if (!quantized) return a;
+    a.version = next_version();
     const int64_t tokens_per_chunk = std::max<int64_t>(1, kElementsPerChunk / a.padded_cols);
     ThreadPool::instance().run((num_tokens + tokens_per_chunk - 1) / tokens_per_chunk, [&](int64_t chunk) {
         const int64_t end = std::min(num_tokens, (chunk + 1) * tokens_per_chunk);

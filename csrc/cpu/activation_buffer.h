@@ -16,6 +16,7 @@ class ActivationBuffer {
 
     // The places of prepare() only; quantize_row() fills them token by token, on any thread.
     Activations reserve(const float* x, int64_t num_tokens, int64_t cols, bool quantized);
+    static uint64_t next_version();  // for what is reserved, filled, and will not change
     static void quantize_row(const Kernels& kernels, const Activations& activations, int64_t token);
 
   private:

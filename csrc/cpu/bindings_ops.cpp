@@ -152,6 +152,7 @@ void register_ops(py::module_& m) {
         "has_fast_kernel", [](int type) { return type >= 0 && type < kNumTypes && kernels().fast[type]; },
         "Whether the instruction set in use has a kernel of its own for a ggml type");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use");
+    m.def("amx_state", amx_state, "How AMX fared on this machine, or why it does not run");
     m.def("available_isas", available_isas, "What this CPU offers, worst first");
     m.def("force_isa", force_isa, "Use one instruction set from now on; empty: choose again");
 

@@ -67,7 +67,8 @@ Activations prepare_inputs(const float* hidden, int64_t num_tokens, int64_t cols
         if (!is_wanted[token]) wanted_tokens.push_back(token);
         is_wanted[token] = true;
     }
-    const Activations inputs = hidden_inputs.reserve(hidden, num_tokens, cols, quantized);
+    Activations inputs = hidden_inputs.reserve(hidden, num_tokens, cols, quantized);
+    inputs.version = ActivationBuffer::next_version();
     ThreadPool::instance().run(ceil_div(wanted_tokens.size(), kTokensPerChunk), [&](int64_t chunk) {
         const int64_t end = std::min<int64_t>(wanted_tokens.size(), (chunk + 1) * kTokensPerChunk);
         for (int64_t i = chunk * kTokensPerChunk; i < end; ++i)
@@ -206,6 +207,7 @@ ExpertKernel::Step ExpertKernel::compute_hidden(const Activations& inputs, const
     if (pairs.num_pairs * 2 * num_units <= kMaxRawGateUp) {
         step.down_inputs = down_inputs.reserve(step.h, pairs.num_pairs, num_units, down_quantized);
         stream_gate_up(step);
+        step.down_inputs.version = ActivationBuffer::next_version();
         return step;
     }
     const int64_t unit_tiles = ceil_div(num_units, kUnitTile);

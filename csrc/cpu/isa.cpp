@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "common/errors.h"
+#include "cpu/amx.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -36,8 +37,10 @@ std::vector<const Kernels*> available() {
     if (avx2 && cpu_has_avxvnni()) found.push_back(&kernels_avxvnni);
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vnni")) {
         found.push_back(&kernels_avx512vnni);
+        if (amx_verdict().runs) found.push_back(&kernels_amx);
+    }
 #elif defined(__aarch64__)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&kernels_dotprod);
 #endif
@@ -54,9 +57,17 @@ const Kernels& named(const std::string& name) {
                       " is not one of the instruction sets that this CPU offers: " + offered);
 }
 
+const Kernels& best() {
+    const std::vector<const Kernels*> tables = available();
+#if defined(__x86_64__)
+    if (tables.back() == &kernels_amx && !amx_verdict().faster) return *tables.end()[-2];
+#endif
+    return *tables.back();
+}
+
 const Kernels& choose() {
     const char* wanted = std::getenv("MOE_OFFLOAD_ISA");
-    return wanted && *wanted ? named(wanted) : *available().back();
+    return wanted && *wanted ? named(wanted) : best();
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -76,6 +87,16 @@ const Kernels& kernels() {
         chosen.store(table, std::memory_order_release);
     }
     return *table;
+}
+
+std::string amx_state() {
+#if defined(__x86_64__)
+    for (const Kernels* table : available())
+        if (table == &kernels_avx512vnni) return amx_verdict().reason;
+    return "this CPU has no AVX-512 VNNI, on which AMX's kernels rest";
+#else
+    return "AMX is x86's";
+#endif
 }
 
 void force_isa(const std::string& name) {

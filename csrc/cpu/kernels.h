@@ -31,6 +31,8 @@ struct Activations {
     const ActivationTile* tiles = nullptr;  // (num_tokens, padded_cols / 256)
     int64_t cols = 0;
     int64_t padded_cols = 0;  // cols rounded up to whole superblocks
+    uint64_t version =
+        0;  // no others' number, so that a thread may keep what it makes of them; 0: it may not
 };
 
 struct RowsArgs {
@@ -85,6 +87,7 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512vnni;
+extern const Kernels kernels_amx;
 #elif defined(__aarch64__)
 extern const Kernels kernels_dotprod;
 #endif

@@ -20,8 +20,9 @@ struct Scratch {
 
 }  // namespace
 
-uint8_t* thread_scratch(int64_t num_bytes) {
-    static thread_local Scratch scratch;
+uint8_t* thread_scratch(int64_t num_bytes, int slot) {
+    static thread_local Scratch slots[kScratchSlots];
+    Scratch& scratch = slots[slot];
     if (scratch.size < num_bytes) {
         scratch.bytes.reset(static_cast<uint8_t*>(::operator new(size_t(num_bytes), kLine)));
         scratch.size = num_bytes;

@@ -5,7 +5,8 @@
 
 namespace moe {
 
-// At least ``num_bytes`` bytes at a multiple of 64; what the last call gave may be gone.
-uint8_t* thread_scratch(int64_t num_bytes);
+// At least ``num_bytes`` bytes at a multiple of 64; what the last call for this slot gave may be gone.
+uint8_t* thread_scratch(int64_t num_bytes, int slot = 0);
+constexpr int kScratchSlots = 2;  // 0: a panel's codes, 1: its tokens
 
 }  // namespace moe
