@@ -8,7 +8,8 @@ so that no cache holds them, and is divided by the best of five read tests of su
 the kernels of the same round on the same threads. A timing during which the process did not get its cores
 (CPU time below 90% of threads times elapsed time) is left out: other work on the machine, or a worker that
 woke late. Before each timing the threads read 4 MiB, so that they are awake, as in the middle of a
-decode step. Prefill: 32 tokens against 1024 rows, in 10^9 multiply-adds per second. Medians over the rounds.
+decode step. Prefill: 32 and 512 tokens against 1024 rows, in 10^9 multiply-adds per second. Medians over the
+rounds; the line of JSON has every undisturbed timing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COLS = 2048
 NUM_EXPERTS, UNITS = 8, 768
 LEAST_CPU_SHARE = 0.9
 WARM_UP = np.ones(4 << 20, np.uint8)
-PREFILL_TOKENS, PREFILL_ROWS = 32, 1024
+PREFILL_TOKENS, PREFILL_ROWS = (32, 512), 1024
 MIB = 1 << 20
 READ_TESTS = 5  # per round
 DEFAULT_TYPES = "Q4_0,Q8_0,Q4_K,Q6_K,MXFP4,BF16,F16,Q5_K,Q5_0,Q4_1,Q5_1,IQ4_NL,IQ4_XS,Q3_K,Q2_K"
@@ -89,7 +90,8 @@ def run(
     """Measure every type and ISA once per round, read tests in between; return one row per pair."""
     cases = [(isa, ggml_type) for ggml_type in types for isa in isas]
     measured: dict[str, dict[tuple[str, GgmlType], list[float]]] = {
-        name: {case: [] for case in cases} for name in ("linear", "experts", "prefill")
+        name: {case: [] for case in cases}
+        for name in ("linear", "experts", *(f"prefill {n}" for n in PREFILL_TOKENS))
     }
     shares: dict[str, dict[tuple[str, GgmlType], list[float]]] = {
         name: {case: [] for case in cases} for name in ("linear", "experts")
@@ -105,9 +107,10 @@ def run(
             _native.force_isa(isa)
             speeds["linear"][isa, ggml_type] = decode_bytes_per_s(ggml_type, memory.next_slice())
             speeds["experts"][isa, ggml_type] = experts_bytes_per_s(ggml_type, memory)
-            macs = prefill_macs_per_s(ggml_type, memory.data)
-            if macs is not None:
-                measured["prefill"][isa, ggml_type].append(macs)
+            for num_tokens in PREFILL_TOKENS:
+                macs = prefill_macs_per_s(ggml_type, memory.data, num_tokens)
+                if macs is not None:
+                    measured[f"prefill {num_tokens}"][isa, ggml_type].append(macs)
         for name, of_case in speeds.items():
             for case, speed in of_case.items():
                 if speed is not None:
@@ -119,14 +122,22 @@ def run(
             "type": ggml_type.name,
             "isa": isa,
             "threads": num_threads,
-            "decode_bytes_per_s": measured["linear"][isa, ggml_type],
-            "share_of_read_bandwidth": shares["linear"][isa, ggml_type],
-            "experts_bytes_per_s": measured["experts"][isa, ggml_type],
-            "experts_share_of_read_bandwidth": shares["experts"][isa, ggml_type],
-            "prefill_macs_per_s": measured["prefill"][isa, ggml_type],
+            "decode_bytes_per_s": rounded(measured["linear"][isa, ggml_type]),
+            "share_of_read_bandwidth": rounded(shares["linear"][isa, ggml_type]),
+            "experts_bytes_per_s": rounded(measured["experts"][isa, ggml_type]),
+            "experts_share_of_read_bandwidth": rounded(shares["experts"][isa, ggml_type]),
+        }
+        | {
+            f"prefill_{n}_macs_per_s": rounded(measured[f"prefill {n}"][isa, ggml_type])
+            for n in PREFILL_TOKENS
         }
         for isa, ggml_type in cases
     ]
+
+
+def rounded(values: list[float]) -> list[float]:
+    """Return the values to four digits."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def decode_bytes_per_s(ggml_type: GgmlType, data: torch.Tensor) -> float | None:
@@ -158,11 +169,11 @@ def experts_bytes_per_s(ggml_type: GgmlType, memory: Memory) -> float | None:
     return per_second(weights.numel(), lambda: kernel.sum(*arguments))
 
 
-def prefill_macs_per_s(ggml_type: GgmlType, data: torch.Tensor) -> float | None:
-    """Return multiply-adds per second for 32 tokens."""
+def prefill_macs_per_s(ggml_type: GgmlType, data: torch.Tensor, num_tokens: int) -> float | None:
+    """Return multiply-adds per second."""
     weight = data[: PREFILL_ROWS * row_bytes(ggml_type, COLS)]
-    x = torch.randn(PREFILL_TOKENS, COLS)
-    amount = PREFILL_TOKENS * PREFILL_ROWS * COLS
+    x = torch.randn(num_tokens, COLS)
+    amount = num_tokens * PREFILL_ROWS * COLS
     return per_second(amount, lambda: ops.linear(x, weight, ggml_type, PREFILL_ROWS, COLS))
 
 
@@ -182,17 +193,25 @@ def per_second(amount: int, function: Callable[[], object]) -> float | None:
 
 def report(results: list[dict[str, object]]) -> None:
     """Print the table."""
-    print("| type | ISA | threads | linear GB/s | of reads | experts GB/s | of reads | prefill GMAC/s | n |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| type | ISA | threads | linear GB/s | of reads | experts GB/s | of reads "
+        "| 32 tokens, GMAC/s | 512 tokens | n |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    names = [
+        "decode_bytes_per_s",
+        "experts_bytes_per_s",
+        *(f"prefill_{n}_macs_per_s" for n in PREFILL_TOKENS),
+    ]
     for row in results:
-        columns = [row[name] for name in ("decode_bytes_per_s", "experts_bytes_per_s", "prefill_macs_per_s")]
-        linear, experts, prefill = (spread(values, 1e9, "") for values in columns)
+        columns = [row[name] for name in names]
+        linear, experts, *prefill = (spread(values, 1e9, "") for values in columns)
         shares = [row["share_of_read_bandwidth"], row["experts_share_of_read_bandwidth"]]
         of_reads, experts_of_reads = (spread(values, 0.01, "%") for values in shares)
         counts = ", ".join(str(len(values)) for values in columns if isinstance(values, list))
         print(
             f"| {row['type']} | {row['isa']} | {row['threads']} | {linear} | {of_reads} | {experts} "
-            f"| {experts_of_reads} | {prefill} | {counts} |"
+            f"| {experts_of_reads} | {' | '.join(prefill)} | {counts} |"
         )
 
 
