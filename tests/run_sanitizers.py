@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +68,11 @@ def main() -> int:
     for name in [args.only] if args.only else SANITIZERS:
         folder = args.build_dir.resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
-        programs = {f"{program} under {name}": program for program in STRESS}
-        for title, program in programs.items():
-            failed += [title] * report(title, lambda: stress(program, name, folder))  # noqa: B023
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each is one call of the compiler
+            list(pool.map(lambda program: build_stress(program, name, folder), STRESS))  # noqa: B023
+        for program in STRESS:
+            title = f"{program} under {name}"
+            failed += [title] * report(title, lambda: stress(program, folder))  # noqa: B023
         title = f"tests under {name}"
         failed += [title] * report(title, lambda: run_tests(name, folder))  # noqa: B023
     print(f"failed: {', '.join(failed)}" if failed else "no sanitizer found anything")
@@ -90,26 +94,35 @@ def flags(name: str) -> list[str]:
     return [*shared, "-include", str(CLOCKLOCK)] if name == "thread" else shared
 
 
-def stress(program: str, name: str, folder: Path) -> int:
-    """Build and run one of the native programs."""
-    patterns, arguments = STRESS[program]
+def compiler() -> list[str]:
+    """Return the C++ compiler; through ccache where that is, since nothing here changes from run to run."""
+    return shlex.split(os.environ.get("CXX") or ("ccache g++" if shutil.which("ccache") else "g++"))
+
+
+def build_stress(program: str, name: str, folder: Path) -> None:
+    """Build one of the native programs."""
+    patterns, _ = STRESS[program]
     sources = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
     sources = [path for path in sources if not path.name.startswith("bindings")]
-    binary = folder / program
-    compiler = os.environ.get("CXX", "g++")
     common = ["-std=c++20", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}"]
     main_file = ROOT / "tests" / "native" / f"{program}.cpp"
-    subprocess.run([compiler, *common, *flags(name), *sources, main_file, "-o", binary], check=True)
-    command = [binary, *(argument.format(folder=folder) for argument in arguments)]
+    subprocess.run(
+        [*compiler(), *common, *flags(name), *sources, main_file, "-o", folder / program], check=True
+    )
+
+
+def stress(program: str, folder: Path) -> int:
+    """Run one of the native programs."""
+    command = [folder / program, *(argument.format(folder=folder) for argument in STRESS[program][1])]
     return subprocess.run(command, env={**os.environ, **OPTIONS}, timeout=900).returncode
 
 
 def run_tests(name: str, folder: Path) -> int:
     """Build the extension with the sanitizer and run the tests that fit it."""
     command = "build", "--build-base", str(folder)
-    compiler = str(write_compiler(name, folder))
+    wrapped = str(write_compiler(name, folder))
     # No test here opens the CUDA library, and nvcc would compile it for every card.
-    environment = {**os.environ, "CC": compiler, "CXX": compiler, "MOE_OFFLOAD_CUDA": "off"}
+    environment = {**os.environ, "CC": wrapped, "CXX": wrapped, "MOE_OFFLOAD_CUDA": "off"}
     subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment, check=True)
     (library,) = folder.glob("lib*/moe_offload/_native*.so")
     environment = {
@@ -130,7 +143,7 @@ def run_tests(name: str, folder: Path) -> int:
 def write_compiler(name: str, folder: Path) -> Path:
     """Write a compiler that adds the sanitizer and, since it is slow enough, optimizes less."""
     path = folder / "c++"
-    call = shlex.join([os.environ.get("CXX", "g++"), *flags(name), "-g1"])
+    call = shlex.join([*compiler(), *flags(name), "-g1"])
     path.write_text(f'#!/usr/bin/env bash\nexec {call} "${{@/#-O3/-O1}}"\n')
     path.chmod(0o755)
     return path
@@ -141,7 +154,7 @@ def preloads(name: str) -> str:
     names = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[name]
     paths = []
     for library in [*names, "libstdc++.so"]:
-        command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
+        command = [*compiler(), f"-print-file-name={library}"]
         paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     return ":".join(paths)
 
