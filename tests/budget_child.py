@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import torch
@@ -13,13 +14,21 @@ from moe_offload.residency.memory import peak_bytes
 
 
 def main() -> None:
-    """Arguments: path, ram, context, prompt tokens, new tokens."""
+    """Arguments: path, ram, context, prompt tokens, new tokens.
+
+    With "smallest" as ram, 100 MiB are asked for first and then what the refusal names.
+    """
     path, ram, context, prompt_tokens, new_tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
     try:
-        model = moe_offload.from_pretrained(path, ram=ram, context=context)
+        model = moe_offload.from_pretrained(path, ram="100MiB" if ram == "smallest" else ram, context=context)
     except BudgetError as error:
         print(json.dumps({"refused": str(error), "peak_bytes": peak_bytes()}))
-        return
+        if ram != "smallest":
+            return
+        named = re.search(r"smallest ram that would do is .*?\((\d+) bytes\)", str(error))
+        assert named, error
+        # What the attempt left in the heap belongs to the process now.
+        model = moe_offload.from_pretrained(path, ram=int(named[1]) + 8 * 2**20, context=context)
     moe_offload.load_tokenizer(path)  # after the model, as in the README: the plan reserved room for it
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(5, model.config.vocab_size, (1, prompt_tokens), generator=generator)

@@ -69,7 +69,16 @@ def test_all_types_in_one_model_agree_with_their_dequantized_weights(plain_gguf,
     assert (ours - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "F16",
+        "Q4_0",
+        "Q5_1",
+        "Q8_0",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("BF16", "Q4_1", "Q5_0")),
+    ],
+)
 def test_a_uniformly_quantized_model_is_as_close_to_float64_as_llama_cpp(kind, plain_gguf, tmp_path):
     path = export_gguf(plain_gguf.parent, tmp_path / "model.gguf", kind)
     exact = logits_from_spans(path, IDS, torch.float64)

@@ -189,13 +189,13 @@ def test_a_layer_without_a_pool_is_an_error():
 @pytest.mark.parametrize(
     ("experts", "policy"),
     [
-        (4, "lru"),
+        pytest.param(4, "lru", marks=pytest.mark.slow),  # sizes and policies by turns do by default
         ("12%", "ewma"),
         ("25%", "lru"),
-        ("25%", "ewma"),
+        pytest.param("25%", "ewma", marks=pytest.mark.slow),
         ("25%", "mrs"),
         ("25%", "horizon"),
-        ("50%", "ewma"),
+        pytest.param("50%", "ewma", marks=pytest.mark.slow),
         ("all", "lru"),
     ],
 )
