@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from energy import PhaseEnergy, open_meter
+from energy import measured_energy
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def run_ours(spec: dict[str, Any]) -> None:
     prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
     count = spec["warm_tokens"] + spec["decode_tokens"]
     following = token_ids(spec, spec["first_id"] + len(prompt), count + 1)
-    energy = measured_energy()
+    energy = measured_energy()  # decoding includes the warm-up's tokens
     before, io_before, started = counters(model), read_bytes(), time.perf_counter()
     energy.begin()
     marks = generate(model, prompt, following, spec["warm_tokens"], spec["decode_limit_s"], [energy])
@@ -105,13 +105,6 @@ def run_ours(spec: dict[str, Any]) -> None:
     say(io_read_bytes=io_after - io_before, peak_bytes=status_bytes("VmHWM"))
     say(slots_given_back=delta["slots_given_back"])
     model.offload.close()
-
-
-def measured_energy() -> PhaseEnergy:
-    """Return what counts joules here, its idle power measured; decoding includes the warm-up's tokens."""
-    meter = open_meter()
-    meter.measure_idle()
-    return PhaseEnergy(meter)
 
 
 def counters(model: Any) -> dict[str, float]:
@@ -265,14 +258,20 @@ def run_llama(spec: dict[str, Any]) -> None:
         evaluate([])
     prompt = token_ids(spec, spec["first_id"], spec["prompt_tokens"])
     following = token_ids(spec, spec["first_id"] + len(prompt), spec["warm_tokens"] + spec["decode_tokens"])
+    energy = measured_energy()
     io_before = read_bytes()
+    energy.begin()
     say(prefill_s=timed(lambda: evaluate(prompt)))
+    energy([], None)
     token_s: list[float] = []
     for token_id in following:
         token_s.append(timed(lambda: evaluate([token_id])))  # noqa: B023
+        energy([], None)
         measured = token_s[spec["warm_tokens"] :]
         if sum(token_s) > spec["decode_limit_s"] and len(measured) > 2:
             break
+    say(energy=energy.meter.describe(), **energy.per_token(len(prompt)))
+    energy.meter.close()
     say(token_s=token_s[spec["warm_tokens"] :], peak_bytes=status_bytes("VmHWM"))
     say(io_read_bytes=read_bytes() - io_before)
 

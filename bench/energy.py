@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,6 +193,19 @@ def tegra_watts(line: str) -> float | None:
     return total if total is not None else (sum(rails.values()) or None)
 
 
+def measured_energy() -> PhaseEnergy:
+    """Return what counts joules here, its idle power measured; the caller closes its meter."""
+    meter = open_meter()
+    meter.measure_idle()
+    return PhaseEnergy(meter)
+
+
+def per_token_text(figures: Mapping[str, float | None]) -> str:
+    """Return joules per token for a table, decode and prefill; a dash where nothing counts them."""
+    values = [figures.get(f"{phase}_joules_per_token") for phase in ("decode", "prefill")]
+    return " / ".join("-" if value is None else f"{value:.3g} J" for value in values)
+
+
 @dataclass
 class PhaseEnergy:
     """Joules of a prompt and of the tokens after it, marked while generate() runs.
@@ -217,6 +230,12 @@ class PhaseEnergy:
 
     def _mark(self) -> None:
         self.marks.append((time.perf_counter(), self.meter.joules()))
+
+    def prompt_only(self, prompt_tokens: int) -> dict[str, float | None]:
+        """As ``per_token`` where nothing was decoded: no token has to have been asked for."""
+        if self.num_tokens == 0:
+            self._mark()
+        return {**self.per_token(prompt_tokens), "decode_joules_per_token": None}
 
     def per_token(self, prompt_tokens: int) -> dict[str, float | None]:
         """Return joules per token of prompt and answer, idle subtracted; None where nothing counts."""

@@ -25,6 +25,7 @@ REACHED = {"ram": 0.75, "vram": 0.8, "link": 0.85}  # of a data sheet's peak
 COPY_LATENCY_S, LAUNCH_S = 10e-6, 5e-6
 DECAY = 0.98
 NUM_TRACES = 3  # seconds of replay each
+NO_ENERGY = "no energy: no machine ran, and data sheets give limits of power, not what a token draws"
 METHODS = ("hybrid", "on_demand", "static_split", "static_layers", "hybrimoe_greedy")
 
 
@@ -43,6 +44,7 @@ def rows(traces: Path = Path(__file__).parent / "data" / "traces") -> Iterator[d
                 "profile": name,
                 "vram_percent": round(100 * share),
                 "expert_s_per_token": seconds,
+                "energy": NO_ENERGY,
                 "others_over_ours": {method: value / ours for method, value in seconds.items()},
             }
 

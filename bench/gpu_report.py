@@ -63,7 +63,8 @@ class NotRun(Exception):
 def show(name: str, row: dict[str, Any]) -> None:
     shown = {key: value for key, value in row.items() if key != "also"}
     for phase in shown.keys() & {"cold", "warm", "topic_change", "prefill"}:
-        shown[phase] = f"{row[phase]['tokens_per_s']:.4g} tok/s"
+        joules = [value for key, value in row[phase].items() if key.endswith("joules_per_token") and value]
+        shown[phase] = f"{row[phase]['tokens_per_s']:.4g} tok/s" + "".join(f" {j:.3g} J/tok" for j in joules)
     line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
     print(f"  {name}: {line}", flush=True)
 
@@ -94,6 +95,7 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
         for row in rows
         if row["vram_percent"] == 25
     }
+    energies = [row["also"]["energy"] for row in rows if "energy" in row.get("also", {})]
     digests = {row[phase]["digest"] for row in rows for phase in ("cold",) if phase in row}
     statuses = {name: step["status"] for name, step in content["steps"].items()}
     kept = {key: content[key] for key in ("bench", "label", "device", "commit")}
@@ -102,4 +104,5 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
         "steps": statuses,
         "same_logits": len(digests) <= 1,
         "warm_tokens_per_s_at_25_percent": at_25,
+        "energy": energies[-1] if energies else "no energy: no run said",
     }

@@ -79,7 +79,12 @@ def main() -> None:
             save(args.into, rows)
     for row in rows:
         print(f"{row['setting']:24} {row['status']:8} {row.get('decode_tokens_per_s', '')}")
-    print(json.dumps({"bench": "peer_llama_cuda", "model": args.model.name, "rows": rows}))
+    print(
+        json.dumps({"bench": "peer_llama_cuda", "model": args.model.name, "energy": NO_ENERGY, "rows": rows})
+    )
+
+
+NO_ENERGY = "no energy: the programs load, read and write in one process that says nothing in between"
 
 
 class PeerError(Exception):

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from energy import measured_energy
+
 
 def main() -> None:
     """Print a card, the running perplexity and one line of JSON."""
@@ -32,6 +34,8 @@ def main() -> None:
     print(f"model    {args.model} ({model_bytes(args.model) / 2**20:.1f} MiB), backend {args.backend}")
     print(f"text     {args.text}, {len(windows)} windows of {args.window} tokens")
     print(f"machine  {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    energy = measured_energy()
+    energy.begin()
     begin = time.perf_counter()
     nll, num_tokens = 0.0, 0
     for index, window in enumerate(windows):
@@ -47,7 +51,10 @@ def main() -> None:
         "window": args.window, "num_tokens": num_tokens, "nats_per_token": nll / num_tokens,
         "perplexity": math.exp(nll / num_tokens),
         "seconds": seconds, "tokens_per_s": num_tokens / seconds, "stats": stats(),
+        "energy": energy.meter.describe(), **energy.prompt_only(num_tokens),
     }  # fmt: skip
+    energy.meter.close()
+    print(result["energy"])
     print(json.dumps(result))
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from card import commit, cpu_name
+from energy import PhaseEnergy, measured_energy, per_token_text
 from numpy.typing import NDArray
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
@@ -42,7 +43,7 @@ def main() -> None:
 
     import moe_offload
 
-    results = []
+    results, energy = [], measured_energy()
     for share in args.shares.split(","):
         model = moe_offload.from_pretrained(
             args.model,
@@ -56,9 +57,10 @@ def main() -> None:
         inputs = prompt_of(args, model)
         if args.delay_s:
             model.offload.reader.inject("delay", delay_s=args.delay_s)
-        results.append({"experts": share, **compare(model, inputs, args)})
+        results.append({"experts": share, **compare(model, inputs, args, energy)})
         model.offload.close()
-    report(results, args)
+    report(results, args, energy.meter.describe())
+    energy.meter.close()
 
 
 def parse_args() -> argparse.Namespace:
@@ -167,16 +169,18 @@ class Fixed:
         """Nothing moves it."""
 
 
-def compare(model: Any, inputs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    model: Any, inputs: dict[str, Any], args: argparse.Namespace, energy: PhaseEnergy
+) -> dict[str, Any]:
     """Run all modes by turns; return each one's runs and what follows from them."""
-    settings = settings_of(model, inputs, args)
+    settings = settings_of(model, inputs, args, energy)
     names = [name for name in args.modes.split(",") if name in settings]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     texts = set()
     for number in range(args.warm_up + args.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             settings[name]()
-            tokens, run = measure(model, inputs, args.tokens)
+            tokens, run = measure(model, inputs, args.tokens, energy)
             texts.add(tokens)
             if number >= args.warm_up:
                 runs[name].append(run)
@@ -185,7 +189,7 @@ def compare(model: Any, inputs: dict[str, Any], args: argparse.Namespace) -> dic
 
 
 def settings_of(
-    model: Any, inputs: dict[str, Any], args: argparse.Namespace
+    model: Any, inputs: dict[str, Any], args: argparse.Namespace, energy: PhaseEnergy
 ) -> dict[str, Callable[[], None]]:
     """Return for each mode what sets the model's prefetcher to it, with the mode's own state."""
     from moe_offload.planning.gain_switch import GainSwitch
@@ -210,7 +214,7 @@ def settings_of(
 
     with model.offload.trace() as recorder:
         prefetcher.use(None, switch=None)
-        generate(model, inputs, args.tokens)
+        generate(model, inputs, args.tokens, energy)
     trace = recorder.trace()
     perfect = Recorded(trace.experts, trace.layers, trace.num_experts, trace.step_tokens.tolist())
     settings = {
@@ -224,7 +228,7 @@ def settings_of(
     return settings
 
 
-def feed(model: Any, input_ids: Any, num_tokens: int) -> tuple[int, ...]:
+def feed(model: Any, input_ids: Any, num_tokens: int, energy: PhaseEnergy) -> tuple[int, ...]:
     """Decode the last ``num_tokens`` of ``input_ids`` one by one; return what the model would have said."""
     import torch
 
@@ -232,24 +236,37 @@ def feed(model: Any, input_ids: Any, num_tokens: int) -> tuple[int, ...]:
     said: list[int] = []
     with torch.no_grad():
         model(input_ids=input_ids[:, :-num_tokens], past_key_values=cache, use_cache=True)
+        energy(input_ids, None)
         for position in range(input_ids.shape[1] - num_tokens, input_ids.shape[1]):
             token = input_ids[:, position : position + 1]
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             said.append(int(out.logits[0, -1].argmax()))
+            energy(input_ids, None)
     return tuple(said)
 
 
-def generate(model: Any, inputs: dict[str, Any], num_tokens: int) -> tuple[int, ...]:
+def generate(model: Any, inputs: dict[str, Any], num_tokens: int, energy: PhaseEnergy) -> tuple[int, ...]:
     if "forced" in inputs:
-        return feed(model, inputs["input_ids"], num_tokens)
-    out = model.generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+        return feed(model, inputs["input_ids"], num_tokens, energy)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        logits_processor=[energy],
+    )
     return tuple(out[0].tolist())
 
 
-def measure(model: Any, inputs: dict[str, Any], num_tokens: int) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Generate once; return the tokens and the decode part of the counters."""
+def measure(
+    model: Any, inputs: dict[str, Any], num_tokens: int, energy: PhaseEnergy
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Generate once; return the tokens and the decode part of the counters, joules per token of both."""
     before = model.offload.stats().as_dict()
-    tokens = generate(model, inputs, num_tokens)
+    energy.begin()
+    tokens = generate(model, inputs, num_tokens, energy)
+    prompt_tokens = inputs["input_ids"].shape[1] - (num_tokens if "forced" in inputs else 0)
+    joules = energy.per_token(prompt_tokens)
     after = model.offload.stats().as_dict()
     delta = {name: after[name] - before[name] for name in before if not isinstance(before[name], str)}
     steps = delta["decode_steps"]
@@ -266,13 +283,18 @@ def measure(model: Any, inputs: dict[str, Any], num_tokens: int) -> tuple[tuple[
         "demand_bytes": delta["demand_bytes"] / steps,
         "wasted_share": wasted / max(1, delta["demand_bytes"] + used + wasted),
         "state": model.offload.prefetcher.describe(),
+        **joules,
     }
 
 
 def figures(name: str, runs: dict[str, list[dict[str, Any]]], seed: int) -> dict[str, Any]:
     """Return medians over the rounds; against "none": speed and stall, paired, with 95% intervals."""
     mine = runs[name]
-    median = {key: statistics.median(run[key] for run in mine) for key in mine[0] if key != "state"}
+    median: dict[str, Any] = {
+        key: None if mine[0][key] is None else statistics.median(run[key] for run in mine)
+        for key in mine[0]
+        if key != "state"
+    }
     result = {**median, "state": mine[-1]["state"]}
     if "none" in runs:
         speed = np.array([[run["tokens_per_s"] for run in runs[which]] for which in (name, "none")])
@@ -298,16 +320,18 @@ def interval(statistic: Callable[[Any], Any], count: int, seed: int) -> list[flo
     return [float(statistic(np.arange(count))), float(low), float(high)]
 
 
-def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def report(results: list[dict[str, Any]], args: argparse.Namespace, energy: str) -> None:
     disk = (
         f"simulated disk: {args.delay_s * 1e3:g} ms more per read" if args.delay_s else "this machine's disk"
     )
     print(
         f"{cpu_name()}, {args.model or 'demo model'}, {disk}, {args.rounds} rounds of {args.tokens} tokens, "
     )
-    print(f"policy {args.policy}, commit {commit()}\n")
-    print("| experts | mode | tok/s | faster (95%) | stall | recovered (95%) | used | late | wasted | |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"policy {args.policy}, commit {commit()}; {energy}\n")
+    print(
+        "| experts | mode | tok/s | faster (95%) | stall | recovered (95%) | used | late | wasted | J/tok | |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         for name, row in result["modes"].items():
             faster = "{:+.1%} ({:+.1%} to {:+.1%})".format(*row["faster"]) if "faster" in row else ""
@@ -316,10 +340,10 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
                 f"| {result['experts']} | {name} | {row['tokens_per_s']:.1f} | {faster} "
                 f"| {row['stall_s'] * 1e3:.2f} ms | {recovered} | {row['useful_bytes'] / 1e6:.2f} MB "
                 f"| {row['late_bytes'] / 1e6:.2f} MB | {row['wasted_bytes'] / 1e6:.2f} MB "
-                f"({row['wasted_share']:.0%}) | {row['state']}"
+                f"({row['wasted_share']:.0%}) | {per_token_text(row)} | {row['state']}"
             )
     print_answers(results)
-    card = {"bench": "prefetch", "machine": cpu_name(), "commit": commit(), **vars(args)}
+    card = {"bench": "prefetch", "machine": cpu_name(), "commit": commit(), "energy": energy, **vars(args)}
     print(json.dumps({**card, "simulated_disk": bool(args.delay_s), "results": results}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -110,3 +111,29 @@ def test_prompt_and_answer_are_apart_and_idle_is_subtracted(monkeypatch: pytest.
         "prefill_joules_per_token": pytest.approx((80 - 40) / 8),
         "decode_joules_per_token": pytest.approx((120 - 60) / 3),
     }
+
+
+def test_a_phase_without_answer_counts_all_for_its_tokens() -> None:
+    joules = iter([0.0, 30.0, 30.0])
+    phases = energy.PhaseEnergy(energy.EnergyMeter([energy.Counter("fake", lambda: next(joules))]))
+    phases.begin()
+    figures = phases.prompt_only(10)
+    assert figures == {"prefill_joules_per_token": pytest.approx(3.0), "decode_joules_per_token": None}
+    assert energy.per_token_text(figures) == "- / 3 J"
+
+
+def test_every_benchmark_of_speed_says_what_energy_it_took_or_why_not() -> None:
+    """Each file that reports tokens per second wires energy.py, or names its reason."""
+    bench = Path(energy.__file__).parent
+    of_speed = {
+        path.name for path in bench.glob("*.py") if re.search(r"tok/s|tokens_per_s", path.read_text())
+    }
+    assert {"decode_speed.py", "gpu_run.py", "prefetch.py", "perplexity.py"} <= of_speed
+    by_others = {"end_to_end.py", "gpu.py", "gpu_report.py"}  # their children measure
+    by_others |= {"plan_accuracy.py"}  # of predictions, whose energy nobody predicts
+    silent = {
+        name
+        for name in of_speed - by_others
+        if not re.search(r"energy import|NO_ENERGY|energy_figures", (bench / name).read_text())
+    }
+    assert not silent
