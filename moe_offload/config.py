@@ -173,6 +173,8 @@ class DeviceChoice:
         return f"emulated-{speeds}-{self.latency_s * 1e6:g}us"
 
 
+# A step's misses and as many predicted experts. tune searches others; below 1 a step's misses had no place.
+STAGING_PER_TOP_K, MAX_STAGING = 2.0, 16.0
 MAX_THREADS = 1024  # more than any machine has use for; a process may not even start them
 
 
@@ -193,12 +195,20 @@ class RuntimeConfig:
     kv: str | None = None  # None: keys and values in the model's dtype; "q8_0": packed, lossy
     device: DeviceChoice | None = None  # None: the CPU alone
     scheduler: str = "hybrid"
+    ram_staging: float = (
+        STAGING_PER_TOP_K  # slots kept for reads in flight, times top_k; of the device's: below
+    )
+    vram_staging: float = STAGING_PER_TOP_K
+    exclusive: bool = True  # what the device has leaves RAM first
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:
             raise ConfigError(f"ram must be positive, got {self.ram_bytes} bytes")
         if self.context_tokens is not None and not _is_count(self.context_tokens):
             raise ConfigError(f"context must be a positive number of tokens, got {self.context_tokens!r}")
+        for name in ("ram_staging", "vram_staging"):
+            if not 1 <= getattr(self, name) <= MAX_STAGING:
+                raise ConfigError(f"{name} must be from 1 to {MAX_STAGING}, got {getattr(self, name)!r}")
         if self.num_threads is not None and not _is_count(self.num_threads, MAX_THREADS):
             raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, got {self.num_threads!r}")
 
@@ -216,6 +226,7 @@ class DevicePlan:
     context_bytes: int  # the driver's own
     workspace_bytes: int  # inputs, intermediates and rows of one prefill chunk
     pools: tuple[PoolPlan, ...]
+    exclusive: bool = True  # what is here leaves RAM first
 
     @property
     def expert_bytes(self) -> int:
@@ -247,6 +258,7 @@ class PoolPlan:
     num_experts: int  # over all the layers
     num_slots: int
     num_staging: int
+    staging_per_top_k: float = STAGING_PER_TOP_K  # what num_staging was asked to be
 
     @property
     def num_bytes(self) -> int:

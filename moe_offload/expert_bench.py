@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +113,29 @@ def reads_in_background(bench: ExpertBench, wanted: bool) -> Iterator[Callable[[
     finally:
         for ticket in tickets:
             bench.store.wait(ticket)
+
+
+@contextmanager
+def work_in_background(work: Callable[[], object] | None) -> Iterator[None]:
+    """Let another thread repeat ``work``, which has begun when this yields; None: nothing is repeated."""
+    if work is None:
+        yield
+        return
+    ended, begun = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        while not ended.is_set():
+            begun.set()
+            work()
+
+    worker = threading.Thread(target=repeat, daemon=True)
+    worker.start()
+    try:
+        begun.wait()
+        yield
+    finally:
+        ended.set()
+        worker.join()
 
 
 def timed(function: Callable[[], object], after: Callable[[], None] | None = None) -> Callable[[], float]:

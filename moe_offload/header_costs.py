@@ -28,7 +28,7 @@ from moe_offload.planning.cost_model import (
     workspace_bytes,
 )
 from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
-from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes
+from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes, with_staging
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.dense_tensor import TensorInfo
@@ -110,7 +110,8 @@ def place(
     cap = resolve_expert_cap(config.experts, sum(layout.num_experts for layout in layouts.values()))
     fixed = fixed_costs(checkpoint, context_tokens, kv=config.kv, process=process)
     try:
-        return divide(checkpoint.spec, layouts, fixed, ram_bytes=ram_bytes, expert_cap=cap)
+        plan = divide(checkpoint.spec, layouts, fixed, ram_bytes=ram_bytes, expert_cap=cap)
+        return replace(plan, pools=with_staging(plan.pools, config.ram_staging, checkpoint.spec.top_k))
     except BudgetError as error:
         contexts = _contexts_that_fit(checkpoint, config.kv, ram_bytes, process, context_tokens)
         raise BudgetError(f"{error}{contexts}") from None

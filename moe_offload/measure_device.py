@@ -8,10 +8,8 @@ caller opens and closes it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from moe_offload import ops
 from moe_offload._native import Device
 from moe_offload.errors import ConfigError
-from moe_offload.expert_bench import ExpertBench, median_of
+from moe_offload.expert_bench import ExpertBench, median_of, work_in_background
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import Curve, ExpertTime, Figure
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType
@@ -29,6 +27,7 @@ WAIT_S = 3600.0  # per native call; it looks for Ctrl-C every 100 ms
 MOST_EXPERTS = 4  # in the device's memory at the same time
 TOKEN_COUNTS = (1, 4, 16, 64)
 PAGE_BYTES = 4096
+WHILE_BUSY = "while the CPU multiplied"
 
 
 @dataclass
@@ -87,7 +86,7 @@ class _OnDevice:
         """
         size = self.bench.slot_bytes
         spans = [[self.bench.slot(i), self.target(i), size] for i in range(len(self.keys))]
-        with _repeated(meanwhile):
+        with work_in_background(meanwhile):
             return self.device.copy_to_host(np.array(spans, np.int64))
 
     def launch(self, num_tokens: int, num_experts: int) -> int:
@@ -119,31 +118,31 @@ def measure_device(device: Device, bench: ExpertBench, budget: TimeBudget) -> De
         ConfigError: it has no room for an expert, or copies fail.
     """
     found, shapes = DeviceMeasures(), bench.shapes()
-    shares = budget.shares(6 + len(shapes))
+    shares = budget.shares(7 + 2 * len(shapes))
     parts = [_OnDevice(device, bench, layout) for layout in shapes.values()]
     first = parts[0]
     found.figures["link"] = _link(first, shares)
     for part, (name, hidden_size, intermediate_size) in zip(parts, shapes, strict=True):
         part.copy_all()
-        curve = _expert_curve(part, next(shares))
-        found.expert_times.append(ExpertTime(device.name, name, hidden_size, intermediate_size, curve))
+        for busy in (False, True):
+            curve = _expert_curve(part, next(shares), busy)
+            time = ExpertTime(device.name, name, hidden_size, intermediate_size, curve, busy)
+            found.expert_times.append(time)
     single_s = found.expert_times[0].curve.points[0][1]
     found.figures["gpu"] = {
         "vram": Figure(device.num_bytes, "measured", "for slots"),
         "read_bandwidth": Figure(
             parts[0].layout.expert_bytes / single_s, "measured", "of one token's expert, by its kernel"
         ),
-        **_latencies(parts[0], next(shares)),
+        **_latencies(parts[0], next(shares), busy=False),
+        **_latencies(parts[0], next(shares), busy=True),
     }
     return found
 
 
 def _link(part: _OnDevice, shares: Iterator[TimeBudget]) -> dict[str, Figure]:
     num_bytes = len(part.keys) * part.bench.slot_bytes
-    x, weights = torch.randn(1, 1024), torch.zeros(1 << 22, dtype=torch.uint8)
-
-    def multiply() -> object:
-        return ops.linear(x, weights, GgmlType.F32, 1024, 1024)
+    multiply = _multiplication()
 
     def link_s(meanwhile: Callable[[], object] | None) -> float:
         before = part.device.counters()["busy_seconds"]
@@ -158,7 +157,7 @@ def _link(part: _OnDevice, shares: Iterator[TimeBudget]) -> dict[str, Figure]:
     busy_s = median_of(lambda: link_s(multiply), next(shares))  # not the clock's: a product outlasts a copy
     back_s = median_of(part.bring_back, next(shares))
     back_busy_s = median_of(lambda: part.bring_back(multiply), next(shares))
-    what, busy = f"{len(part.keys)} experts", "while the CPU multiplied"
+    what, busy = f"{len(part.keys)} experts", WHILE_BUSY
     return {
         "to_device_bandwidth": Figure(num_bytes / alone_s, "measured", what),
         "to_device_bandwidth_busy": Figure(num_bytes / busy_s, "measured", busy),
@@ -168,30 +167,13 @@ def _link(part: _OnDevice, shares: Iterator[TimeBudget]) -> dict[str, Figure]:
     }
 
 
-@contextmanager
-def _repeated(work: Callable[[], object] | None) -> Iterator[None]:
-    """Let another thread repeat ``work``, of which at least one call has begun."""
-    if work is None:
-        yield
-        return
-    ended, begun = threading.Event(), threading.Event()
-
-    def repeat() -> None:
-        while not ended.is_set():
-            begun.set()
-            work()
-
-    worker = threading.Thread(target=repeat, daemon=True)
-    worker.start()
-    try:
-        begun.wait()
-        yield
-    finally:
-        ended.set()
-        worker.join()
+def _multiplication() -> Callable[[], object]:
+    """Return what keeps the CPU busy: products of a matrix of 4 MiB."""
+    x, weights = torch.randn(1, 1024), torch.zeros(1 << 22, dtype=torch.uint8)
+    return lambda: ops.linear(x, weights, GgmlType.F32, 1024, 1024)
 
 
-def _expert_curve(part: _OnDevice, budget: TimeBudget) -> Curve:
+def _expert_curve(part: _OnDevice, budget: TimeBudget, busy: bool) -> Curve:
     points = []
     for count, share in zip(TOKEN_COUNTS, budget.shares(len(TOKEN_COUNTS)), strict=True):
 
@@ -203,11 +185,13 @@ def _expert_curve(part: _OnDevice, budget: TimeBudget) -> Curve:
             seconds = part.device.counters()["compute_seconds"] - before
             return max(1e-8, seconds) / len(part.keys)
 
-        points.append((float(count), median_of(run, share)))
-    return Curve(tuple(points), "measured", f"{len(part.keys)} experts in a launch")
+        with work_in_background(_multiplication() if busy else None):
+            points.append((float(count), median_of(run, share)))
+    note = f"{len(part.keys)} experts in a launch" + (f", {WHILE_BUSY}" if busy else "")
+    return Curve(tuple(points), "measured", note)
 
 
-def _latencies(part: _OnDevice, share: TimeBudget) -> dict[str, Figure]:
+def _latencies(part: _OnDevice, share: TimeBudget, *, busy: bool) -> dict[str, Figure]:
     """Return what beginning a launch takes, and what waiting for it takes beside its computing."""
     begins: list[float] = []
 
@@ -222,8 +206,11 @@ def _latencies(part: _OnDevice, share: TimeBudget) -> dict[str, Figure]:
         computed_s = part.device.counters()["compute_seconds"] - before
         return max(1e-7, ended - begun - computed_s)
 
-    sync_s = median_of(wait, share)
+    with work_in_background(_multiplication() if busy else None):
+        sync_s = median_of(wait, share)
+    suffix, note = ("_busy", f", {WHILE_BUSY}") if busy else ("", "")
+    launch_s = float(np.median(begins))
     return {
-        "launch_latency": Figure(float(np.median(begins)), "measured", "one expert, called from Python"),
-        "sync_latency": Figure(sync_s, "measured", "beside computing"),
+        f"launch_latency{suffix}": Figure(launch_s, "measured", f"one expert, called from Python{note}"),
+        f"sync_latency{suffix}": Figure(sync_s, "measured", f"beside computing{note}"),
     }

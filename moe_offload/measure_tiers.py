@@ -7,7 +7,8 @@ budget: a slow disk makes it coarser, never longer.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from moe_offload.expert_bench import (
     median_of,
     reads_in_background,
     timed,
+    work_in_background,
 )
 from moe_offload.measure import COLS, main_format
 from moe_offload.planning.time_budget import TimeBudget
@@ -43,19 +45,49 @@ TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 BUSY_TOKEN_COUNTS = (1, 8, 64)
 LEAST_LATENCY_S = 1e-7  # what a stop-watch can tell
 SLEEP_S = 0.01  # after which the pool's workers sleep
+WHILE_READING, WHILE_BUSY = "while experts were read from the disk", "while the CPU multiplied"
 
 
-def ram_by_threads(weights: torch.Tensor, budget: TimeBudget) -> Curve:
-    """Return bytes per second that 1 ... all threads read together; the pool is as before afterwards."""
+def ram_by_threads(weights: torch.Tensor, budget: TimeBudget, busy: ExpertBench | None = None) -> Curve:
+    """Return bytes per second that 1 ... all threads read together; the pool is as before afterwards.
+
+    Args:
+        busy: whose experts are read from the disk meanwhile.
+    """
     before, points = ops.num_threads(), []
     counts = sorted(thread_counts(ops.usable_cores()))
     try:
         for count, share in zip(counts, budget.shares(len(counts)), strict=True):
             ops.set_num_threads(count)
-            points.append((float(count), median_of(lambda: ops.read_bandwidth(weights), share)))
+            with _reads_beside(busy) as keep_reading:
+
+                def read(keep_reading: Callable[[], None] = keep_reading) -> float:
+                    keep_reading()
+                    return ops.read_bandwidth(weights)
+
+                points.append((float(count), median_of(read, share)))
     finally:
         ops.set_num_threads(before)
-    return Curve(tuple(points), "measured", f"reading {weights.numel() // MIB} MiB")
+    note = f"reading {weights.numel() // MIB} MiB" + (f", {WHILE_READING}" if busy else "")
+    return Curve(tuple(points), "measured", note)
+
+
+@contextmanager
+def _reads_beside(bench: ExpertBench | None) -> Iterator[Callable[[], None]]:
+    """Yield what keeps experts of ``bench`` being read; nothing does without one."""
+    if bench is None:
+        yield lambda: None
+        return
+    with reads_in_background(bench, True) as keep_reading:
+        yield keep_reading
+
+
+def products(checkpoint: Checkpoint, weights: torch.Tensor) -> Callable[[], object]:
+    """Return what keeps the CPU busy: one token's product with 16 MiB of the model's main format."""
+    ggml_type = main_format(checkpoint)
+    rows = min(weights.numel(), 16 * MIB) // row_bytes(ggml_type, COLS)
+    packed, x = weights[: rows * row_bytes(ggml_type, COLS)], torch.randn(1, COLS)
+    return lambda: ops.linear(x, packed, ggml_type, rows, COLS)
 
 
 def kernel_by_threads(checkpoint: Checkpoint, weights: torch.Tensor, budget: TimeBudget) -> dict[int, float]:
@@ -75,13 +107,21 @@ def kernel_by_threads(checkpoint: Checkpoint, weights: torch.Tensor, budget: Tim
     return result
 
 
-def disk_by_depth(bench: ExpertBench, budget: TimeBudget) -> Curve:
-    """Return bytes per second of whole experts, by how many are read at the same time."""
-    points = [
-        (float(depth), _expert_reads(bench, depth, share))
-        for depth, share in zip(DEPTHS, budget.shares(len(DEPTHS)), strict=True)
-    ]
-    return Curve(tuple(points), "measured", f"experts of {_expert_bytes(bench)} bytes, in random order")
+def disk_by_depth(
+    bench: ExpertBench, budget: TimeBudget, beside: Callable[[], object] | None = None
+) -> Curve:
+    """Return bytes per second of whole experts, by how many are read at the same time.
+
+    Args:
+        beside: what the CPU repeats meanwhile.
+    """
+    with work_in_background(beside):
+        points = [
+            (float(depth), _expert_reads(bench, depth, share))
+            for depth, share in zip(DEPTHS, budget.shares(len(DEPTHS)), strict=True)
+        ]
+    note = f"experts of {_expert_bytes(bench)} bytes, in random order" + (f", {WHILE_BUSY}" if beside else "")
+    return Curve(tuple(points), "measured", note)
 
 
 def _expert_bytes(bench: ExpertBench) -> int:
@@ -104,8 +144,19 @@ def _expert_reads(bench: ExpertBench, depth: int, budget: TimeBudget) -> float:
     return num_bytes / (bench.clock() - started)
 
 
-def disk_by_size(bench: ExpertBench, budget: TimeBudget) -> Curve:
-    """Return bytes per second of reads at random places of the model's file, by their size."""
+def disk_by_size(bench: ExpertBench, budget: TimeBudget, beside: Callable[[], object] | None = None) -> Curve:
+    """Return bytes per second of reads at random places of the model's file, by their size.
+
+    Args:
+        beside: what the CPU repeats meanwhile.
+    """
+    with work_in_background(beside):
+        points = _reads_by_size(bench, budget)
+    note = f"{READ_DEPTH} reads in flight" + (f", {WHILE_BUSY}" if beside else "")
+    return Curve(tuple(points), "measured", note)
+
+
+def _reads_by_size(bench: ExpertBench, budget: TimeBudget) -> list[tuple[float, float]]:
     reader, file_bytes = bench.store.reader, bench.store.reader.file_bytes(0)
     most = bench.arena.num_bytes // READ_DEPTH
     sizes = [size for size in READ_SIZES if size <= min(most, file_bytes)] or [DIRECT_IO_ALIGNMENT_BYTES]
@@ -124,7 +175,7 @@ def disk_by_size(bench: ExpertBench, budget: TimeBudget) -> Curve:
         for ticket in tickets:
             _finish(reader, ticket)
         points.append((float(size), num_reads * size / (bench.clock() - started)))
-    return Curve(tuple(points), "measured", f"{READ_DEPTH} reads in flight")
+    return points
 
 
 def _finish(reader: DirectReader, ticket: int) -> None:
@@ -217,21 +268,31 @@ def together(bench: ExpertBench, weights: torch.Tensor, budget: TimeBudget) -> t
     return turns * part_bytes / elapsed_s, max(1.0, (read_after - read_before) / elapsed_s)
 
 
-def pool_latencies(budget: TimeBudget) -> dict[str, Figure]:
-    """Return what the smallest op costs, and what it costs more when the pool's workers sleep."""
+def pool_latencies(budget: TimeBudget, busy: ExpertBench | None = None) -> dict[str, Figure]:
+    """Return what the smallest op costs, and what it costs more when the pool's workers sleep.
+
+    Args:
+        busy: whose experts are read from the disk meanwhile; the figures' names end in "_busy" then.
+    """
     weights, x = torch.zeros(64 * 64, dtype=torch.float32).view(torch.uint8), torch.randn(1, 64)
 
     def launch() -> object:
         return ops.linear(x, weights, GgmlType.F32, 64, 64)
 
-    def launch_asleep() -> float:
-        time.sleep(SLEEP_S)
-        return timed(launch)()
-
     shares = budget.shares(2)
-    launch_s = median_of(timed(launch), next(shares))
-    wake_s = max(0.0, median_of(launch_asleep, next(shares)) - launch_s)
+    with _reads_beside(busy) as keep_reading:
+
+        def launch_asleep() -> float:
+            keep_reading()
+            time.sleep(SLEEP_S)
+            return timed(launch)()
+
+        launch_s = median_of(timed(launch, keep_reading), next(shares))
+        wake_s = max(0.0, median_of(launch_asleep, next(shares)) - launch_s)
+    suffix, note = ("_busy", f", {WHILE_READING}") if busy else ("", "")
     return {
-        "launch_latency": Figure(launch_s, "measured", "a product of 64 x 64, called from Python"),
-        "sync_latency": Figure(max(LEAST_LATENCY_S, wake_s), "measured", "more, when the workers sleep"),
+        f"launch_latency{suffix}": Figure(launch_s, "measured", f"a 64 x 64 product, from Python{note}"),
+        f"sync_latency{suffix}": Figure(
+            max(LEAST_LATENCY_S, wake_s), "measured", f"more, when the workers sleep{note}"
+        ),
     }

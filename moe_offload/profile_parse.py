@@ -14,10 +14,12 @@ from moe_offload.profile_schema import (
     EXPERT_TIME,
     EXPERT_TIME_KEYS,
     FIGURES,
+    LISTED,
+    NOTE_BOUNDS,
     NOTES,
+    POSITIVE,
     REQUIRED,
     REQUIRED_SECTIONS,
-    RUN_KEYS,
     SCHEMA_VERSION,
     SOURCES,
     Bounds,
@@ -151,9 +153,10 @@ def _expert_times(where: str, entries: Any) -> list[ExpertTime]:
 def _note(where: str, section: str, table: Any) -> dict[str, Any]:
     _typed(where, section, table, dict)
     _check_notes(where, section, table, NOTES[section])
-    for number, run in enumerate(table.get("run", [])):
-        _typed(where, f"{section}.run[{number}]", run, dict)
-        _check_notes(where, f"{section}.run[{number}]", run, RUN_KEYS)
+    for name in LISTED.keys() & table.keys():
+        for number, entry in enumerate(table[name]):
+            _typed(where, f"{section}.{name}[{number}]", entry, dict)
+            _check_notes(where, f"{section}.{name}[{number}]", entry, LISTED[name])
     return dict(table)
 
 
@@ -165,6 +168,13 @@ def _check_notes(where: str, prefix: str, table: Mapping[str, Any], kinds: Mappi
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             names = " or ".join(each.__name__ for each in wanted)
             raise ConfigError(f"{where}: {prefix}.{key} must be a {names}, got {value!r}")
+        least, most = NOTE_BOUNDS.get(key, POSITIVE)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
+            bounds = "be positive" if key not in NOTE_BOUNDS else f"lie between {least:g} and {most:g}"
+            raise ConfigError(f"{where}: {prefix}.{key} = {value!r} cannot be: it must {bounds}")
+    gain = table.get("speedup", table.get("against_defaults", 0.0))
+    if not table.get("low", 0.0) <= gain <= table.get("high", math.inf):
+        raise ConfigError(f"{where}: {prefix}: a gain outside of its own interval cannot be")
 
 
 def _measured(where: str, table: Any) -> dict[str, str]:

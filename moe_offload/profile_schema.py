@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_offload.config import MAX_STAGING
 from moe_offload.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -35,7 +36,9 @@ FIGURES: dict[str, dict[str, Bounds]] = {
         "usable_cores": (COUNT, 1, 4096),
         "int8_throughput": (OPS_PER_S, 1e8, 1e16),
         "launch_latency": LATENCY,
+        "launch_latency_busy": LATENCY,
         "sync_latency": LATENCY,
+        "sync_latency_busy": LATENCY,
         "package_power": (WATTS, 0.5, 5000),
     },
     "ram": {
@@ -56,7 +59,9 @@ FIGURES: dict[str, dict[str, Bounds]] = {
         "read_bandwidth": (BYTES_PER_S, 1e7, 1e14),
         "int8_throughput": (OPS_PER_S, 1e9, 1e18),
         "launch_latency": (SECONDS, 1e-7, 1e-1),
+        "launch_latency_busy": (SECONDS, 1e-7, 1e-1),
         "sync_latency": (SECONDS, 1e-7, 1e-1),
+        "sync_latency_busy": (SECONDS, 1e-7, 1e-1),
         "power": (WATTS, 0.5, 5000),
     },
     "link": {
@@ -84,10 +89,15 @@ class CurveKind:
 
 # section -> curve -> what it may hold
 CURVES: dict[str, dict[str, CurveKind]] = {
-    "ram": {"read_bandwidth_by_threads": CurveKind("threads", RAM_SPEED)},
+    "ram": {
+        "read_bandwidth_by_threads": CurveKind("threads", RAM_SPEED),
+        "read_bandwidth_by_threads_busy": CurveKind("threads", RAM_SPEED),
+    },
     "disk": {
         "read_bandwidth_by_size": CurveKind("bytes of a read", DISK_SPEED),
+        "read_bandwidth_by_size_busy": CurveKind("bytes of a read", DISK_SPEED),
         "read_bandwidth_by_depth": CurveKind("reads in flight", DISK_SPEED),
+        "read_bandwidth_by_depth_busy": CurveKind("reads in flight", DISK_SPEED),
     },
 }
 EXPERT_TIME = CurveKind("tokens", (SECONDS, 1e-8, 1e4))
@@ -116,7 +126,10 @@ NOTES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "prefetch_depth": int,
         "scheduler": str,
         "ram_slots": int,
+        "ram_staging": (int, float),  # slots for reads in flight, times top_k
         "vram_slots": int,
+        "vram_staging": (int, float),
+        "exclusive": bool,
     },
     "state": {
         "power": str,
@@ -131,22 +144,57 @@ NOTES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "speedup": (int, float),
         "speedup_low": (int, float),
         "speedup_high": (int, float),
-        "rounds": int,
-        "tokens": int,
+        "pairs": int,  # of runs, of the stage that decided
+        "tokens": int,  # of a run
         "seconds": (int, float),
         "ram_bytes": int,
+        "duel": list,
         "run": list,
     },
 }
-RUN_KEYS: dict[str, type | tuple[type, ...]] = {
-    "settings": str,
-    "stage": str,
-    "modelled_tokens_per_s": (int, float),
-    "tokens_per_s": (int, float),
-    "against_defaults": (int, float),
-    "low": (int, float),
-    "high": (int, float),
+# Of the tables in those lists. A duel: what won, against what, by how much, in how many pairs of runs.
+LISTED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "duel": {
+        "stage": str,
+        "winner": str,
+        "against": str,
+        "speedup": (int, float),
+        "low": (int, float),
+        "high": (int, float),
+        "pairs": int,
+    },
+    "run": {
+        "settings": str,
+        "stage": str,
+        "modelled_tokens_per_s": (int, float),
+        "tokens_per_s": (int, float),
+        "against_defaults": (int, float),
+        "low": (int, float),
+        "high": (int, float),
+        "pairs": int,
+    },
 }
+# Least and most of what these sections may say in numbers; all others are positive.
+NOTE_BOUNDS: dict[str, tuple[float, float]] = {
+    "num_threads": (1, 1024),
+    "prefetch_depth": (1, 64),
+    "ram_slots": (0, 2**40),
+    "vram_slots": (0, 2**40),
+    "ram_staging": (1, MAX_STAGING),
+    "vram_staging": (1, MAX_STAGING),
+    "battery_percent": (0, 100),
+    "hottest_celsius": (-60, 250),
+    "throttle_events": (0, 2**62),
+    "pairs": (0, 10**9),
+    "tokens": (0, 10**9),
+    "seconds": (0, 10**9),
+    "low": (0, 10**9),
+    "speedup_low": (0, 10**9),
+    "ram_bytes": (0, 2**62),
+    "tokens_per_s": (0, 10**9),
+    "modelled_tokens_per_s": (0, 10**12),
+}
+POSITIVE = (5e-324, 1.7e308)
 
 Points = tuple[tuple[float, float], ...]  # (x, y), x ascending
 

@@ -15,6 +15,7 @@ from moe_offload.profile_schema import (
     BYTES_PER_S,
     CURVES,
     FIGURES,
+    LISTED,
     OPS_PER_S,
     SCHEMA_VERSION,
     SECONDS,
@@ -80,10 +81,13 @@ def _lines(profile: DeviceProfile) -> Iterator[str]:
             yield "busy = true"
         yield from (f"{name} = {text}" for name, text in _curve(SECONDS, time.curve).items())
     for section, notes in profile.notes.items():
-        runs = notes.get("run", [])
-        yield from _table(section, {name: _value(value) for name, value in notes.items() if name != "run"})
-        for run in runs:
-            yield from _table(f"[{section}.run]", {name: _value(value) for name, value in run.items()})
+        single = {name: value for name, value in notes.items() if name not in LISTED}
+        yield from _table(section, {name: _value(value) for name, value in single.items()})
+        for kind in LISTED:
+            for entry in notes.get(kind, []):
+                yield from _table(
+                    f"[{section}.{kind}]", {name: _value(value) for name, value in entry.items()}
+                )
 
 
 def _table(name: str, entries: Mapping[str, str]) -> Iterator[str]:

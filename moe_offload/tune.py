@@ -45,7 +45,7 @@ from moe_offload.tune_facts import DEFAULT_POLICY, DEFAULT_PREDICTOR, Say, devic
 from moe_offload.tune_tiers import Tiers
 
 TIGHT = "25%"  # where every expert fits, what is kept and read ahead is judged with a quarter of them
-MOST_CANDIDATES = 6
+MOST_CANDIDATES = 8
 SCREEN_SHARE, WRITE_SHARE, RECORD_SHARE = 0.45, 0.12, 0.12  # of a stage's time
 FIRST_SHARE = 0.4  # of the time, for threads alone where every expert fits
 DEFAULT_SCHEDULER = "hybrid"
@@ -58,15 +58,17 @@ class Stage:
     Attributes:
         name: which experts fit, in words.
         choice: what is to be used.
-        gain: of the duel; None: nothing was worth one.
+        rival: what came closest to the defaults, or beat them; None: nothing else ran.
+        gain: of the rival against the defaults, and ``pairs``: in how many rounds of both.
     """
 
     name: str
     defaults: Choice
     choice: Choice
+    rival: Choice | None = None
     gain: Gain | None = None
     verdict: str = ""
-    rounds: int = 0
+    pairs: int = 0
     tokens: int = 0
     layer_overhead_s: float = 0.0
     ram_bytes: int = 0
@@ -166,7 +168,8 @@ class Tuner:
         if not plan.cache:
             same = [replace(defaults, num_threads=count) for count in counts]
             ranking = [replace(choice, scheduler=name) for choice in same for name in schedulers]
-            ranking.sort(key=lambda choice: token_s(choice, facts))
+            same = [replace(defaults, vram_staging=to.vram_staging) for _, to in facts.divided]
+            ranking = sorted(dict.fromkeys([*ranking, *same]), key=lambda choice: token_s(choice, facts))
         candidates = to_verify(defaults, ranking, MOST_CANDIDATES)
         if before is not None and before != defaults:
             candidates = list(dict.fromkeys([defaults, before, *candidates]))
@@ -207,6 +210,7 @@ class Tuner:
             share, first_s = budget.share(SCREEN_SHARE), run_s * len(tried)
             times = take_turns(decode, tried, plan.screen_rounds, share, self.clock, first_s)
             self._note(stage, "screen", times, facts, run)
+            _best_of(stage, times)
             rival = worth_a_duel(times, defaults)
         if rival is None:
             stage.verdict = f"the defaults: none of {plan.candidates - 1} others was faster"
@@ -214,11 +218,12 @@ class Tuner:
         self.say(f"a duel of the defaults and {rival.describe()}", 0.5)
         duel = take_turns(decode, [defaults, rival], DUEL_ROUNDS, budget, self.clock, 2 * run_s)
         self._note(stage, "duel", duel, facts, run)
-        stage.rounds = len(duel[defaults])
-        if stage.rounds < LEAST_DUEL_ROUNDS:
+        if duel[defaults]:
+            _best_of(stage, duel)
+        if len(duel[defaults]) < LEAST_DUEL_ROUNDS:
             stage.verdict = f"the defaults: no time for {LEAST_DUEL_ROUNDS} rounds against {rival.describe()}"
             return
-        stage.gain = paired_gain(duel[defaults], duel[rival])
+        assert stage.gain is not None, "there were rounds"
         if stage.gain.is_clear:
             stage.choice = rival
             stage.verdict = f"{rival.describe()}: faster than the defaults beyond noise"
@@ -249,7 +254,7 @@ class Tuner:
                 entry["against_defaults"] = gain.speedup
                 if len(seconds) > 1:
                     entry |= {"low": gain.low, "high": gain.high}
-
+            entry["pairs"] = len(seconds)
             stage.runs.append(entry)
 
     def _layer_overhead(
@@ -259,6 +264,16 @@ class Tuner:
         bytes_s = facts.token.total_bytes / facts.ram_bytes_per_s[self.defaults.num_threads]
         step_s = statistics.median(seconds) / run.counted_tokens(num_tokens)
         return max(0.0, step_s - run.stall_s - bytes_s) / max(1, facts.num_layers)
+
+
+def _best_of(stage: Stage, times: Rounds) -> None:
+    """Keep who came closest to the defaults in these turns, or beat them."""
+    base = times[stage.defaults]
+    gains = {choice: paired_gain(base, seconds) for choice, seconds in times.items() if seconds}
+    gains.pop(stage.defaults, None)
+    if gains:
+        stage.rival = max(gains, key=lambda choice: gains[choice].speedup)
+        stage.gain, stage.pairs = gains[stage.rival], len(base)
 
 
 @dataclass(frozen=True)
@@ -278,5 +293,7 @@ def combined(stages: list[Stage]) -> tuple[Choice, Stage]:
         choice = stages[-1].choice
     elif len(stages) > 1 and choice in stages[-1].slower:
         choice = stages[-1].defaults
-    best = max(stages, key=lambda stage: stage.gain.speedup if stage.gain and stage.gain.is_clear else 0.0)
+    best = max(
+        stages, key=lambda stage: stage.gain.speedup if stage.gain and stage.choice != stage.defaults else 0.0
+    )
     return choice, best

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from moe_offload.config import PoolPlan
 from moe_offload.header_costs import bytes_per_token
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.tuning import TuningFacts
+from moe_offload.planning.placement import with_staging
+from moe_offload.planning.tuning import DividedHits, Division, TuningFacts
 from moe_offload.planning.tuning_device import DeviceFacts
 from moe_offload.replay import replay
 from moe_offload.runtime.tuning_run import HISTORIES, Text, TuningRun
@@ -18,6 +20,7 @@ from moe_offload.tune_tiers import Tiers
 
 POLICIES = ("horizon", "ewma", "lru", "lfu", "class_lru", "least_stale")
 DEFAULT_POLICY, DEFAULT_PREDICTOR = "horizon", "auto"
+STAGING = (1.0, 1.5, 3.0, 4.0)  # beside the default, times top_k
 
 Say = Callable[[str, float], None]  # what is being done, and the share that is done
 
@@ -34,9 +37,15 @@ def tuning_facts(
     hit_rate, predictors = {DEFAULT_POLICY: 1.0}, {}
     if has_cache:
         say("replaying eviction policies", 0.0)
-        hit_rate = _hit_rates(checkpoint, trace, plan.pools, POLICIES)
+        hit_rate = _hit_rates(checkpoint, trace, _both(plan.pools, device_pools(run)), POLICIES)
         say("asking predictors", 0.0)
         predictors = run.predictability((DEFAULT_PREDICTOR, *HISTORIES), text, trace)
+    device = _device_facts(run, tiers, trace, list(hit_rate))
+    divided: dict[tuple[str, Division], DividedHits] = {}
+    if has_cache or device is not None:
+        best = max(hit_rate, key=lambda name: hit_rate[name])
+        say("replaying divisions of the slots", 0.0)
+        divided = _divided(run, trace, dict.fromkeys((DEFAULT_POLICY, best)), has_cache)
     return TuningFacts(
         token=bytes_per_token(checkpoint, 0),
         num_layers=checkpoint.spec.num_hidden_layers,
@@ -44,7 +53,40 @@ def tuning_facts(
         disk_bytes_per_s=tiers.disk_busy or tiers.disk,
         hit_rate=hit_rate,
         predictors=predictors,
-        device=_device_facts(run, tiers, trace, list(hit_rate)),
+        device=device,
+        divided=divided,
+    )
+
+
+def _divided(
+    run: TuningRun, trace: RoutingTrace, policies: Iterable[str], has_cache: bool
+) -> dict[tuple[str, Division], DividedHits]:
+    """Return what policies find where one division of the slots differs from the default."""
+    pools, above, checkpoint = run.model.offload.plan.pools, device_pools(run), run.checkpoint
+    usual, top_k = Division(), checkpoint.spec.top_k
+    others = [replace(usual, ram_staging=staging) for staging in STAGING] if has_cache else []
+    if above:
+        others += [replace(usual, vram_staging=staging) for staging in STAGING]
+        others += [replace(usual, exclusive=False)] if has_cache else []
+    found = {}
+    for policy in policies:
+        for division in others:
+            in_ram = with_staging(pools, division.ram_staging, top_k)
+            on_device = with_staging(above, division.vram_staging, top_k)
+            if division.exclusive:
+                in_ram = _both(in_ram, on_device)
+            rates = [_hit_rates(checkpoint, trace, tier, [policy])[policy] for tier in (in_ram, on_device)]
+            found[policy, division] = DividedHits(*rates)
+    return found
+
+
+def _both(pools: Sequence[PoolPlan], above: Sequence[PoolPlan]) -> tuple[PoolPlan, ...]:
+    """Return RAM's pools with the device's residents on top: what is in one of them need not be read."""
+    if not above:
+        return tuple(pools)
+    return tuple(
+        replace(pool, num_slots=min(pool.num_experts, pool.num_slots + other.num_slots - other.num_staging))
+        for pool, other in zip(pools, above, strict=True)
     )
 
 
@@ -71,5 +113,7 @@ def _device_facts(
 def _hit_rates(
     checkpoint: Checkpoint, trace: RoutingTrace, pools: Sequence[PoolPlan], policies: Sequence[str]
 ) -> dict[str, float]:
+    if not pools:
+        return dict.fromkeys(policies, 0.0)
     sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
     return {name: replay(trace, pools, partial(make_policy, name), sizes).hit_rate for name in policies}

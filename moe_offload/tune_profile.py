@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ def assemble(
     evidence: dict[str, Any] = {
         "verdict": "; ".join(f"{stage.name}: {stage.verdict}" for stage in stages),
         "seconds": round(seconds, 1),
-        "rounds": best.rounds,
+        "pairs": best.pairs,
         "tokens": best.tokens,
         "ram_bytes": stages[0].ram_bytes,
+        "duel": [_duel(stage) for stage in stages if stage.rival is not None],
         "run": [run for stage in stages for run in stage.runs],
     }
-    if best.gain is not None and best.gain.is_clear:
+    if best.gain is not None and best.choice != best.defaults:
         evidence |= {"speedup": best.gain.speedup}
         evidence |= {"speedup_low": best.gain.low, "speedup_high": best.gain.high}
     return DeviceProfile(
@@ -64,6 +66,19 @@ def assemble(
             "evidence": evidence,
         },
     )
+
+
+def _duel(stage: Stage) -> dict[str, Any]:
+    """Return what won under one budget, against what, by how much and in how many pairs of runs."""
+    assert stage.rival is not None and stage.gain is not None
+    sides, gain = ["the defaults", stage.rival.describe()], stage.gain
+    speedup, low, high = gain.speedup, gain.low, gain.high
+    if stage.choice == stage.defaults:
+        speedup, low, high = 1 / speedup, 1 / high, 1 / low if low else math.inf
+    else:
+        sides.reverse()
+    entry = {"stage": stage.name, "winner": sides[0], "against": sides[1], "speedup": speedup}
+    return entry | ({"low": low, "high": high} if math.isfinite(high) else {}) | {"pairs": stage.pairs}
 
 
 def keep_the_possible(tiers: Tiers) -> None:
@@ -103,11 +118,13 @@ def as_settings(choice: Choice, slots: int, device_slots: int = 0) -> dict[str, 
         "policy": choice.policy,
         "prefetch": choice.prefetch,
         "ram_slots": slots,
+        "ram_staging": choice.ram_staging,
     }
     if choice.prefetch:
         settings |= {"predictor": choice.predictor, "prefetch_depth": choice.prefetch_depth}
     if choice.scheduler is not None:
         settings |= {"scheduler": choice.scheduler, "vram_slots": device_slots}
+        settings |= {"vram_staging": choice.vram_staging, "exclusive": choice.exclusive}
     return settings
 
 

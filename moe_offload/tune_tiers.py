@@ -75,6 +75,7 @@ def measure_all(
             ("kernels", lambda share: _kernels(tiers, bench, weights, share)),
             ("disk", lambda share: _disk(tiers, bench, share)),
             ("experts by tokens", lambda share: _experts(tiers, bench, share)),
+            ("each while the others work", lambda share: _busy(tiers, bench, weights, share)),
             ("everything at once", lambda share: _together(tiers, bench, weights, share)),
         ]
         if device is not None:
@@ -139,6 +140,18 @@ def _experts(tiers: Tiers, bench: ExpertBench, share: TimeBudget) -> None:
     tiers.expert_times += measure_tiers.expert_times(bench, next(shares), busy=True)
     expert_bytes = max(layout.expert_bytes for layout in bench.checkpoint.experts.layouts.values())
     tiers.figures["model"] = {"expert_size": _figure(expert_bytes, "in the file")}
+
+
+def _busy(tiers: Tiers, bench: ExpertBench, weights: torch.Tensor, share: TimeBudget) -> None:
+    """Measure again what ``_memory``, ``_kernels`` and ``_disk`` measured alone."""
+    shares, beside = share.shares(4), measure_tiers.products(bench.checkpoint, weights)
+    by_threads = measure_tiers.ram_by_threads(weights, next(shares), bench)
+    tiers.curves["ram"]["read_bandwidth_by_threads_busy"] = by_threads
+    tiers.curves["disk"] |= {
+        "read_bandwidth_by_depth_busy": measure_tiers.disk_by_depth(bench, next(shares), beside),
+        "read_bandwidth_by_size_busy": measure_tiers.disk_by_size(bench, next(shares), beside),
+    }
+    tiers.figures["cpu"] |= measure_tiers.pool_latencies(next(shares), bench)
 
 
 def _together(tiers: Tiers, bench: ExpertBench, weights: torch.Tensor, share: TimeBudget) -> None:

@@ -151,8 +151,19 @@ TUNED: dict[str, Any] = {
     "state": {"power": "mains", "hottest_celsius": 61.5},
     "evidence": {
         "verdict": 'the "defaults" stay',
-        "rounds": 3,
+        "pairs": 3,
         "speedup": 1.0,
+        "duel": [
+            {
+                "stage": "all",
+                "winner": "the defaults",
+                "against": "lru",
+                "speedup": 1.2,
+                "low": 1.1,
+                "high": 1.3,
+                "pairs": 12,
+            }
+        ],
         "run": [{"settings": "defaults", "stage": "duel", "tokens_per_s": 12.5}],
     },
 }
@@ -210,6 +221,13 @@ TUNED_ERRORS = [
     (("settings", "threads"), 2, r"unknown key settings\.threads"),
     (("settings", "num_threads"), True, r"settings\.num_threads must be a int, got True"),
     (("evidence", "run"), [{"speed": 1}], r"unknown key evidence\.run\[0\]\.speed"),
+    (("evidence", "duel"), [{"winners": "x"}], r"unknown key evidence\.duel\[0\]\.winners"),
+    (("evidence", "duel"), [{"speedup": 2, "low": 3, "high": 4}], "outside of its own interval"),
+    (("evidence", "speedup"), -1.5, r"evidence\.speedup = -1\.5 cannot be: it must be positive"),
+    (("settings", "num_threads"), 0, r"settings\.num_threads = 0 cannot be: it must lie between 1 and 1024"),
+    (("settings", "ram_staging"), 0.5, r"settings\.ram_staging = 0\.5 cannot be"),
+    (("state", "battery_percent"), 120, r"state\.battery_percent = 120 cannot be"),
+    (("cpu", "launch_latency_busy"), {"value": 3, "unit": "s", "source": "measured"}, "cannot be"),
     (("model",), {}, r"\[model\] lacks expert_size"),
 ]
 

@@ -442,6 +442,20 @@ def test_a_timeline_shows_cpu_device_and_link_at_work_at_once(long_prompt, tmp_p
     assert len(returns) >= len(layers) and {a["layer"] for _, _, a in returns} == layers
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_slots_may_be_divided_otherwise_without_another_token(exclusive, prompt_ids, expected) -> None:
+    with loaded(experts="25%") as model:
+        cache, tier = model.offload.cache, model.offload.hybrid.tier
+        for ram_staging, vram_staging in ((1.0, 4.0), (4.0, 1.0)):
+            cache.use_division(ram_staging, exclusive)
+            tier.cache.use_division(vram_staging)
+            assert_same(generate(model, prompt_ids), expected[True])
+            cache.check()
+            tier.cache.check()
+        twice = set(cache.residents()) & set(tier.cache.residents())
+        assert twice or exclusive
+
+
 def test_a_timeline_needs_a_device(tmp_path) -> None:
     with (
         loaded(None) as model,

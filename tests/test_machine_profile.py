@@ -60,7 +60,7 @@ def test_what_was_tuned_with_a_device_needs_one_and_yields_to_what_is_given() ->
 
 def tuned(settings: dict[str, Any] = TUNED) -> DeviceProfile:
     quick = profile_store.quick_profile(SPEED, num_threads=2)
-    notes = {**quick.notes, "settings": settings, "evidence": {"verdict": "faster", "rounds": 3}}
+    notes = {**quick.notes, "settings": settings, "evidence": {"verdict": "faster", "pairs": 3}}
     return dataclasses.replace(quick, notes=notes)
 
 

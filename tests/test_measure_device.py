@@ -52,7 +52,9 @@ def test_link_experts_and_latencies(bench: ExpertBench) -> None:
     assert link["latency"].value >= LATENCY_S
     assert gpu["vram"].value == 4 * MIB
     assert min(gpu[name].value for name in ("read_bandwidth", "launch_latency", "sync_latency")) > 0
-    (time,) = found.expert_times
+    time, busy = found.expert_times
+    assert (time.busy, busy.busy) == (False, True)
+    assert min(gpu[f"{name}_latency_busy"].value for name in ("launch", "sync")) > 0
     assert [tokens for tokens, _ in time.curve.points] == list(TOKEN_COUNTS)
     assert time.curve.points[-1][1] > 0 and (time.format, time.hidden_size) == ("Q4_0", 256)
     assert all(set(figures) <= set(FIGURES[section]) for section, figures in found.figures.items())

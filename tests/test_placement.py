@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from simulated_disk import make_layouts
 
-from moe_offload.config import GIB, MIB, ModelSpec, PlacementPlan, parse_bytes
+from moe_offload.config import GIB, MIB, ModelSpec, PlacementPlan, PoolPlan, parse_bytes
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import activation_bytes, attention_bytes, kv_bytes
 from moe_offload.planning.placement import (
@@ -19,6 +20,7 @@ from moe_offload.planning.placement import (
     plan_placement,
     smallest_ram_bytes,
     staging_slots,
+    with_staging,
 )
 from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixFormat, RowOrder
 
@@ -145,6 +147,15 @@ def test_a_cap_counts_every_expert_in_memory_staging_included() -> None:
 )
 def test_staging_leaves_half_of_what_a_step_does_not_need(num_slots: int, staging: int) -> None:
     assert staging_slots(num_slots, num_experts=128, top_k=8) == staging
+
+
+def test_another_division_keeps_a_steps_misses_and_the_bytes() -> None:
+    pool = PoolPlan(10, (0, 1), 128, 64, staging_slots(64, 128, 8))
+    for per_top_k, staging in ((1.0, 8), (1.5, 12), (4.0, 32), (16.0, 36)):
+        (divided,) = with_staging([pool], per_top_k, 8)
+        assert (divided.num_staging, divided.num_bytes) == (staging, pool.num_bytes)
+    (whole,) = with_staging([replace(pool, num_slots=128)], 4.0, 8)
+    assert whole.num_staging == 0, "every expert has a slot"
 
 
 def test_a_refusal_shows_every_part_of_the_sum() -> None:

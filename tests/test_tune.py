@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import moe_offload
-from moe_offload import cli, cli_tune, ops, profile_store, tune, tune_profile, tune_tiers
+from moe_offload import cli, cli_tune, ops, profile_store, profile_write, tune, tune_profile, tune_tiers
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
@@ -82,6 +83,9 @@ def test_equal_runs_leave_the_defaults(tiny_moe: Path, monkeypatch: pytest.Monke
     (stage,) = tuner(tiny_moe).stages()
     assert stage.choice == stage.defaults == tune.default_choice(open_checkpoint(tiny_moe))
     assert "none of" in stage.verdict and len(set(ran)) >= 3
+    profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
+    (duel,) = profile.notes["evidence"]["duel"]
+    assert (duel["winner"], duel["speedup"], duel["pairs"]) == ("the defaults", 1.0, SCREEN_ROUNDS)
 
 
 def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(
@@ -96,9 +100,39 @@ def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(
     profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
     assert profile.settings["prefetch"] is False and "predictor" not in profile.settings
     evidence = profile.notes["evidence"]
-    assert evidence["speedup"] == pytest.approx(1.25) and evidence["rounds"] == DUEL_ROUNDS
+    assert evidence["speedup"] == pytest.approx(1.25) and evidence["pairs"] == DUEL_ROUNDS
+    (duel,) = evidence["duel"]
+    assert (duel["winner"], duel["against"]) == (stage.choice.describe(), "the defaults")
+    assert 1.2 < duel["low"] < duel["speedup"] < duel["high"] and duel["pairs"] == DUEL_ROUNDS
     settings = {run["settings"] for run in evidence["run"] if run["stage"].startswith("duel")}
     assert settings == {"defaults", stage.choice.describe()}
+
+
+def test_a_division_of_slots_is_ranked_run_kept_and_used(
+    cache: Path, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that leaves more to residents: its runs are said to be faster, whatever else they choose."""
+    fake_runs(monkeypatch, lambda choice, number: 0.7 if choice.ram_staging < 2 else 1.0)
+    (stage,) = tuner(tiny_moe).stages()
+    assert stage.choice.ram_staging < 2 and "ram_staging" in stage.choice.describe()
+    key = checkpoint_key(open_checkpoint(tiny_moe))
+    stage.choice = replace(stage.choice, num_threads=stage.defaults.num_threads)
+    tune_profile.keep(tune_profile.assemble("p", "test", key, tiers(), [stage], 1.0), key)
+    model = moe_offload.from_pretrained(tiny_moe, ram="4GiB", experts=8)
+    try:
+        (pool,) = model.offload.cache._pools
+        top_k = model.offload.cache._top_k
+        assert pool.num_staging == int(stage.choice.ram_staging * top_k) < 2 * top_k
+        assert model.offload.plan.pools[0].num_staging == pool.num_staging
+        model.generate(torch.arange(8)[None], max_new_tokens=4, do_sample=False)
+        model.offload.cache.check()
+        model.offload.cache.use_division(2.0)
+        assert pool.num_staging > int(stage.choice.ram_staging * top_k)
+        assert len(pool.residents) <= pool.capacity
+        model.generate(torch.arange(8)[None], max_new_tokens=4, do_sample=False)
+        model.offload.cache.check()
+    finally:
+        model.offload.close()
 
 
 def test_luck_in_the_first_rounds_does_not_survive_the_duel(
@@ -285,21 +319,26 @@ def test_the_command_keeps_what_the_next_load_uses(
         ops.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("where", ["measure_all", "run", "write_profile"])
+@pytest.mark.parametrize(
+    "where",
+    ["measure_all", "write", "record", "predictability", "run", "assemble", "write_profile", "as_toml"],
+)
 def test_ctrl_c_leaves_nothing_behind(
     where: str, cache: Path, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
 
-    owner = {"measure_all": tune_tiers, "run": TuningRun, "write_profile": profile_store}[where]
-    monkeypatch.setattr(owner, where, interrupt)
+    owners = {"measure_all": tune_tiers, "assemble": tune_profile, "write_profile": profile_store}
+    monkeypatch.setattr({**owners, "as_toml": profile_write}.get(where, TuningRun), where, interrupt)
     threads, alive = ops.num_threads(), len(offload.live_handles)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     output = tmp_path / "out" / "p.toml"
     output.parent.mkdir()
     try:
-        arguments = ["tune", "--model", str(tiny_moe), "--ram", "4GiB", "--seconds", "2", "-o", str(output)]
+        seconds = "2" if where == "run" else "0.3"  # all other phases come without time for runs, too
+        arguments = ["tune", "--model", str(tiny_moe), "--ram", "4GiB", "--seconds", seconds]
+        arguments += ["-o", str(output)]
         assert cli.main(arguments) == 130
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,8 @@ from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.tuning import (
     NO_PREDICTOR,
     Choice,
+    DividedHits,
+    Division,
     Predictability,
     RunPlan,
     TuningFacts,
@@ -76,6 +79,27 @@ def test_schedulers_are_ranked_by_the_link() -> None:
         Choice(2, "horizon", "gate", 1, "hybrid"), ranked(with_device(), [2, 1], [1], schedulers), 6
     )
     assert len({choice.scheduler for choice in by_setting}) > 1
+
+
+def test_divisions_of_the_slots_are_ranked_by_what_they_hit_and_what_they_leave_to_guesses() -> None:
+    more, less = Division(ram_staging=1.0), Division(ram_staging=4.0)
+    divided = {("lru", more): DividedHits(0.6, 0.0), ("lru", less): DividedHits(0.3, 0.0)}
+    facts = TuningFacts(**{**FACTS.__dict__, "divided": divided})
+    plain = Choice(2, "lru", NO_PREDICTOR)
+    wider, tighter = (replace(plain, ram_staging=division.ram_staging) for division in (more, less))
+    assert token_s(wider, facts) < token_s(plain, facts) < token_s(tighter, facts)
+    order = ranked(facts, [2], [1])
+    assert {wider, tighter} <= set(order) and order.index(wider) < order.index(tighter)
+    assert wider in to_verify(plain, [plain, wider], 8), "a neighbour like any other"
+    assert "ram_staging 1" in wider.describe() and "staging" not in plain.describe()
+    # With slots for half a step's guesses, half of them are late however good they are.
+    scarce = TuningFacts(**{**FACTS.__dict__, "divided": {("lru", more): DividedHits(0.2, 0.0)}})
+    known = replace(FACTS.predictors["gate"], predict_s=0.0)
+    scarce = replace(scarce, predictors={"gate": known})
+    guess = Choice(2, "lru", "gate", ram_staging=1.0)
+    assert token_s(guess, scarce) > token_s(
+        replace(guess, ram_staging=2.0), replace(scarce, hit_rate={"lru": 0.2})
+    )
 
 
 def test_the_ranking_knows_that_prediction_is_useless_where_nothing_is_waited_for() -> None:

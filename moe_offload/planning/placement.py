@@ -8,9 +8,9 @@ of its experts), so more memory never means fewer slots anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from moe_offload.config import GIB, DevicePlan, ModelSpec, PlacementPlan, PoolPlan, gib
+from moe_offload.config import GIB, STAGING_PER_TOP_K, DevicePlan, ModelSpec, PlacementPlan, PoolPlan, gib
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import (
     device_workspace_bytes,
@@ -161,18 +161,33 @@ def _pool_plans(pools: Sequence[_Pool], slots: Sequence[int], top_k: int) -> tup
     )
 
 
-def staging_slots(num_slots: int, num_experts: int, top_k: int) -> int:
+def with_staging(pools: Sequence[PoolPlan], per_top_k: float, top_k: int) -> tuple[PoolPlan, ...]:
+    """Return the pools with another division between residents and reads in flight; the bytes stay."""
+    return tuple(
+        replace(
+            pool,
+            num_staging=staging_slots(pool.num_slots, pool.num_experts, top_k, per_top_k),
+            staging_per_top_k=per_top_k,
+        )
+        for pool in pools
+    )
+
+
+def staging_slots(num_slots: int, num_experts: int, top_k: int, per_top_k: float = STAGING_PER_TOP_K) -> int:
     """Return how many of a pool's slots are kept for reads in flight.
 
     None when every expert has a slot of its own. Otherwise one step's misses and as many prefetched
     experts (2 * top_k) where there is room: a step's misses always fit (top_k), and above that half
     of the slots stay for residents. With top_k slots or fewer everything streams.
+
+    Args:
+        per_top_k: what to keep instead of 2, at least 1.
     """
     if num_slots >= num_experts:
         return 0
     if num_slots <= top_k:
         return num_slots
-    return min(2 * top_k, top_k + (num_slots - top_k) // 2)
+    return min(int(per_top_k * top_k), top_k + (num_slots - top_k) // 2)
 
 
 def smallest_ram_bytes(fixed: FixedCosts, layouts: Mapping[int, ExpertLayout], top_k: int) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from moe_offload.config import STAGING_PER_TOP_K
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.tuning_device import DeviceFacts
 
@@ -25,6 +26,24 @@ NORMAL_T = 2.58
 
 
 @dataclass(frozen=True)
+class Division:
+    """How slots are divided among residents and reads in flight, and between the tiers; see ``Choice``."""
+
+    ram_staging: float = STAGING_PER_TOP_K
+    vram_staging: float = STAGING_PER_TOP_K
+    exclusive: bool = True
+
+    def describe(self) -> str:
+        """Return what is not as by default."""
+        words = [
+            f", {name} {value:g}"
+            for name, value in (("ram_staging", self.ram_staging), ("vram_staging", self.vram_staging))
+            if value != STAGING_PER_TOP_K
+        ]
+        return "".join(words) + ("" if self.exclusive else ", inclusive")
+
+
+@dataclass(frozen=True)
 class Choice:
     """Settings that change the time of a token and never the token.
 
@@ -32,6 +51,8 @@ class Choice:
         predictor: "none": nothing is read ahead.
         prefetch_depth: layers ahead; 1 where nothing is.
         scheduler: of device and CPU; None: there is no device.
+        ram_staging, vram_staging: slots of a tier that are kept for reads in flight, times top_k.
+        exclusive: what the device has leaves RAM first.
     """
 
     num_threads: int
@@ -39,6 +60,14 @@ class Choice:
     predictor: str
     prefetch_depth: int = 1
     scheduler: str | None = None
+    ram_staging: float = STAGING_PER_TOP_K
+    vram_staging: float = STAGING_PER_TOP_K
+    exclusive: bool = True
+
+    @property
+    def division(self) -> Division:
+        """How the slots of the tiers are divided."""
+        return Division(self.ram_staging, self.vram_staging, self.exclusive)
 
     @property
     def prefetch(self) -> bool:
@@ -49,7 +78,7 @@ class Choice:
         ahead = f"{self.predictor} {self.prefetch_depth} ahead" if self.prefetch else "no prefetch"
         threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
         shared = f", {self.scheduler}" if self.scheduler is not None else ""
-        return f"{threads}, {self.policy}, {ahead}{shared}"
+        return f"{threads}, {self.policy}, {ahead}{shared}{self.division.describe()}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +95,14 @@ class Predictability:
 
 
 @dataclass(frozen=True)
+class DividedHits:
+    """Shares of the experts that are found in RAM, or above, and on the device."""
+
+    ram: float
+    device: float
+
+
+@dataclass(frozen=True)
 class TuningFacts:
     """What was measured of machine, model and text; the candidates are judged by it.
 
@@ -73,6 +110,7 @@ class TuningFacts:
         ram_bytes_per_s: by number of threads, the kernels' own.
         disk_bytes_per_s: while the kernels run.
         hit_rate: by policy, of the recorded trace replayed in this budget's slots.
+        divided: the same by policy and another division of the slots, for the policies that it was asked of.
         predictors: by name.
         layer_overhead_s: what a layer costs beside bytes.
         device: None without one.
@@ -86,6 +124,12 @@ class TuningFacts:
     predictors: Mapping[str, Predictability]
     layer_overhead_s: float = 0.0
     device: DeviceFacts | None = None
+    divided: Mapping[tuple[str, Division], DividedHits] = field(default_factory=dict)
+
+    def hits(self, policy: str, division: Division) -> DividedHits:
+        """Return what a policy finds in slots that are divided so."""
+        plain = DividedHits(self.hit_rate[policy], self.device.hit_rate[policy] if self.device else 0.0)
+        return self.divided.get((policy, division), plain)
 
 
 def token_s(choice: Choice, facts: TuningFacts) -> float:
@@ -97,19 +141,21 @@ def token_s(choice: Choice, facts: TuningFacts) -> float:
     """
     layers = max(1, facts.num_layers)
     ram_bytes_per_s = facts.ram_bytes_per_s[choice.num_threads]
-    hit_rate = facts.hit_rate[choice.policy]
+    hits = facts.hits(choice.policy, choice.division)
+    hit_rate = hits.ram
     expert_bytes = facts.token.expert_bytes / layers
     experts_s = expert_bytes / ram_bytes_per_s
     other_s = facts.token.total_bytes / layers / ram_bytes_per_s - experts_s
     if facts.device is not None and choice.scheduler is not None:
-        experts_s = facts.device.layer_s(choice.scheduler, choice.policy, experts_s / facts.device.top_k)
+        experts_s = facts.device.layer_s(choice.scheduler, hits.device, experts_s / facts.device.top_k)
     compute_s = other_s + experts_s + facts.layer_overhead_s
     miss_s = (1 - hit_rate) * expert_bytes / facts.disk_bytes_per_s
     at_hand_s = hit_rate * experts_s
     known = facts.predictors.get(choice.predictor)
     if known is None or not choice.prefetch:
         return layers * (compute_s + max(0.0, miss_s - at_hand_s))
-    recall = known.recall.get(choice.prefetch_depth, 0.0)
+    room = (choice.ram_staging - (1 - hit_rate)) / max(1e-9, (1 - hit_rate) * choice.prefetch_depth)
+    recall = known.recall.get(choice.prefetch_depth, 0.0) * min(1.0, room)  # of guesses that have a slot
     wrong_s = (1 - recall) * miss_s  # as many guesses as needs: what they miss, they waste
     surprise_s = max(0.0, (1 - recall) * miss_s + wrong_s / 2 - at_hand_s)
     late_s = max(0.0, recall * miss_s - choice.prefetch_depth * compute_s)
@@ -133,6 +179,13 @@ def ranked(
         if predictor == NO_PREDICTOR or depth in facts.predictors[predictor].recall
         for scheduler in schedulers
     ]
+    other = [
+        replace(choice, ram_staging=to.ram_staging, vram_staging=to.vram_staging, exclusive=to.exclusive)
+        for choice in choices
+        for policy, to in facts.divided
+        if policy == choice.policy
+    ]
+    choices += other
     return sorted(choices, key=lambda choice: token_s(choice, facts))
 
 
@@ -159,7 +212,7 @@ def to_verify(defaults: Choice, ranking: Sequence[Choice], most: int) -> list[Ch
 
 def _changed(one: Choice, other: Choice) -> list[str]:
     """Return the settings in which two choices differ; prefetch on against off is one."""
-    plain = ("num_threads", "policy", "scheduler")
+    plain = ("num_threads", "policy", "scheduler", "ram_staging", "vram_staging", "exclusive")
     changed = [name for name in plain if getattr(one, name) != getattr(other, name)]
     if one.predictor != other.predictor:
         changed.append("predictor" if one.prefetch and other.prefetch else "prefetch")

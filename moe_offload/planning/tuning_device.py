@@ -33,14 +33,15 @@ class DeviceFacts:
     step_s: float
     hit_rate: Mapping[str, float]
 
-    def layer_s(self, scheduler: str, policy: str, cpu_expert_s: float) -> float:
+    def layer_s(self, scheduler: str, hit_rate: float, cpu_expert_s: float) -> float:
         """Return the seconds of a layer's experts for one token, whose bytes are all in RAM.
 
         Args:
+            hit_rate: the share of them that is on the device.
             cpu_expert_s: of one expert on the CPU.
         """
         times = (cpu_expert_s, self.expert_s, self.copy_s, self.step_s)
-        return _mean_finish_s(scheduler, self.top_k, self.hit_rate[policy], *times)
+        return _mean_finish_s(scheduler, self.top_k, hit_rate, *times)
 
 
 @lru_cache(maxsize=4096)

@@ -64,15 +64,44 @@ class CacheUpkeep(CachePools):
 
     # A faster tier, filled from this one (device_tier.py).
 
-    def put_below(self, above: CachePools, finish_copies: Callable[[], None]) -> None:
-        """Let ``above`` be filled from here: what it has is the first to leave where slots are wanted.
+    def put_below(
+        self, above: CachePools, finish_copies: Callable[[], None], *, exclusive: bool = True
+    ) -> None:
+        """Let ``above`` be filled from here.
 
         Args:
             finish_copies: waits until ``above`` copies nothing that this one holds.
+            exclusive: what ``above`` has is the first to leave here where slots are wanted.
         """
         for layer_idx, pool in self._pool_of.items():
             pool.above = above._pool_of.get(layer_idx)
             pool.finish_copies = finish_copies
+        self.use_division(exclusive=exclusive)
+
+    def use_division(self, staging_per_top_k: float | None = None, exclusive: bool | None = None) -> None:
+        """Divide the slots otherwise, between steps; None: as it is.
+
+        Args:
+            staging_per_top_k: times top_k, the slots that are kept for reads in flight.
+            exclusive: as in ``put_below``.
+        """
+        assert self._open is None, "slots are divided between steps"
+        if exclusive is not None:
+            for pool in self._pools:
+                pool.exclusive = exclusive
+        if staging_per_top_k is None:
+            return
+        self._tables = None
+        self.finish_reads()
+        for pool in self._pools:
+            pool.staging_per_top_k = staging_per_top_k
+            for entry in list(pool.staged.values()):
+                pool.discard(entry)
+            pool.num_staging = self._staging(pool, pool.num_slots)
+            pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
+
+    def _staging(self, pool: SlotPool, num_slots: int) -> int:
+        return staging_slots(num_slots, pool.num_experts, self._top_k, pool.staging_per_top_k)
 
     def stand_alone(self) -> None:
         """End ``put_below``: the tier above is gone."""
@@ -117,7 +146,7 @@ class CacheUpkeep(CachePools):
             pool.discard(entry)
         pool.drain()
         num_slots = pool.num_slots - count
-        pool.num_staging = staging_slots(num_slots, pool.num_experts, self._top_k)
+        pool.num_staging = self._staging(pool, num_slots)
         pool.num_slots = num_slots
         pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
         for _ in range(count):

@@ -76,7 +76,7 @@ class DeviceTier:
         self._layers = [pool.layers[0] for pool in plan.pools]
         self._first_layer = {i: pool.layers[0] for pool in plan.pools for i in pool.layers}
         self._counters_at_load = dict.fromkeys(device.counters(), 0.0)
-        ram.put_below(self.cache, self.cache.finish_reads)
+        ram.put_below(self.cache, self.cache.finish_reads, exclusive=plan.exclusive)
 
     @property
     def is_on(self) -> bool:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 
-from moe_offload.planning.placement import staging_slots
 from moe_offload.residency.cache_hints import CacheHints
 from moe_offload.residency.cache_pools import Step as Step
 from moe_offload.residency.cache_upkeep import CacheUpkeep
@@ -138,7 +137,7 @@ class ExpertCache(CacheHints, CacheUpkeep):
         self._open = None
         for pool in self._pools:
             pool.recover(self._policy_factory())
-            pool.num_staging = staging_slots(pool.num_slots, pool.num_experts, self._top_k)
+            pool.num_staging = self._staging(pool, pool.num_slots)
             pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
 
     def _pin_what_is_there(self, pool: SlotPool, step: Step) -> list[int]:

@@ -33,6 +33,7 @@ class SlotPool(SlotReads):
         self._untold = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # steps, see routed
         self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
         self.held: dict[ExpertKey, int] = {}  # copies to there that are under way, by expert
+        self.exclusive = True
         self.finish_copies: Callable[[], None] | None = None  # waits until nothing is held
         self._layers_end = max(plan.layers) + 1
 
@@ -51,12 +52,13 @@ class SlotPool(SlotReads):
     def evict(self, count: int, candidates: Collection[ExpertKey]) -> None:
         """Free the slots of ``count`` residents that the policy chooses among ``candidates``.
 
-        What the tier above has goes first: its bytes would be here twice.
+        Where tiers are exclusive, what the one above has goes first: its bytes would be here twice.
         """
         self.tell_policy()
         if self.held and count:
             candidates = self._not_held(count, candidates)
-        twice = self.above.residents.keys() & candidates if self.above is not None and count else set()
+        above = self.above if self.exclusive and count else None
+        twice = above.residents.keys() & candidates if above is not None else set()
         if len(twice) < count:
             once = set(candidates) - twice if twice else candidates
             victims = [*twice, *self.policy.victims(once, count - len(twice))]

@@ -38,6 +38,7 @@ class SlotReads:
     ) -> None:
         self.slot_bytes, self.num_experts = plan.slot_bytes, plan.num_experts
         self.num_slots, self.num_staging = plan.num_slots, plan.num_staging
+        self.staging_per_top_k = plan.staging_per_top_k
         self.store, self.policy, self.stats = store, policy, stats
         self.first_address, self.clock = first_address, clock
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end

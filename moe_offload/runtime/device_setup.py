@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moe_offload.config import DevicePlan, PoolPlan, RuntimeConfig, gib
 from moe_offload.errors import ConfigError
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
-from moe_offload.planning.placement import plan_device
+from moe_offload.planning.placement import plan_device, with_staging
 from moe_offload.residency.accelerator import Device, memory_of, open_device
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
@@ -31,9 +32,11 @@ def plan_vram(checkpoint: Checkpoint, config: RuntimeConfig) -> DevicePlan | Non
     if config.device is None or not checkpoint.experts.layouts:
         return None
     vram_bytes, context_bytes = memory_of(config.device)
-    return plan_device(
+    plan = plan_device(
         checkpoint.spec, checkpoint.experts.layouts, vram_bytes=vram_bytes, context_bytes=context_bytes
     )
+    pools = with_staging(plan.pools, config.vram_staging, checkpoint.spec.top_k)
+    return replace(plan, pools=pools, exclusive=config.exclusive)
 
 
 def attach_device(

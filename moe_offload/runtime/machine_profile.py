@@ -21,7 +21,9 @@ from moe_offload.storage.checkpoint_key import checkpoint_key
 
 DISK, LAYER = "disk_bytes_per_s", "layer_s"  # names in a RunningCorrection
 LEAST_WEIGHTS_BYTES = 4 * MIB
-SETTINGS = ("num_threads", "policy", "predictor", "prefetch", "prefetch_depth", "scheduler")
+PREDICTION = ("predictor", "prefetch", "prefetch_depth")  # one question in three parts
+DIVISION = ("ram_staging", "vram_staging", "exclusive")
+SETTINGS = ("num_threads", "policy", "scheduler", *DIVISION, *PREDICTION)
 
 
 def find_profile(
@@ -61,10 +63,8 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
     if (config.device is not None) != ("scheduler" in found.profile.settings):
         return config  # a device may even take threads from the CPU
     tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
-    if "predictor" in given or "prefetch" in given:  # one question in three parts
-        tuned = {
-            name: value for name, value in tuned.items() if name in ("num_threads", "policy", "scheduler")
-        }
+    if "predictor" in given or "prefetch" in given:
+        tuned = {name: value for name, value in tuned.items() if name not in PREDICTION}
     config = replace(config, **{name: value for name, value in tuned.items() if name not in given})
     check_scheduler(config.scheduler)  # of a profile, it may be any word
     return config

@@ -134,6 +134,7 @@ class TuningRun:
         offload = self.model.offload
         ops.set_num_threads(choice.num_threads)
         offload.cache.use_policy(lambda: make_policy(choice.policy), state.policy_states)
+        offload.cache.use_division(choice.ram_staging, choice.exclusive)
         if state.predictor is None:
             offload.prefetcher.use(None, switch=None)
         else:
@@ -153,6 +154,7 @@ class TuningRun:
         if hybrid is None or choice.scheduler is None or not hybrid.tier.is_on:
             return
         hybrid.tier.cache.use_policy(lambda: make_policy(choice.policy), state.device_states)
+        hybrid.tier.cache.use_division(choice.vram_staging)
         hybrid.tier.hold_only(state.on_device)
         hybrid.use(choice.scheduler, state.sharing)
 
