@@ -11,6 +11,7 @@ from simulated_disk import ARENA_ADDRESS, SimulatedDisk
 from moe_offload.config import DeviceChoice, ModelSpec, PoolPlan, parse_device
 from moe_offload.errors import BudgetError
 from moe_offload.planning.admission import SecondMiss, most_under_way
+from moe_offload.planning.correction import MOST_CORRECTION, RunningCorrection
 from moe_offload.planning.cost_model import device_workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
@@ -75,6 +76,21 @@ def test_costs_follow_what_steps_show() -> None:
     assert costs.copy_s == pytest.approx(1e-3, rel=0.01) and costs.gpu_factor == 1.0
     costs.saw_gpu(0.0, 1.0)
     assert costs.gpu_factor == 1.0, "what was expected to take no time shows nothing"
+
+
+def test_costs_of_all_sizes_and_the_prefetcher_share_what_was_measured() -> None:
+    speeds = RunningCorrection({"disk_bytes_per_s": 1e9})
+    measured = MeasuredCosts(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),), 5e-4)
+    small, large = RunningCosts(measured, speeds, " of 5 bytes"), RunningCosts(measured, speeds)
+    for _ in range(200):
+        small.saw_cpu(small.cpu_factor, 3.0)
+        large.saw_copies(1.0, 1e6)
+    assert small.of_one_token() == pytest.approx((3e-3, 1e-4, 5e-4), rel=0.01)
+    assert large.of_one_token() == pytest.approx((1e-3, 1e-4, 5e-4 * MOST_CORRECTION), rel=0.01)
+    shown = speeds.as_dict()
+    assert shown["expert_cpu_s of 5 bytes"]["estimate"] == pytest.approx(3e-3, rel=0.01)
+    assert shown["expert_cpu_s"] == {"expected": 1e-3, "estimate": 1e-3, "measurements": 0}
+    assert shown["expert_copy_s"]["measurements"] == 200 and shown["disk_bytes_per_s"]["measurements"] == 0
 
 
 @given(st.lists(st.integers(0, 50), unique=True), st.integers(0, 50))

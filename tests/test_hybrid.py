@@ -477,6 +477,9 @@ def test_the_account_adds_up(prompt_ids) -> None:
         figures = stats.as_dict()
         assert figures["link_bytes"] == device.link_bytes and "device_state" not in figures
         assert device.device_state.startswith("emulated, hybrid")
+        speeds = model.offload.account()["speeds"]
+        assert speeds["expert_cpu_s"]["measurements"] + speeds["expert_device_s"]["measurements"] > 0
+        assert all(costs.speeds is model.offload.speeds for costs in model.offload.hybrid.costs.values())
 
 
 def test_a_copy_that_arrives_after_the_decision_is_not_counted_twice(prompt_ids, monkeypatch) -> None:

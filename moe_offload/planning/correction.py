@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 SMOOTHING = 0.2  # weight of the newest measurement
+MOST_CORRECTION = 20.0  # times more or less than expected: what is beyond was an accident
 MOST_STEP = 4.0  # one measurement moves an estimate by no more than this factor: a hiccup is no new machine
 
 
@@ -37,6 +38,20 @@ class RunningCorrection:
             self._now[name] = before * step**SMOOTHING
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._now[name]
+
+    def expect(self, name: str, value: float) -> None:
+        """Take what was measured at load for what is expected, unless something is expected already."""
+        if _is_usable(value) and name not in self._expected:
+            self._expected[name] = value
+            self._now.setdefault(name, value)
+
+    def took(self, name: str, expected: float, seen: float) -> None:
+        """Take note of work that the estimate said to be ``expected``, in any unit, and that was ``seen``."""
+        if not (_is_usable(expected) and _is_usable(seen)) or name not in self._expected:
+            return
+        shown = self.factor(name) * seen / expected
+        bounded = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, shown))
+        self.measure(name, self._expected[name] * bounded)
 
     def note(self, name: str, estimate: float) -> None:
         """Take an estimate that the caller has smoothed itself."""

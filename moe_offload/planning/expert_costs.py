@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.scheduler import Choice, LayerWork, times_of
-
-SMOOTHING = 0.1  # of corrections
-MOST_CORRECTION = 20.0  # times faster or slower than measured at load: what is beyond was an accident
 
 Curve = Sequence[tuple[int, float]]  # (tokens, seconds of one expert), ascending
 
@@ -29,14 +27,37 @@ class MeasuredCosts:
 
 
 class RunningCosts:
-    """``measured``, times what steps have shown since: the other side takes its share of memory's speed."""
+    """``measured``, times what steps have shown since: the other side takes its share of memory's speed.
 
-    def __init__(self, measured: MeasuredCosts) -> None:
-        self.measured = measured
-        self.cpu_factor = self.gpu_factor = self.copy_factor = 1.0
+    What they have shown is in ``speeds``, which the run shares: one token's expert on either side and on the
+    link, by the names "expert_cpu_s", "expert_device_s", "expert_copy_s", with the bytes of an expert behind
+    where a model has several sizes.
+    """
+
+    def __init__(
+        self, measured: MeasuredCosts, speeds: RunningCorrection | None = None, size: str = ""
+    ) -> None:
+        self.measured, self.speeds = measured, speeds or RunningCorrection()
         one = np.ones(1, np.int64)
         self._one_cpu_s = float(times_of(measured.cpu_curve, one)[0])
         self._one_gpu_s = float(times_of(measured.gpu_curve, one)[0])
+        self._cpu, self._gpu, self._copy = (f"expert_{what}_s{size}" for what in ("cpu", "device", "copy"))
+        self.speeds.expect(self._cpu, self._one_cpu_s)
+        self.speeds.expect(self._gpu, self._one_gpu_s)
+        self.speeds.expect(self._copy, measured.copy_s)
+
+    @property
+    def cpu_factor(self) -> float:
+        """How many times as long as at load."""
+        return self.speeds.factor(self._cpu)
+
+    @property
+    def gpu_factor(self) -> float:
+        return self.speeds.factor(self._gpu)
+
+    @property
+    def copy_factor(self) -> float:
+        return self.speeds.factor(self._copy)
 
     def cpu_s(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return each expert's time on the CPU for its tokens."""
@@ -71,19 +92,12 @@ class RunningCosts:
 
     def saw_cpu(self, expected_s: float, seconds: float) -> None:
         """Take note of CPU work that was expected to take ``expected_s``."""
-        self.cpu_factor = _corrected(self.cpu_factor, expected_s, seconds)
+        self.speeds.took(self._cpu, expected_s, seconds)
 
     def saw_gpu(self, expected_s: float, seconds: float) -> None:
         """Take note of the device's computing, without its waiting for copies."""
-        self.gpu_factor = _corrected(self.gpu_factor, expected_s, seconds)
+        self.speeds.took(self._gpu, expected_s, seconds)
 
     def saw_copies(self, expected_s: float, seconds: float) -> None:
         """Take note of the link's busy time."""
-        self.copy_factor = _corrected(self.copy_factor, expected_s, seconds)
-
-
-def _corrected(factor: float, expected_s: float, seconds: float) -> float:
-    if expected_s <= 0 or seconds <= 0:
-        return factor
-    shown = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, factor * seconds / expected_s))
-    return factor + SMOOTHING * (shown - factor)
+        self.speeds.took(self._copy, expected_s, seconds)

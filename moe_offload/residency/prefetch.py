@@ -34,6 +34,7 @@ MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters
 SMOOTHING = 0.2  # of measured windows
 BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 PARALLEL_BYTES = READERS * (64 << 10)  # small reads under way together take hardly longer than one
+DISK_RATE, LINK_RATE = "disk_bytes_per_s", "link_bytes_per_s"  # names in a RunningCorrection
 SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measured
 EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
 PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
@@ -79,7 +80,8 @@ class Prefetcher:
         self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
         self._speeds = speeds or RunningCorrection()
         self._window_s = self._speeds.get("layer_s")  # a layer's compute time; inf: not known
-        self._bytes_per_s = self._speeds.get("disk_bytes_per_s")
+        self._rate = DISK_RATE  # the link's name in speeds
+        self._bytes_per_s = self._speeds.get(self._rate)
         self._read_s = math.inf  # an expert's read, as they come
         self._link_seen = (0, 0.0)
         self._steps = 0
@@ -130,12 +132,13 @@ class Prefetcher:
         self._predictor, self.enabled = predictor, predictor is not None
         self.switch, self.threshold = switch, threshold or Threshold()
         self.threshold.skip(self._cache.stats.decode_bytes, self._cache.stats.prefetch_wasted_bytes)
-        self._link, self._bytes_per_s = link, self._speeds.get("disk_bytes_per_s")
+        self._link, self._bytes_per_s = link, self._speeds.get(self._rate)
         self._set_depth_limit()
 
     def turn_to(self, cache: ExpertCache, link: LinkCounters) -> None:
         """Fill another tier from now on: before any step, where the one below has every expert."""
-        self._cache, self._link = cache, link
+        self._cache, self._link, self._rate = cache, link, LINK_RATE
+        self._bytes_per_s = self._speeds.get(self._rate)
 
     def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
         """Start a forward pass: read what its tokens alone say of the first layers.
@@ -315,7 +318,7 @@ class Prefetcher:
         speed = new_bytes / new_s
         best = self._bytes_per_s * BEST_SPEED_KEPT
         self._bytes_per_s = speed if best == math.inf else max(speed, best)
-        self._speeds.note("disk_bytes_per_s", self._bytes_per_s)
+        self._speeds.note(self._rate, self._bytes_per_s)
         stats = self._cache.stats
         self._read_s = read_s = self._cache.largest_expert_bytes / speed
         self.threshold.update(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from moe_offload.config import DevicePlan, PoolPlan, RuntimeConfig, gib
 from moe_offload.errors import ConfigError
+from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.placement import plan_device, with_staging
@@ -47,11 +48,15 @@ def attach_device(
     ram: ExpertCache,
     store: ExpertStore,
     arena: Arena,
+    speeds: RunningCorrection,
 ) -> HybridLayers:
     """Give the executors their share on the device; before anything was read into RAM's slots.
 
     Layers in a format that the device has no kernel for stay on the CPU, and their part of the device's
     memory goes to the others.
+
+    Args:
+        speeds: the run's, which the scheduler asks and every step corrects.
 
     Raises:
         ConfigError: the device has a kernel for no layer.
@@ -83,7 +88,8 @@ def attach_device(
             ram_address, ram_pool = ram_slots[layer_idx]
             slots = _slots(store, ram_address, vram_address, layer_idx, ram_pool, pool)
             kernel = executors[layer_idx].kernel
-            shared = RunningCosts(measure_costs(device, kernel, kernels[layer_idx], slots))
+            size = f" of {pool.slot_bytes} bytes" if len(plan.pools) > 1 else ""
+            shared = RunningCosts(measure_costs(device, kernel, kernels[layer_idx], slots), speeds, size)
             costs |= dict.fromkeys(pool.layers, shared)
             vram_address += pool.num_bytes
         tier.start_counting()

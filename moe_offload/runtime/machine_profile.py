@@ -16,10 +16,11 @@ from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.profile_store import GIVEN, MEASURED_NOW, TUNED_MACHINE, TUNED_MODEL, ProfileInUse
+from moe_offload.residency.prefetch import DISK_RATE, LINK_RATE
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 
-DISK, LAYER = "disk_bytes_per_s", "layer_s"  # names in a RunningCorrection
+LAYER = "layer_s"  # a name in a RunningCorrection
 LEAST_WEIGHTS_BYTES = 4 * MIB
 PREDICTION = ("predictor", "prefetch", "prefetch_depth")  # one question in three parts
 DIVISION = ("ram_staging", "vram_staging", "exclusive")
@@ -116,4 +117,6 @@ def expectations(found: ProfileInUse | None, checkpoint: Checkpoint) -> RunningC
     overhead_s = layers * (found.profile.get("model", "layer_overhead") or 0.0)
     token_s = bytes_per_token(checkpoint, 0).total_bytes / speed.ram_bytes_per_s + overhead_s
     disk = found.profile.get("disk", "read_bandwidth_busy") or speed.disk_bytes_per_s
-    return RunningCorrection({DISK: disk, LAYER: token_s / layers})
+    expected = {DISK_RATE: disk, LAYER: token_s / layers}
+    link = found.profile.get("link", "to_device_bandwidth_busy", "to_device_bandwidth")
+    return RunningCorrection(expected | ({} if link is None else {LINK_RATE: link}))
