@@ -61,6 +61,7 @@ def describe() -> dict[str, Any]:
         "io": _try(_io),
         "cuda": _try(cuda.describe),
         "profile": _try(_profile),
+        "state": _try(_state),
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
@@ -112,6 +113,26 @@ def _memory() -> dict[str, Any]:
         "available_bytes": available_bytes(),
         "ram_auto_bytes": auto_ram_bytes(),
     }
+
+
+def _state() -> dict[str, Any]:
+    """Return what limits the machine now: power, heat, cgroup; what it does not say is left out."""
+    from moe_offload.profile_store import state_notes
+    from moe_offload.residency.machine_state import machine_state
+
+    limit = machine_state().cgroup_limit_bytes
+    return {**state_notes(), **({} if limit is None else {"cgroup_limit_bytes": limit})}
+
+
+def _tiers_line(report: dict[str, Any]) -> str:
+    """Return the memories that experts may be in, fastest first, and how fast each is read."""
+    figures = report["profile"].get("figures", {})
+    rates = {name: f" at {value / 1e9:.2f} GB/s" for name, value in figures.items() if value}
+    cards = [f"VRAM {gib(card['memory_bytes'])}" for card in report["cuda"].get("devices", [])]
+    ram = report["memory"].get("total_bytes")
+    parts = cards if report["cuda"].get("on") else ["no VRAM"]
+    parts.append(f"RAM {gib(ram) if ram else 'unknown'}{rates.get('ram_bytes_per_s', '')}")
+    return ", ".join([*parts, f"disk{rates.get('disk_bytes_per_s', ', not measured yet')}"])
 
 
 def _io() -> dict[str, Any]:
@@ -189,6 +210,9 @@ def as_text(report: dict[str, Any]) -> str:
         "processor": _line(report["cpu"], "{name}, {logical_cores} logical cores"),
         "threads": _line(report["cpu"], "{threads}, instruction set {isa} (AMX: {amx})"),
         "memory": _sizes(report["memory"]),
+        "tiers": _tiers_line(report),
+        "state": _listed({name: str(value) for name, value in report["state"].items()}, " ")
+        or "nothing said",
         "disk reads": _line(
             report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk, by {by}"
         )

@@ -10,7 +10,9 @@ from typing import Any
 
 from moe_offload import _native
 from moe_offload.config import DEMO_MODEL, GIB, MIB, gib
+from moe_offload.errors import ConfigError
 from moe_offload.header_costs import context_bytes, fixed_costs, resolve_context
+from moe_offload.planning.kv_format import KV_PRICE, check_kv
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
@@ -73,10 +75,20 @@ def describe(checkpoint: Checkpoint, context_tokens: int) -> dict[str, Any]:
         "one_expert_bytes": _expert_sizes(checkpoint),
         "dense_bytes": checkpoint.dense_bytes,
         "kv_bytes_per_1000_tokens": context_bytes(checkpoint, 1000),
+        "packed_kv_bytes_per_1000_tokens": _packed_kv_bytes(checkpoint),
         "context_tokens": context_tokens,
         "fixed": dataclasses.asdict(fixed),
         "budgets": [dataclasses.asdict(row) for row in _budgets(checkpoint, fixed)],
     }
+
+
+def _packed_kv_bytes(checkpoint: Checkpoint) -> int | None:
+    """Return what 1000 tokens take under kv="q8_0"; None where their rows cannot be packed."""
+    try:
+        check_kv(checkpoint.config, "q8_0", "")
+    except ConfigError:
+        return None
+    return context_bytes(checkpoint, 1000, "q8_0")
 
 
 def _is_generic(kind: WeightType) -> bool:
@@ -106,6 +118,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _facts(report: dict[str, Any]) -> list[str]:
     sizes = " to ".join(sorted({gib(size) for size in report["one_expert_bytes"]}))
+    packed = report["packed_kv_bytes_per_1000_tokens"]
     facts = {
         "model": f"{report['path']} ({report['source']}, {report['files']} file(s))",
         "family": report["family"],
@@ -117,7 +130,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         f"vocabulary {report['vocab_size']}, {report['max_position_embeddings']} positions",
         "experts in all": gib(report["expert_bytes"]),
         "dense weights": gib(report["dense_bytes"]),
-        "key/value cache": f"{gib(report['kv_bytes_per_1000_tokens'])} per 1000 tokens",
+        "key/value cache": f"{gib(report['kv_bytes_per_1000_tokens'])} per 1000 tokens; "
+        + (f"{gib(packed)} with --kv q8_0 (lossy: {KV_PRICE})" if packed else "--kv q8_0 is not possible"),
         "decode step": "native"
         if report["native_decode_step"]
         else f"transformers' layers: {report['native_decode_step_reason']}",

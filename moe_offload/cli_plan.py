@@ -18,6 +18,7 @@ from moe_offload.device import DeviceProfile, load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import context_bytes
 from moe_offload.outlook import Outlook, Planner
+from moe_offload.planning.kv_format import KV_PRICE
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import MachineSpeed, Overheads, Speed
 from moe_offload.residency.memory import auto_ram_bytes
@@ -155,7 +156,7 @@ def _kv_line(planner: Planner) -> str:
     plain, packed = context_bytes(checkpoint, tokens), context_bytes(checkpoint, tokens, "q8_0")
     if planner.config.kv:
         return f"{gib(packed)} as {planner.config.kv} for {tokens} tokens (lossy); {gib(plain)} without --kv"
-    return f"{gib(plain)} for {tokens} tokens; {gib(packed)} with --kv q8_0 (lossy)"
+    return f"{gib(plain)} for {tokens} tokens; {gib(packed)} with --kv q8_0 (lossy: {KV_PRICE})"
 
 
 def _changes(planner: Planner, outlook: Outlook) -> str:

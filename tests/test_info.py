@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -70,6 +71,9 @@ def test_it_names_the_profile_in_use(
     profile_store.keep(profile, None)
     cli.main(["info"])
     shown = capsys.readouterr().out
+    assert (
+        re.search(r"tiers +no VRAM, RAM .* at 21\.00 GB/s, disk at 1\.50 GB/s", shown) and "\nstate " in shown
+    )
     assert "measured at an earlier load on 20" in shown and "at 21.00 GB/s and 1.50 GB/s; 0 models" in shown
     notes = {**profile.notes, "settings": {"policy": "lru"}, "evidence": {"verdict": "faster"}}
     profile_store.keep(replace(profile, notes=notes), checkpoint_key(open_checkpoint(DEMO_MODEL)))

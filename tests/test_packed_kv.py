@@ -180,6 +180,24 @@ def test_the_budget_counts_the_blocks(folders):
     assert state_tokens(spec, bytes_per_element=4, kv="q8_0") == 0
 
 
+@pytest.mark.parametrize("kv", [None, "q8_0"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_counts_the_bytes_that_the_runtime_allocates(name, kv, folders):
+    """Grouped heads, sliding windows (which keep every token) and a latent, plain and packed."""
+    planned = place(open_checkpoint(folders[name]), RuntimeConfig(context_tokens=96, kv=kv), ram_bytes=GIB)
+    model = moe_offload.from_pretrained(folders[name], ram="4GiB", context=96, warm_start=False, kv=kv)
+    try:
+        cache = model.offload.new_cache(96)
+        with torch.no_grad():
+            model(torch.arange(5)[None], past_key_values=cache, use_cache=True)
+        storage = [part for layer in cache.layers for part in (layer._key_storage, layer._value_storage)]
+        assert sum(part.nbytes for part in storage) == model.offload.plan.kv_bytes == planned.kv_bytes > 0
+        with pytest.raises(BudgetError, match="97"):
+            model.generate(torch.arange(60)[None], max_new_tokens=37)
+    finally:
+        model.offload.close()
+
+
 def test_a_context_that_is_too_large_is_refused_with_those_that_are_not(folders):
     checkpoint = open_checkpoint(folders["qwen3_moe"])
     plain, packed = RuntimeConfig(context_tokens=1000), RuntimeConfig(context_tokens=1000, kv="q8_0")
