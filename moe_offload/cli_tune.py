@@ -185,7 +185,8 @@ def as_text(profile: DeviceProfile, path: Path | None) -> str:
 
 
 def _device_line(profile: DeviceProfile) -> str:
-    link = f"link {_gb(profile, 'link', 'to_device_bandwidth')}"
+    link = f"link {_gb(profile, 'link', 'to_device_bandwidth')} there, "
+    link += f"{_gb(profile, 'link', 'to_host_bandwidth')} back"
     return (
         f"experts at {_gb(profile, 'gpu', 'read_bandwidth')}, {link}, {profile.settings['vram_slots']} slots"
     )

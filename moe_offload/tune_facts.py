@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from moe_offload.planning.tuning_device import DeviceFacts
 from moe_offload.replay import replay
 from moe_offload.runtime.tuning_run import HISTORIES, Text, TuningRun
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.trace import RoutingTrace
+from moe_offload.trace import RoutingTrace, make_trace
 from moe_offload.tune_tiers import Tiers
 
 POLICIES = ("horizon", "ewma", "lru", "lfu", "class_lru", "least_stale")
@@ -82,11 +82,13 @@ def _divided(
 
 def _both(pools: Sequence[PoolPlan], above: Sequence[PoolPlan]) -> tuple[PoolPlan, ...]:
     """Return RAM's pools with the device's residents on top: what is in one of them need not be read."""
-    if not above:
-        return tuple(pools)
+
+    def on_device(pool: PoolPlan) -> int:
+        shared = [other for other in above if set(other.layers) & set(pool.layers)]
+        return sum(other.num_slots - other.num_staging for other in shared)
+
     return tuple(
-        replace(pool, num_slots=min(pool.num_experts, pool.num_slots + other.num_slots - other.num_staging))
-        for pool, other in zip(pools, above, strict=True)
+        replace(pool, num_slots=min(pool.num_experts, pool.num_slots + on_device(pool))) for pool in pools
     )
 
 
@@ -115,5 +117,16 @@ def _hit_rates(
 ) -> dict[str, float]:
     if not pools:
         return dict.fromkeys(policies, 0.0)
+    trace = _of_layers(trace, {layer_idx for pool in pools for layer_idx in pool.layers})
     sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
     return {name: replay(trace, pools, partial(make_policy, name), sizes).hit_rate for name in policies}
+
+
+def _of_layers(trace: RoutingTrace, layers: Collection[int]) -> RoutingTrace:
+    """Return what was routed in these layers: a device may have no kernel for others."""
+    kept = [position for position, layer_idx in enumerate(trace.layers) if layer_idx in layers]
+    if len(kept) == len(trace.layers):
+        return trace
+    weights = None if trace.weights is None else trace.weights[:, kept]
+    served = [trace.layers[position] for position in kept]
+    return make_trace(trace.experts[:, kept], num_experts=trace.num_experts, weights=weights, layers=served)

@@ -205,9 +205,10 @@ def test_the_scheduler_is_asked_again_when_costs_have_changed() -> None:
     costs = RunningCosts(MeasuredCosts(((1, 1e-3),), ((1, 1e-4),), 5e-3))
     moves = TokenMoves(costs)
     first = moves.of(SCHEDULERS["hybrid"], 4)
-    costs.cpu_factor = 1.01
+    costs.saw_cpu(1.0, 1.05)
     assert moves.of(SCHEDULERS["hybrid"], 4) is first
-    costs.copy_factor = 0.01
+    for _ in range(50):
+        costs.saw_copies(costs.copy_factor, 0.01)
     assert moves.of(SCHEDULERS["hybrid"], 4) is not first and moves.of(SCHEDULERS["hybrid"], 4)[0] > first[0]
     assert moves.of(SCHEDULERS["static_split"], 4) == [0] * 5
 

@@ -9,12 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import moe_offload
-from moe_offload import cli, cli_tune, ops, profile_store, profile_write, tune, tune_profile, tune_tiers
-from moe_offload.config import DEMO_MODEL, MIB
+from moe_offload import (
+    cli,
+    cli_tune,
+    ops,
+    profile_store,
+    profile_write,
+    tune,
+    tune_facts,
+    tune_profile,
+    tune_tiers,
+)  # fmt: skip
+from moe_offload.config import DEMO_MODEL, MIB, PoolPlan
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.planning.time_budget import TimeBudget
@@ -25,6 +36,7 @@ from moe_offload.runtime import offload
 from moe_offload.runtime.tuning_run import Text, TuningRun
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
+from moe_offload.trace import make_trace
 
 EIGHT_OF_16 = {"ram": "4GiB", "experts": 8, "context": None}
 
@@ -336,7 +348,9 @@ def test_ctrl_c_leaves_nothing_behind(
     output = tmp_path / "out" / "p.toml"
     output.parent.mkdir()
     try:
-        seconds = "2" if where == "run" else "0.3"  # all other phases come without time for runs, too
+        if where == "run":  # the others come without time for runs, too
+            monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.001)
+        seconds = "600" if where == "run" else "0.3"
         arguments = ["tune", "--model", str(tiny_moe), "--ram", "4GiB", "--seconds", seconds]
         arguments += ["-o", str(output)]
         assert cli.main(arguments) == 130
@@ -396,3 +410,14 @@ def tune_profile_toml(profile: Any) -> str:
     from moe_offload.profile_write import as_toml
 
     return as_toml(profile)
+
+
+def test_only_layers_that_a_device_serves_are_replayed_there() -> None:
+    """A device may have no kernel for the others' format."""
+    trace = make_trace(np.arange(24).reshape(4, 3, 2) % 8, num_experts=8, layers=[1, 2, 5])
+    served = tune_facts._of_layers(trace, {2, 5})
+    assert served.layers == (2, 5) and np.array_equal(served.experts, trace.experts[:, 1:])
+    assert tune_facts._of_layers(trace, {1, 2, 5}) is trace
+    ram = [PoolPlan(10, (1, 2, 5), 24, 12, 4)]
+    (both,) = tune_facts._both(ram, [PoolPlan(10, (2, 5), 16, 6, 4)])
+    assert both.num_slots == 14, "what is resident on the device needs no slot"
