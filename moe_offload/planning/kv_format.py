@@ -14,8 +14,9 @@ from moe_offload.errors import ConfigError
 KV_FORMATS = ("q8_0",)
 KV_BLOCK_ELEMENTS, KV_BLOCK_BYTES = 32, 34
 FLOAT32_BYTES = 4
-# What q8_0 cost where it was measured (bench/perplexity.py on the bundled model, docs/LOG.md 2026-11-21).
-KV_PRICE = "0.007% of perplexity on the demo model"
+# What q8_0 cost where it was measured (bench/perplexity.py, docs/LOG.md 2026-11-21): the bundled model, and
+# another as small.
+KV_PRICE = "0.007 and 0.015% of perplexity on two small models"
 HYBRID_CACHE_FAMILIES = {"inkling_text", "zaya"}  # layers that transformers alone knows how to cache
 # A head's row in the cache, by its names in the configurations of families without a latent.
 HEAD_DIMS = ("head_dim", "v_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim")
