@@ -3,12 +3,17 @@
     python bench/plan_accuracy.py --synthetic qwen3.gguf gpt-oss.gguf --out accuracy.json [--resume]
 
 Models: the bundled demo and files of bench/make_synthetic.py. For each 4 budgets (an eighth, a quarter,
-a half, all of the experts) x 2 contexts x cold and warm. The hit rate is predicted by replaying a trace of
-*other* text, the machine is measured (measure_steps, yardstick) before each load, and a case's prediction is
-in the result file before the model that it is about is loaded. Then the model is loaded, a prompt as long
-as the context is run, and tokens are decoded one by one: the first ones are the cold case, those after
-as many others the warm one. Without generate()'s loop, and without prefetch, which `plan` does not count.
-Each load is repeated and the fastest counts, as other work can only slow it.
+a half, all of the experts) x 2 contexts x cold and warm. Hits and a prompt's experts are predicted by
+replaying traces of *other* texts, the machine is measured (measure_steps, yardstick) before each load, and a
+case's prediction is in the result file before the model that it is about is loaded. Then the model is
+loaded, a prompt as long as the context is run, and tokens are decoded one by one: the first ones are the cold
+case, those after as many others the warm one. Without generate()'s loop, and without prefetch, which `plan`
+does not count.
+
+A prediction is of the machine as it was when it was measured, and a virtual one changes by half within
+seconds. So a short loop of arithmetic is timed beside the measuring and, between tokens, beside the run:
+where the two differ by more than a sixth, the case is predicted and measured again, --attempts times at
+most; the attempt with the least difference counts and is recorded with it. None is chosen by its error.
 
 --resume keeps what an earlier run, cut short, has measured.
 """
@@ -30,8 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("12.5%", "25%", "50%", "100%")
 CONTEXTS = (64, 640)
 COLD_TOKENS, BETWEEN_TOKENS, WARM_TOKENS = 32, 32, 48
+PHASES = ("prefill", "cold", "warm")
 DECODED_TOKENS = COLD_TOKENS + BETWEEN_TOKENS + WARM_TOKENS
-OTHER_TEXT = 2000  # tokens after which the measured text begins; the trace's is what comes first
+MEASURED_FROM = 2000  # the measured text's first token
+OTHERS_FROM = (1, 1100, 3000)  # those of traced texts, of a synthetic model
+OTHER_FILES = ("README.md", "docs/ARCHITECTURE.md", "docs/LOG.md")  # and of the demo model
+SAME_MACHINE = 1 / 6  # by which the loop's time may differ
+LOOP_STEPS = 100_000
+EVERY_TOKENS = 4  # between tokens the loop is timed
 GOAL, GOAL_SHARE = 0.2, 0.9
 SLACK_BYTES = 64 << 20  # the cap on experts decides, not bytes
 
@@ -54,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--synthetic", type=Path, nargs="*", default=[], metavar="GGUF")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--rounds", type=int, default=2, help="loads of each case; the fastest counts")
+    parser.add_argument("--attempts", type=int, default=4, help="while the machine changes in between")
     parser.add_argument("--resume", action="store_true", help="measure only what --out does not have")
     return parser.parse_args()
 
@@ -82,41 +93,85 @@ def bench_model(name: str, path: Path, record: dict[str, Any], args: argparse.Na
     """Predict and measure what the record lacks of one model."""
     wanted = [(share, context) for context in CONTEXTS for share in SHARES]
     cases = record["cases"]
-    missing = [key for key in wanted if "measured" not in cases.get(case_key(name, *key, "warm"), {})]
-    if not missing:
-        return
-    from moe_offload.runtime.yardstick import measure_overheads
-
-    overheads = measure_overheads()
+    missing = [
+        key for key in wanted if any("measured" not in cases.get(case_key(name, *key, p), {}) for p in PHASES)
+    ]
+    yardstick = Yardstick()
     ids = {context: token_ids(path, context) for context in CONTEXTS}
-    traces = {context: record_trace(path, ids[context][0]) for context in {c for _, c in missing}}
+    traces = {
+        context: [record_trace(path, other) for other in ids[context][0]]
+        for context in {c for _, c in missing}
+    }
     for share, context in missing:
-        predictions = predict(path, share, context, traces[context], overheads)
-        for phase, prediction in predictions.items():
-            cases[case_key(name, share, context, phase)] = {"predicted": prediction}
+        for _ in range(args.attempts):
+            attempt = predict(path, share, context, traces[context], yardstick)
+            record["written"] = {case_key(name, share, context, phase): attempt[phase] for phase in PHASES}
+            write(record, args.out)
+            found = measure(path, share, context, ids[context][1])
+            for phase in PHASES:
+                settle(cases, case_key(name, share, context, phase), attempt[phase], found[phase])
+            if all(change(cases[case_key(name, share, context, phase)]) <= SAME_MACHINE for phase in PHASES):
+                break
         write(record, args.out)
-        for phase, measured in best_of(args.rounds, path, share, context, ids[context][1]).items():
-            cases[case_key(name, share, context, phase)]["measured"] = measured
-        write(record, args.out)
-        print_table({key: cases[key] for key in list(cases)[-len(predictions) :]})
+        print_table({key: cases[key] for key in (case_key(name, share, context, phase) for phase in PHASES)})
+
+
+def settle(cases: dict[str, Any], key: str, predicted: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Keep the attempt during which the machine changed least; never one by how right it was."""
+    case = {"predicted": predicted, "measured": measured}
+    attempts = cases[key]["attempts"] + 1 if key in cases else 1
+    if key not in cases or change(case) < change(cases[key]):
+        cases[key] = case
+    cases[key]["attempts"] = attempts
+
+
+def change(case: dict[str, Any]) -> float:
+    """Return by how much the machine's speed differed between prediction and measurement."""
+    ratio = case["measured"]["loop_s"] / case["predicted"]["loop_s"]
+    return float(max(ratio, 1 / ratio) - 1)
+
+
+def loop_s() -> float:
+    """Return the seconds of a little arithmetic: the processor's speed now."""
+    started, total = time.perf_counter(), 0
+    for number in range(LOOP_STEPS):
+        total += number
+    return time.perf_counter() - started
+
+
+class Yardstick:
+    """The overheads, measured anew when the machine has changed."""
+
+    def __init__(self) -> None:
+        self._loop_s, self._overheads = 0.0, None
+
+    def overheads(self) -> Any:
+        from moe_offload.runtime.yardstick import measure_overheads
+
+        now_s = statistics.fmean(loop_s() for _ in range(5))
+        if self._overheads is None or abs(now_s / self._loop_s - 1) > SAME_MACHINE:
+            before_s, self._overheads = loop_s(), measure_overheads()
+            self._loop_s = statistics.fmean([now_s, before_s, loop_s()])
+        return self._overheads
 
 
 def case_key(name: str, share: str, context: int, phase: str) -> str:
     return f"{name}, {share} of the experts, {context} tokens, {phase}"
 
 
-def token_ids(path: Path, context: int) -> tuple[list[int], list[int]]:
-    """Return ids for the trace and other ones for the measurement."""
+def token_ids(path: Path, context: int) -> tuple[list[list[int]], list[int]]:
+    """Return ids of some texts for the traces and other ones for the measurement."""
     from moe_offload.config import DEMO_MODEL
 
     count = context + DECODED_TOKENS
     if path != DEMO_MODEL:
-        return list(range(1, 1 + count)), list(range(OTHER_TEXT, OTHER_TEXT + count))
+        texts = [list(range(first, first + count)) for first in OTHERS_FROM]
+        return texts, list(range(MEASURED_FROM, MEASURED_FROM + count))
     import moe_offload
 
     tokenizer = moe_offload.load_tokenizer()
-    ids = tokenizer((ROOT / "README.md").read_text(encoding="utf-8"))["input_ids"]
-    return ids[:count], ids[OTHER_TEXT : OTHER_TEXT + count]
+    files = [tokenizer((ROOT / name).read_text(encoding="utf-8"))["input_ids"] for name in OTHER_FILES]
+    return [ids[:count] for ids in files], files[0][MEASURED_FROM : MEASURED_FROM + count]
 
 
 def load(path: Path, share: str, context: int) -> Any:
@@ -162,20 +217,29 @@ def record_trace(path: Path, ids: list[int]) -> Any:
         model.offload.close()
 
 
-def predict(path: Path, share: str, context: int, trace: Any, overheads: Any) -> dict[str, dict[str, Any]]:
+def predict(
+    path: Path, share: str, context: int, traces: list[Any], yardstick: Yardstick
+) -> dict[str, dict[str, Any]]:
     """Return what plan says of prefill, cold and warm decoding; measures the machine first."""
     from moe_offload.header_costs import place
     from moe_offload.measure_steps import measure_steps
-    from moe_offload.outlook import Planner, replayed_hit_rates
-    from moe_offload.planning.roofline import decode_speed
+    from moe_offload.outlook import Hits, Planner, replayed_hits
     from moe_offload.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    machine = replace(measure_steps(checkpoint), overheads=replace(overheads, token_s=0.0))
-    budget, process = ram_bytes(path, share, context), process_of(checkpoint)
-    planner = Planner(checkpoint, machine, choices(share, context), process=process, prompt_tokens=context)
-    placement = place(checkpoint, planner.config, ram_bytes=budget, process=process)
-    prefill = planner.outlook(budget).prefill
+    overheads = replace(yardstick.overheads(), token_s=0.0)
+    loops = [loop_s() for _ in range(3)]
+    machine = replace(measure_steps(checkpoint), overheads=overheads)
+    loops += [loop_s() for _ in range(3)]
+    process, config = process_of(checkpoint), choices(share, context)
+    budget = ram_bytes(path, share, context)
+    planners = [
+        Planner(checkpoint, machine, config, process=process, trace=trace, prompt_tokens=context)
+        for trace in traces
+    ]
+    placement = place(checkpoint, config, ram_bytes=budget, process=process)
+    chunks = [planner.chunks(placement) for planner in planners]
+    prefill = planners[0].prefill(placement, [mean_of(same) for same in zip(*chunks, strict=True)])
     assert prefill is not None
     found = {"prefill": {"tokens_per_s": prefill.tokens_per_s, "walls_s": dict(prefill.walls_s)}}
     splits = {
@@ -183,22 +247,25 @@ def predict(path: Path, share: str, context: int, trace: Any, overheads: Any) ->
         "warm": (context + COLD_TOKENS + BETWEEN_TOKENS, None),
     }
     for phase, (first, end) in splits.items():
-        part = trace if end is None else trace.head(end)
-        hit_rate = replayed_hit_rates(checkpoint, placement.pools, part, planner.config.policy, split=first)[
-            1
+        parts = [trace if end is None else trace.head(end) for trace in traces]
+        hits = [
+            replayed_hits(checkpoint, placement.pools, part, config.policy, split=first)[1] for part in parts
         ]
-        speed = decode_speed(planner.token, machine, planner.shape(placement), hit_rate=hit_rate)
+        misses = [statistics.fmean(shares) for shares in zip(*(hit.misses for hit in hits), strict=True)]
+        hit_rate = statistics.fmean(hit.rate for hit in hits)
+        speed = planners[0].decode(placement, Hits(hit_rate, tuple(misses)))
         found[phase] = {
             "tokens_per_s": speed.tokens_per_s, "binding": speed.binding, "hit_rate": hit_rate,
-            "walls_s": dict(speed.walls_s), "machine": asdict(machine),
+            "walls_s": dict(speed.walls_s),
         }  # fmt: skip
-    return found
+    found["warm"]["machine"] = asdict(machine)
+    return {phase: {**values, "loop_s": statistics.fmean(loops)} for phase, values in found.items()}
 
 
-def best_of(rounds: int, path: Path, share: str, context: int, ids: list[int]) -> dict[str, dict[str, Any]]:
-    """Return the fastest of some runs, phase by phase: what else the machine did only slows."""
-    runs = [measure(path, share, context, ids) for _ in range(rounds)]
-    return {phase: max((run[phase] for run in runs), key=lambda r: r["tokens_per_s"]) for phase in runs[0]}
+def mean_of(chunks: Any) -> Any:
+    """Return the same chunk of several texts as one."""
+    used, read = (statistics.fmean(getattr(chunk, name) for chunk in chunks) for name in ("used", "read"))
+    return replace(chunks[0], used=used, read=read)
 
 
 def measure(path: Path, share: str, context: int, ids: list[int]) -> dict[str, dict[str, Any]]:
@@ -208,10 +275,10 @@ def measure(path: Path, share: str, context: int, ids: list[int]) -> dict[str, d
         marks = run(model, ids, [COLD_TOKENS, BETWEEN_TOKENS, WARM_TOKENS])
     finally:
         model.offload.close()
+    counts = {"prefill": (0, context), "cold": (1, COLD_TOKENS), "warm": (3, WARM_TOKENS)}
     return {
-        "prefill": {"tokens_per_s": context / marks[0]["seconds"]},
-        "cold": {"tokens_per_s": COLD_TOKENS / marks[1]["seconds"], **marks[1]},
-        "warm": {"tokens_per_s": WARM_TOKENS / marks[3]["seconds"], **marks[3]},
+        phase: {"tokens_per_s": count / marks[position]["seconds"], **marks[position]}
+        for phase, (position, count) in counts.items()
     }
 
 
@@ -220,17 +287,22 @@ def run(model: Any, ids: list[int], parts: list[int]) -> list[dict[str, Any]]:
     import torch
 
     stats, prompt = model.offload.stats, len(ids) - DECODED_TOKENS
-    marks = []
+    marks: list[dict[str, Any]] = []
     with torch.no_grad():
+        loops = [loop_s() for _ in range(3)]
         started = time.perf_counter()
         cache = model(torch.tensor([ids[:prompt]]), logits_to_keep=1).past_key_values
-        marks.append({"seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        loops += [loop_s() for _ in range(3)]
+        marks.append({"seconds": seconds, "loop_s": statistics.fmean(loops)})
         for part in parts:
-            before, times = stats().as_dict(), []
-            for token in ids[prompt : prompt + part]:
+            before, times, loops = stats().as_dict(), [], []
+            for number, token in enumerate(ids[prompt : prompt + part]):
                 started = time.perf_counter()
                 model(torch.tensor([[token]]), past_key_values=cache)
                 times.append(time.perf_counter() - started)
+                if number % EVERY_TOKENS == 0:
+                    loops.append(loop_s())
             prompt += part
             after = stats().as_dict()
             hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
@@ -239,6 +311,7 @@ def run(model: Any, ids: list[int], parts: list[int]) -> list[dict[str, Any]]:
                     "seconds": sum(times),
                     "median_s": statistics.median(times),
                     "hit_rate": hits / max(1, hits + misses),
+                    "loop_s": statistics.fmean(loops),
                 }
             )
     return marks
@@ -251,11 +324,10 @@ def error(case: dict[str, Any]) -> float:
 
 def summary(cases: dict[str, Any]) -> dict[str, Any]:
     """Return how many cases are within the goal, for decoding and for prompts."""
-    result: dict[str, Any] = {"goal": f"within {GOAL:.0%} in {GOAL_SHARE:.0%} of decode cases"}
+    result: dict[str, Any] = {"goal": f"within {GOAL:.0%} in {GOAL_SHARE:.0%} of the cases, each kind"}
     for kind in ("decode", "prefill"):
-        errors = [
-            error(case) for key, case in cases.items() if key.endswith("prefill") == (kind == "prefill")
-        ]
+        found = [case for key, case in cases.items() if key.endswith("prefill") == (kind == "prefill")]
+        errors = [error(case) for case in found]
         within = sum(abs(value) <= GOAL for value in errors)
         result[kind] = {
             "cases": len(errors),
@@ -263,8 +335,9 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
             "share": within / len(errors),
             "median_error": statistics.median(errors),
             "worst_error": max(errors, key=abs),
+            "machine_changed": sum(change(case) > SAME_MACHINE for case in found),
         }
-    result["met"] = result["decode"]["share"] >= GOAL_SHARE
+    result["met"] = all(result[kind]["share"] >= GOAL_SHARE for kind in ("decode", "prefill"))
     return result
 
 
@@ -274,7 +347,8 @@ def print_table(cases: dict[str, Any]) -> None:
         hits = f"{predicted['hit_rate']:.0%}/{measured['hit_rate']:.0%}" if "hit_rate" in measured else "-"
         print(
             f"{key:60} {predicted['tokens_per_s']:9.4g} predicted {measured['tokens_per_s']:9.4g} measured "
-            f"{error(case):+6.0%}  hits {hits:9}  {predicted.get('binding', '')}",
+            f"{error(case):+6.0%}  hits {hits:9} {predicted.get('binding', ''):8} machine "
+            f"{measured['loop_s'] / predicted['loop_s']:.2f}, attempt {case.get('attempts', 1)}",
             flush=True,
         )
 

@@ -223,10 +223,10 @@ def bytes_per_token(checkpoint: Checkpoint, cached_tokens: int, kv: str | None =
     )
 
 
-def attention_scores(checkpoint: Checkpoint, cached_tokens: int) -> int:
-    """Return how many scores one token's attention makes over ``cached_tokens``, all layers together."""
+def attention_heads(checkpoint: Checkpoint) -> int:
+    """Return the heads of all layers that attend: each makes a score of every cached token."""
     layers = sum(elements > 0 for elements in checkpoint.spec.kv_elements_per_token)
-    return int(checkpoint.config["num_attention_heads"]) * cached_tokens * layers
+    return int(checkpoint.config["num_attention_heads"]) * layers
 
 
 def dense_read_bytes(checkpoint: Checkpoint) -> int:
@@ -234,9 +234,28 @@ def dense_read_bytes(checkpoint: Checkpoint) -> int:
     return sum(info.span.num_bytes for info in _multiplied(checkpoint))
 
 
-def dense_weights(checkpoint: Checkpoint) -> int:
-    """Return how many dense weights a token is multiplied with."""
-    return sum(info.num_elements for info in _multiplied(checkpoint))
+def prompt_weights(checkpoint: Checkpoint) -> int:
+    """Return how many dense weights every token of a prompt meets: the head sees its last only."""
+    return sum(info.num_elements for name, info in checkpoint.dense.items() if not _is_head(name))
+
+
+def prompt_type(checkpoint: Checkpoint) -> WeightType:
+    """Return the format that most of ``prompt_weights`` have."""
+    counts: dict[WeightType, int] = {}
+    for name, info in checkpoint.dense.items():
+        if not _is_head(name):
+            counts[info.ggml_type] = counts.get(info.ggml_type, 0) + info.num_elements
+    return max(counts, key=lambda ggml_type: counts[ggml_type])
+
+
+def head_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the head, which may be the embedding."""
+    body = sum(info.span.num_bytes for name, info in checkpoint.dense.items() if not _is_head(name))
+    return dense_read_bytes(checkpoint) - body
+
+
+def _is_head(name: str) -> bool:
+    return "lm_head" in name or "embed_tokens" in name
 
 
 def multiplied_bytes_by_type(checkpoint: Checkpoint) -> dict[WeightType, int]:

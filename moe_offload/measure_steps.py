@@ -1,6 +1,6 @@
 """What a decode step and a prompt's chunk cost on a model's own experts: for `plan` on this machine.
 
-The code that the runtime runs, on experts of the checkpoint in memory and on its file, in about a second.
+The code that the runtime runs, on experts of the checkpoint in memory and on its file, in about two seconds.
 """
 
 from __future__ import annotations
@@ -8,25 +8,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
 
 from moe_offload import ops
 from moe_offload.config import PREFILL_CHUNK_TOKENS
-from moe_offload.expert_bench import ExpertBench, expert_bench
-from moe_offload.header_costs import dense_read_bytes, multiplied_bytes_by_type
-from moe_offload.measure import COLS, WEIGHTS_BYTES, disk_bytes_per_s, kernel_bytes_per_s, random_weights
-from moe_offload.planning.roofline import MachineSpeed
+from moe_offload.expert_bench import expert_bench
+from moe_offload.header_costs import EAGER_FAMILIES, dense_read_bytes, multiplied_bytes_by_type, prompt_type
+from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
+from moe_offload.measure_experts import LayerExperts
+from moe_offload.planning.roofline import Curve, MachineSpeed, PromptSpeed
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import ExpertLayout, WeightType, row_bytes
+from moe_offload.storage.expert_format import WeightType, row_bytes
 
-SHARE_S = 0.15  # for each measurement
+SHARE_S = 0.04  # for each measurement
 LEAST_RUNS = 3
-CHUNK_TOKENS, CHUNK_ROWS = 128, 1024  # of a dense product: enough tokens that its time grows with them
-
-Loaded = list[NDArray[np.uint64]]  # of each expert in memory, its matrices' addresses
+LEAST_S = 1e-9  # of a difference between noisy times
+CHUNK_TOKENS, CHUNK_ROWS = (16, 64, PREFILL_CHUNK_TOKENS), 1024  # of a dense product
 
 
 def measure_steps(checkpoint: Checkpoint) -> MachineSpeed:
@@ -34,72 +34,76 @@ def measure_steps(checkpoint: Checkpoint) -> MachineSpeed:
     dense_type = next(iter(multiplied_bytes_by_type(checkpoint)))
     weights = random_weights(min(WEIGHTS_BYTES, dense_read_bytes(checkpoint)))
     ram_bytes_per_s = kernel_bytes_per_s(dense_type, weights)
-    dense_macs_per_s = _dense_macs_per_s(dense_type, weights)
+    dense = _dense_macs_per_s(prompt_type(checkpoint), weights)
+    del weights
     if not checkpoint.experts.layouts:
-        return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, dense_macs_per_s)
-    layout = next(iter(checkpoint.experts.layouts.values()))
-    top_k = min(checkpoint.spec.top_k, layout.num_experts)
-    tokens = max(1, PREFILL_CHUNK_TOKENS * top_k // layout.num_experts)
-    disk = disk_bytes_per_s(checkpoint)
+        return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, dense[-1][1])
+    score_s = _score_s(checkpoint)
     with expert_bench(checkpoint) as bench:
-        latency_s = _median_s(lambda: _read_one(bench))
-        loaded = bench.load(layout, bench.num_slots)
+        layer = LayerExperts(bench, next(iter(checkpoint.experts.layouts)))
+        expert_s = layer.at_hand_s() / layer.top_k
+        latency_s, read_s = _decode_reads(layer, expert_s)
+        streamed_s, curve = layer.streamed_s(1), layer.prompt_curve()
+        expert_bytes = layer.layout.expert_bytes
         return MachineSpeed(
             ram_bytes_per_s=ram_bytes_per_s,
-            disk_bytes_per_s=disk,
-            macs_per_s=dense_macs_per_s,
-            expert_bytes_per_s=top_k * layout.expert_bytes / _step_s(layout, loaded, top_k),
-            expert_macs_per_s=tokens * _macs(layout) / _rows_s(layout, loaded, tokens),
-            disk_latency_s=max(0.0, latency_s - layout.expert_bytes / disk),
+            disk_bytes_per_s=expert_bytes / read_s,
+            macs_per_s=dense[-1][1],
+            expert_bytes_per_s=expert_bytes / expert_s,
+            disk_latency_s=latency_s,
+            prompt=PromptSpeed(
+                dense_macs_per_s=dense,
+                expert_s=curve,
+                read_s=streamed_s,
+                handling_s=layer.handling_s(curve, streamed_s),
+                score_s=score_s,
+            ),
         )
 
 
-def _macs(layout: ExpertLayout) -> int:
-    return sum(matrix.rows * matrix.cols for matrix in layout.matrices)
+def _decode_reads(layer: LayerExperts, expert_s: float) -> tuple[float, float]:
+    """Return what a step's first miss costs more than each further one, and what that one costs.
+
+    From steps with one miss and with as many as there can be: until the last is there and computed. What
+    a step without misses costs beside its products is a layer's overhead, measured elsewhere.
+    """
+    most, beside_s = layer.most_misses, layer.step_s(0) - layer.top_k * expert_s
+    one_s = layer.step_s(1) - max(0.0, beside_s)
+    if most == 1:
+        return 0.0, max(LEAST_S, one_s - expert_s)
+    read_s = max(LEAST_S, (layer.step_s(most) - layer.step_s(1)) / (most - 1))
+    return max(0.0, one_s - expert_s - read_s), read_s
 
 
-def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
-    """Return multiply-adds per second of a chunk's product with a dense matrix."""
+def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
+    """Return multiply-adds per second of a chunk's product with a dense matrix, by tokens."""
     rows = min(CHUNK_ROWS, weights.numel() // row_bytes(ggml_type, COLS))
-    packed, x = weights[: rows * row_bytes(ggml_type, COLS)], torch.randn(CHUNK_TOKENS, COLS)
-    seconds = _median_s(lambda: ops.linear(x, packed, ggml_type, rows, COLS))
-    return CHUNK_TOKENS * rows * COLS / seconds
+    packed = weights[: rows * row_bytes(ggml_type, COLS)]
+    rates = []
+    for num_tokens in CHUNK_TOKENS:
+        seconds = _median_s(partial(ops.linear, torch.randn(num_tokens, COLS), packed, ggml_type, rows, COLS))
+        rates.append((float(num_tokens), num_tokens * rows * COLS / seconds))
+    return tuple(rates)
 
 
-def _read_one(bench: ExpertBench) -> None:
-    bench.store.wait(bench.store.read(bench.next_key(), bench.slot(0), speculative=False))
+def _score_s(checkpoint: Checkpoint) -> float:
+    """Return what a chunk's attention costs, by heads x tokens x tokens that they look at."""
+    config, tokens = checkpoint.config, PREFILL_CHUNK_TOKENS
+    heads = int(config["num_attention_heads"])
+    dim = int(config.get("head_dim") or checkpoint.spec.hidden_size // heads)
+    query, key, value = (torch.randn(1, heads, tokens, dim) for _ in range(3))
+    if checkpoint.spec.model_type not in EAGER_FAMILIES:
+        seconds = _median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
+        return seconds / (heads * tokens * tokens)
+    mask = torch.zeros(1, 1, tokens, tokens)
 
+    def with_scores() -> torch.Tensor:
+        scores = query @ key.transpose(2, 3) * dim**-0.5 + mask
+        with_sink = torch.cat([scores, scores[..., :1]], dim=-1)
+        with_sink = with_sink - with_sink.max(dim=-1, keepdim=True).values
+        return torch.softmax(with_sink, dim=-1)[..., :-1] @ value
 
-def _step_s(layout: ExpertLayout, loaded: Loaded, top_k: int) -> float:
-    """Return seconds of one token's experts of one layer, others each time."""
-    kernel = ops.ExpertKernel(layout, ops.Activation())
-    hidden, out = torch.randn(1, layout.hidden_size), torch.zeros(1, layout.hidden_size)
-    ids, offsets = np.arange(top_k, dtype=np.int32), np.arange(top_k + 1, dtype=np.int32)
-    tokens, weights = np.zeros(top_k, np.int32), torch.full((top_k,), 1 / top_k)
-    turn = 0
-
-    def step() -> None:
-        nonlocal turn
-        turn += 1
-        addresses = np.concatenate([loaded[(turn * top_k + i) % len(loaded)] for i in range(top_k)])
-        kernel.sum(hidden, ids, addresses, offsets, tokens, weights, out)
-
-    return _median_s(step)
-
-
-def _rows_s(layout: ExpertLayout, loaded: Loaded, num_tokens: int) -> float:
-    """Return seconds of one expert for ``num_tokens`` tokens, another expert each time."""
-    kernel = ops.ExpertKernel(layout, ops.Activation())
-    hidden, tokens = torch.randn(num_tokens, layout.hidden_size), np.arange(num_tokens, dtype=np.int32)
-    turn = 0
-
-    def rows() -> None:
-        nonlocal turn
-        turn += 1
-        offsets = np.array([0, num_tokens], np.int32)
-        kernel.rows(hidden, np.zeros(1, np.int32), loaded[turn % len(loaded)], offsets, tokens)
-
-    return _median_s(rows)
+    return _median_s(with_scores) / (heads * tokens * tokens)
 
 
 def _median_s(function: Callable[[], object]) -> float:

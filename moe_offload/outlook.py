@@ -6,9 +6,11 @@ nothing is called runnable that would be refused. The speed is planning/roofline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import numpy as np
 
 from moe_offload.config import (
     PREFILL_CHUNK_TOKENS,
@@ -21,9 +23,8 @@ from moe_offload.config import (
 from moe_offload.errors import BudgetError, CheckpointError
 from moe_offload.header_costs import (
     Process,
-    attention_scores,
+    attention_heads,
     bytes_per_token,
-    dense_weights,
     fixed_costs,
     fresh_process,
     place,
@@ -32,16 +33,12 @@ from moe_offload.header_costs import (
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram_bytes
-from moe_offload.planning.roofline import (
-    DecoderShape,
-    MachineSpeed,
-    Speed,
-    active_expert_macs,
-    decode_speed,
-    prefill_speed,
-)
-from moe_offload.replay import replay
+from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
+from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Speed, decode_speed
+from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
+from moe_offload.replay import Event, events, replay_events
 from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.trace import RoutingTrace
 
@@ -50,6 +47,18 @@ GAIN_WORTH_TELLING = 1.05
 DRIVER_BYTES = 512 << 20  # what a CUDA context and its kernels take of a card, an estimate
 Pools = tuple[PoolPlan, ...]
 TRACE_TOKENS = 2000  # of a trace; replaying them takes a second or two
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a cache does for some decoded tokens.
+
+    Attributes:
+        misses: share of a layer's steps with 0, 1, ... misses; None: not known.
+    """
+
+    rate: float
+    misses: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,21 +135,20 @@ class Planner:
             device = self._place_on_device(vram_bytes)
         except BudgetError as error:
             return Outlook(ram_bytes, False, str(error))
-        share, shape = resident_share(placement.pools), self.shape(placement)
-        hit_rate, source = self._hit_rate(placement.pools)
-        device_rate = None if device is None else self._hit_rate(device.pools)[0]
+        hits, source = self._hits(placement.pools)
+        device_rate = None if device is None else self._hits(device.pools)[0].rate
         return Outlook(
             ram_bytes,
             True,
             "",
             placement,
-            share,
-            hit_rate,
+            resident_share(placement.pools),
+            hits.rate,
             source,
             device,
             device_rate,
-            self._decode(shape, hit_rate, device_rate),
-            self._prefill(shape, share),
+            self.decode(placement, hits, device_rate),
+            self.prefill(placement),
         )
 
     def _place_on_device(self, vram_bytes: int) -> DevicePlan | None:
@@ -153,21 +161,34 @@ class Planner:
             context_bytes=DRIVER_BYTES,
         )
 
-    def _decode(self, shape: DecoderShape, hit_rate: float, device_rate: float | None) -> Speed:
+    def decode(
+        self,
+        placement: PlacementPlan,
+        hits: Hits,
+        device_rate: float | None = None,
+        machine: MachineSpeed | None = None,
+    ) -> Speed:
         """Take the larger of RAM's and VRAM's experts to hold the smaller's: nothing is read that one has."""
-        found = max(hit_rate, device_rate or 0.0)
-        return decode_speed(self.token, self.machine, shape, hit_rate=found, device_rate=device_rate)
+        is_in_ram = hits.rate >= (device_rate or 0.0)
+        return decode_speed(
+            self.token,
+            machine or self.machine,
+            self.shape(placement),
+            hit_rate=max(hits.rate, device_rate or 0.0),
+            device_rate=device_rate,
+            misses=hits.misses if is_in_ram else None,
+        )
 
-    def _hit_rate(self, pools: Pools) -> tuple[float, str]:
+    def _hits(self, pools: Pools) -> tuple[Hits, str]:
         share = resident_share(pools)
         if self._trace is not None and share < 1:
             return self._replayed(pools), f"{self._trace.num_tokens} tokens of a trace replayed"
         rate, curve = expected_hit_rate(self.checkpoint.spec.model_type, share)
-        return rate, f"curve {curve!r}"
+        return Hits(rate), f"curve {curve!r}"
 
-    def _replay(self, pools: Pools) -> float:
+    def _replay(self, pools: Pools) -> Hits:
         assert self._trace is not None
-        return replayed_hit_rates(self.checkpoint, pools, self._trace, self.config.policy)[1]
+        return replayed_hits(self.checkpoint, pools, self._trace, self.config.policy)[1]
 
     def shape(self, placement: PlacementPlan) -> DecoderShape:
         """Return what of model and placement costs a step beside bytes."""
@@ -178,22 +199,28 @@ class Planner:
             top_k=spec.top_k,
             num_experts=spec.num_experts,
             hidden_size=spec.hidden_size,
-            attention_scores=attention_scores(self.checkpoint, self.context_tokens),
+            attention_heads=attention_heads(self.checkpoint),
+            attention_scores=attention_heads(self.checkpoint) * self.context_tokens,
             is_native=native_step_reason(self.checkpoint.config) is None,
             all_resident=all(pool.num_slots >= pool.num_experts for pool in placement.pools),
         )
 
-    def _prefill(self, shape: DecoderShape, share: float) -> Speed | None:
-        return prefill_speed(
-            self.machine,
-            shape,
-            dense_macs=dense_weights(self.checkpoint),
-            expert_macs=active_expert_macs(self.checkpoint.spec, self.checkpoint.experts.layouts),
-            dense_bytes=self.token.dense_bytes,
-            expert_bytes=self.checkpoint.experts.total_bytes,
-            resident_share=share,
-            num_tokens=self.prompt_tokens,
-        )
+    def chunks(self, placement: PlacementPlan) -> list[Chunk]:
+        """Return the chunks of a first prompt, nothing in memory yet."""
+        if self._trace is not None:
+            layouts = self.checkpoint.experts.layouts
+            expert_bytes = {i: layout.expert_bytes for i, layout in layouts.items()}
+            policy, tokens = self.config.policy, self.prompt_tokens
+            found = traced_chunks(self._trace, placement.pools, policy, tokens, expert_bytes)
+            if found is not None:
+                return found
+        share = resident_share(placement.pools)
+        return expected_chunks(self.checkpoint.spec, share, self.prompt_tokens)
+
+    def prefill(self, placement: PlacementPlan, chunks: Sequence[Chunk] | None = None) -> Speed | None:
+        """Return the speed of a first prompt."""
+        chunks = self.chunks(placement) if chunks is None else chunks
+        return prefill_speed(self.machine, self.shape(placement), prompt_work(self.checkpoint), chunks)
 
     def changes(self, outlook: Outlook) -> list[Outlook]:
         """Return the outlooks of more RAM that would be at least 5% faster, each than the one before."""
@@ -220,34 +247,54 @@ class Planner:
     def relieved(self, outlook: Outlook) -> dict[str, float]:
         """Return tokens per second if one wall were twice as far away, for each wall of decoding."""
         assert outlook.placement is not None
-        shape, found = self.shape(outlook.placement), max(outlook.hit_rate, outlook.device_rate or 0.0)
+        placement, hits = outlook.placement, self._hits(outlook.placement.pools)[0]
         machines = {
             "RAM bandwidth": _faster(self.machine, "ram_bytes_per_s", "expert_bytes_per_s"),
             "disk bandwidth": _faster(self.machine, "disk_bytes_per_s"),
         }
         return {
-            name: decode_speed(
-                self.token, machine, shape, hit_rate=found, device_rate=outlook.device_rate
-            ).tokens_per_s
+            name: self.decode(placement, hits, outlook.device_rate, machine).tokens_per_s
             for name, machine in machines.items()
         }
 
 
-def replayed_hit_rates(
+def replayed_hits(
     checkpoint: Checkpoint, pools: Pools, trace: RoutingTrace, policy: str, split: int = 0
-) -> tuple[float, float]:
-    """Return the hit rates of a trace's tokens before and after ``split``, from a cold cache.
+) -> tuple[Hits, Hits]:
+    """Return what a cache does for a trace's decoded tokens before and after ``split``, from cold.
 
     Args:
         split: number of tokens; 0 is half of them.
     """
     expert_bytes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
-    first, whole = (
-        replay(part, pools, lambda: make_policy(policy), expert_bytes)
-        for part in (trace.head(split or trace.num_tokens // 2), trace)
+    split, top_k = split or trace.num_tokens // 2, trace.top_k
+    found = ([0] * (top_k + 1), [0] * (top_k + 1))  # steps by misses, before and after
+    ends = np.cumsum(trace.step_tokens).tolist()
+    seen, count = 0, 0
+
+    def note(event: Event, stats: OffloadStats) -> None:
+        nonlocal seen, count
+        end, count = ends[count // len(trace.layers)], count + 1
+        if event.num_tokens is None and len(event.expert_ids) <= top_k:
+            found[end > split][stats.misses - seen] += 1
+        seen = stats.misses
+
+    replay_events(
+        lambda: events(trace),
+        pools,
+        lambda: make_policy(policy),
+        expert_bytes,
+        trace.num_experts,
+        on_event=note,
     )
-    later_hits, later_misses = whole.hits - first.hits, whole.misses - first.misses
-    return first.hit_rate, later_hits / max(1, later_hits + later_misses)
+    first, later = (_hits_of(steps, top_k) for steps in found)
+    return first, later
+
+
+def _hits_of(steps: list[int], top_k: int) -> Hits:
+    total = max(1, sum(steps))
+    missed = sum(misses * count for misses, count in enumerate(steps))
+    return Hits(1 - missed / (total * top_k), tuple(count / total for count in steps))
 
 
 def _faster(machine: MachineSpeed, *names: str) -> MachineSpeed:

@@ -194,6 +194,7 @@ def replay_events(
     *,
     residents: Iterable[ExpertKey] = (),
     on_progress: Callable[[int], None] | None = None,
+    on_event: Callable[[Event, OffloadStats], None] | None = None,
 ) -> OffloadStats:
     """Run events through ``pools``; see ``replay``.
 
@@ -201,6 +202,7 @@ def replay_events(
         events: called once for the run and once for each pool of an oracle.
         num_experts: of a layer, at most.
         residents: who is in memory at the start.
+        on_event: called after each event with the counters so far.
     """
     stats = OffloadStats()
     by_layer: dict[int, ReplayPool] = {}
@@ -212,6 +214,8 @@ def replay_events(
         by_layer[key.layer_idx].admit(key)
     for count, event in enumerate(events()):
         by_layer[event.layer_idx].route(event)
+        if on_event is not None:
+            on_event(event, stats)
         if on_progress is not None and count % 4096 == 0:
             on_progress(count)
     return stats

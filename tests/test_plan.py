@@ -21,8 +21,8 @@ import moe_offload.runtime.model as runtime
 from moe_offload import cli
 from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
-from moe_offload.header_costs import Process, dense_read_bytes, dense_weights
-from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hit_rates
+from moe_offload.header_costs import Process, dense_read_bytes, head_bytes, prompt_weights
+from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
 from moe_offload.planning.placement import plan_device
@@ -32,7 +32,7 @@ from moe_offload.planning.roofline import (
     MachineSpeed,
     Overheads,
     decode_speed,
-    prefill_speed,
+    independent_misses,
 )
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.trace import make_trace
@@ -54,11 +54,22 @@ def test_a_miss_is_waited_for_unless_experts_at_hand_hide_it() -> None:
     assert speed.binding == "disk"
     two = replace(SHAPE, top_k=2)
     speed = decode_speed(TOKEN, MACHINE, two, hit_rate=0.5)
-    # A quarter of the tokens misses both (6 s), a half one (3 s, of which the other's 0.3 s are hidden).
-    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 6.0 / 4 + 2.7 / 2))
+    # A quarter of the tokens misses both (6 s), a half one (3 s); all but the last one's 0.3 s are hidden.
+    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 5.7 / 4 + 2.7 / 2))
     slow = replace(MACHINE, disk_latency_s=1.0)
     speed = decode_speed(TOKEN, slow, two, hit_rate=0.5)
-    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 7.0 / 4 + 3.7 / 2))
+    assert speed.tokens_per_s == pytest.approx(1 / (1.0 + 6.7 / 4 + 3.7 / 2))
+
+
+def test_misses_that_come_together_share_their_latency() -> None:
+    machine, two = replace(MACHINE, disk_latency_s=1.0), replace(SHAPE, top_k=2)
+    together = decode_speed(TOKEN, machine, two, hit_rate=0.5, misses=(0.5, 0.0, 0.5))
+    apart = decode_speed(TOKEN, machine, two, hit_rate=0.5, misses=(0.0, 1.0, 0.0))
+    assert 1 / together.tokens_per_s == pytest.approx(1.0 + 6.7 / 2)
+    assert 1 / apart.tokens_per_s == pytest.approx(1.0 + 3.7)
+    independent = decode_speed(TOKEN, machine, two, hit_rate=0.5, misses=(0.25, 0.5, 0.25))
+    assert independent == decode_speed(TOKEN, machine, two, hit_rate=0.5)
+    assert sum(independent_misses(5, 0.3)) == pytest.approx(1.0)
 
 
 def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
@@ -99,23 +110,6 @@ def test_more_hits_are_never_slower_and_no_wall_is_passed(
     assert better.tokens_per_s >= speed.tokens_per_s * (1 - 1e-9)
 
 
-def test_a_prompt_is_bound_by_its_slowest_wall() -> None:
-    sizes = {"dense_macs": 500, "expert_macs": 500, "dense_bytes": 200, "expert_bytes": 1000}
-    speed = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=512)
-    assert speed is not None and speed.binding == "disk"
-    assert speed.tokens_per_s == pytest.approx(512 / 10.0)  # nothing is in memory yet
-    overheads = Overheads(chunk_layer_s=9.0, chunk_expert_s=0.5, chunk_element_s=0.25)
-    slow = replace(MACHINE, overheads=overheads)
-    speed = prefill_speed(slow, replace(SHAPE, hidden_size=2), **sizes, resident_share=0.5)
-    assert speed is not None  # products, experts read from RAM, a layer, four experts, 1024 elements
-    assert speed.walls_s["compute"] == pytest.approx(0.256 + 1.0 + 9.0 + 4 * 0.5 + 1024 * 0.25)
-    longer = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1024)
-    assert longer is not None and longer.tokens_per_s == pytest.approx(1024 / 15.0)
-    one = prefill_speed(MACHINE, SHAPE, **sizes, resident_share=0.5, num_tokens=1)
-    assert one is not None and one.walls_s["disk"] == pytest.approx(2.5)  # one of four experts
-    assert prefill_speed(MachineSpeed(1, 1), SHAPE, **sizes, resident_share=0) is None
-
-
 @pytest.mark.parametrize("name", sorted(CURVES))
 def test_hit_curves_rise_from_nothing_to_everything(name: str) -> None:
     curve = CURVES[name]
@@ -138,7 +132,9 @@ def test_the_input_embedding_is_not_read_unless_it_is_the_head() -> None:
     is_tied = "lm_head.weight" not in checkpoint.dense
     apart = 0 if is_tied else embedding.span.num_bytes
     assert dense_read_bytes(checkpoint) == checkpoint.dense_bytes - apart
-    assert dense_weights(checkpoint) > 0
+    assert 0 < head_bytes(checkpoint) < checkpoint.dense_bytes
+    names = [name for name in checkpoint.dense if "embed" not in name and "lm_head" not in name]
+    assert prompt_weights(checkpoint) == sum(checkpoint.dense[name].num_elements for name in names)
 
 
 def planner(**kwargs: Any) -> Planner:
@@ -184,7 +180,7 @@ def test_plan_as_json_measures_this_machine(capsys: pytest.CaptureFixture[str]) 
     assert model["fits"] and model["machine"]["disk_bytes_per_s"] > 0
     overheads = model["machine"]["overheads"]
     assert overheads["modules_layer_s"] > overheads["native_layer_s"]  # a hundred operations, one by one
-    assert model["decode"]["tokens_per_s"] > 0 and model["prefill"]["binding"] in ("RAM", "disk", "compute")
+    assert model["decode"]["tokens_per_s"] > 0 and model["prefill"]["binding"] in model["prefill"]["walls_s"]
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
@@ -257,8 +253,11 @@ def test_a_trace_is_replayed_at_the_plans_slots() -> None:
     ram_bytes = plan.smallest_ram_bytes + 8 * MIB
     outlook = plan.outlook(ram_bytes)
     assert outlook.placement is not None and "400 tokens of a trace" in outlook.hit_source
-    first, later = replayed_hit_rates(plan.checkpoint, outlook.placement.pools, trace, "horizon")
-    assert outlook.hit_rate == later and 0 < first < 1
+    first, later = replayed_hits(plan.checkpoint, outlook.placement.pools, trace, "horizon")
+    assert outlook.hit_rate == later.rate and 0 < first.rate < 1
+    assert later.misses is not None and sum(later.misses) == pytest.approx(1.0)
+    missed = sum(misses * share for misses, share in enumerate(later.misses))
+    assert 1 - missed / trace.top_k == pytest.approx(later.rate)
     assert outlook.hit_rate != plain.outlook(ram_bytes).hit_rate
     assert plan.outlook(plan.whole_ram_bytes).hit_rate == 1.0
     with pytest.raises(CheckpointError, match="32 experts in each of 3 layers"):

@@ -1,22 +1,21 @@
-"""How fast could it be? Tokens per second from bytes, bandwidths and what a step costs beside bytes.
+"""How fast could it be? Tokens per second of decoding, from bytes, bandwidths and what is beside them.
 
 Pure arithmetic. A decoded token reads its active weights and its keys and values from RAM, and the
 experts that are not resident from disk. A layer's misses are read together while its experts at hand are
-computed; what that does not hide is waited for. What is read ahead (prefetch) is not counted: the
-runtime keeps that up only where it measures a gain.
-
-A prompt's chunk reads every expert at most once, whatever the cache holds, and multiplies.
+computed, then computed as they arrive; what that does not hide is waited for. What is read ahead
+(prefetch) is not counted: the runtime keeps that up only where it measures a gain. For prompts see
+prompt_roofline.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb
 
-from moe_offload.config import PREFILL_CHUNK_TOKENS, ModelSpec
 from moe_offload.planning.cost_model import TokenBytes
-from moe_offload.storage.expert_format import ExpertLayout
+
+Curve = tuple[tuple[float, float], ...]  # (tokens, value), ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,7 @@ class Overheads:
         modules_layer_s: of a layer on transformers' modules.
         miss_s: of an expert that was not resident, beside its reading.
         token_s: of generate()'s loop, for a token.
-        chunk_layer_s: of a layer for a chunk of a prompt.
-        chunk_expert_s: of an expert's call in a chunk.
+        chunk_layer_s: of a layer for a chunk of a prompt, however many tokens it has.
         chunk_element_s: of an element of a token's hidden state, for a layer of a chunk.
         attention_score_s: of one head and one cached token in decoding, the cache's bytes at hand.
     """
@@ -41,7 +39,6 @@ class Overheads:
     miss_s: float = 0.0
     token_s: float = 0.0
     chunk_layer_s: float = 0.0
-    chunk_expert_s: float = 0.0
     chunk_element_s: float = 0.0
     attention_score_s: float = 0.0
 
@@ -62,24 +59,43 @@ class DeviceSpeed:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptSpeed:
+    """What the machine gives to a prompt's chunk of this model.
+
+    Attributes:
+        dense_macs_per_s: of a dense product, by tokens.
+        expert_s: of an expert in memory, by the tokens that chose it.
+        read_s: from one expert to the next where all come from disk and computing does not hold them up.
+        handling_s: what reading an expert takes from those that compute.
+        score_s: of attention, for one head, one token and one that it looks at.
+    """
+
+    dense_macs_per_s: Curve
+    expert_s: Curve
+    read_s: float
+    handling_s: float = 0.0
+    score_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpeed:
     """What the machine gives to this program.
 
     Attributes:
         ram_bytes_per_s: a token's dense matrices with all threads.
-        disk_bytes_per_s: reading whole experts, several in flight.
+        disk_bytes_per_s: a decode step's misses, one more among those that are read together.
         macs_per_s: multiply-adds of the prefill kernels with all threads; None: not known.
         expert_bytes_per_s: one token's experts, computed in one call; None: as ``ram_bytes_per_s``.
-        expert_macs_per_s: a chunk's experts, by as many tokens as one gets; None: as ``macs_per_s``.
-        disk_latency_s: of reading an expert alone, beyond its share of ``disk_bytes_per_s``.
+        disk_latency_s: of a decode step's first miss, beyond its share of ``disk_bytes_per_s``.
+        prompt: as measured with the model; None: by ``macs_per_s`` and ``disk_bytes_per_s``.
     """
 
     ram_bytes_per_s: float
     disk_bytes_per_s: float
     macs_per_s: float | None = None
     expert_bytes_per_s: float | None = None
-    expert_macs_per_s: float | None = None
     disk_latency_s: float = 0.0
+    prompt: PromptSpeed | None = None
     overheads: Overheads = field(default_factory=Overheads)
     device: DeviceSpeed | None = None
 
@@ -89,6 +105,8 @@ class DecoderShape:
     """What of a model and its placement decides a step's costs beside bytes.
 
     Attributes:
+        attention_heads: of all layers that attend.
+        attention_scores: of a token: heads x cached tokens, all layers.
         is_native: the native decode step computes it.
         all_resident: every expert has a slot of its own, so that nothing is decided between layers.
     """
@@ -98,7 +116,8 @@ class DecoderShape:
     top_k: int
     num_experts: int = 0  # of a layer
     hidden_size: int = 0
-    attention_scores: int = 0  # of a token: heads x cached tokens, all layers
+    attention_heads: int = 0
+    attention_scores: int = 0
     is_native: bool = True
     all_resident: bool = False
 
@@ -112,12 +131,6 @@ class Speed:
     binding: str
 
 
-def active_expert_macs(spec: ModelSpec, layouts: Mapping[int, ExpertLayout]) -> int:
-    """Return the multiply-adds of one prompt token in its experts: one for each weight that it uses."""
-    per_layer = (sum(m.rows * m.cols for m in layout.matrices) for layout in layouts.values())
-    return sum(spec.top_k * macs for macs in per_layer)
-
-
 def decode_speed(
     token: TokenBytes,
     machine: MachineSpeed,
@@ -125,12 +138,14 @@ def decode_speed(
     *,
     hit_rate: float,
     device_rate: float | None = None,
+    misses: Sequence[float] | None = None,
 ) -> Speed:
     """Return tokens per second of decoding with experts on disk.
 
     Args:
         hit_rate: share of a token's experts that are resident, 0 to 1.
         device_rate: share that is in an accelerator's memory; None: there is none.
+        misses: share of a layer's steps with 0, 1, ... top_k misses; None: they are independent draws.
     """
     cpu_bytes_per_s = machine.expert_bytes_per_s or machine.ram_bytes_per_s
     experts_s = token.expert_bytes / cpu_bytes_per_s
@@ -141,10 +156,11 @@ def decode_speed(
         token.kv_bytes / machine.ram_bytes_per_s, shape.attention_scores * machine.overheads.attention_score_s
     )
     ram_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s + experts_s
-    misses = shape.moe_layers * shape.top_k * (1 - hit_rate)
-    overhead_s = _step_overhead_s(machine.overheads, shape) + misses * machine.overheads.miss_s
+    missed = shape.moe_layers * shape.top_k * (1 - hit_rate)
+    overhead_s = _step_overhead_s(machine.overheads, shape) + missed * machine.overheads.miss_s
     disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
-    stall_s = _stall_s(token, machine, shape, experts_s, hit_rate)
+    shares = independent_misses(shape.top_k, hit_rate) if misses is None else misses
+    stall_s = _stall_s(token, machine, shape, experts_s, shares)
     total_s = max(ram_s + overhead_s + stall_s, disk_s)
     walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s, **device_walls}
     return Speed(1 / total_s, walls_s, max(walls_s, key=lambda wall: walls_s[wall]))
@@ -172,67 +188,31 @@ def _step_overhead_s(overheads: Overheads, shape: DecoderShape) -> float:
     return shape.num_layers * layer_s + overheads.token_s
 
 
+def independent_misses(top_k: int, hit_rate: float) -> list[float]:
+    """Return the probabilities that 0, 1, ... of a layer's experts miss."""
+    return [
+        comb(top_k, misses) * (1 - hit_rate) ** misses * hit_rate ** (top_k - misses)
+        for misses in range(top_k + 1)
+    ]
+
+
 def _stall_s(
-    token: TokenBytes, machine: MachineSpeed, shape: DecoderShape, experts_s: float, hit_rate: float
+    token: TokenBytes, machine: MachineSpeed, shape: DecoderShape, experts_s: float, shares: Sequence[float]
 ) -> float:
-    """Return a token's expected waiting: layer by layer, misses as independent draws."""
+    """Return a token's expected waiting, layer by layer."""
     uses = shape.moe_layers * shape.top_k
     if not uses:
         return 0.0
     read_s = token.expert_bytes / uses / machine.disk_bytes_per_s
-    at_hand_s = experts_s / uses
-    waits = (
-        comb(shape.top_k, misses)
-        * (1 - hit_rate) ** misses
-        * hit_rate ** (shape.top_k - misses)
-        * max(0.0, machine.disk_latency_s + misses * read_s - (shape.top_k - misses) * at_hand_s)
-        for misses in range(1, shape.top_k + 1)
+    expected = sum(
+        share * _layer_stall_s(misses, shape.top_k, machine.disk_latency_s, read_s, experts_s / uses)
+        for misses, share in enumerate(shares)
+        if misses
     )
-    return shape.moe_layers * sum(waits)
+    return shape.moe_layers * expected
 
 
-def prefill_speed(
-    machine: MachineSpeed,
-    shape: DecoderShape,
-    *,
-    dense_macs: int,
-    expert_macs: int,
-    dense_bytes: int,
-    expert_bytes: int,
-    resident_share: float,
-    num_tokens: int = PREFILL_CHUNK_TOKENS,
-) -> Speed | None:
-    """Return tokens per second of a first prompt; None where ``machine.macs_per_s`` is not known.
-
-    Its first chunk reads every expert that it uses; what then stays resident is read no more.
-
-    Args:
-        dense_macs, expert_macs: of one token.
-        expert_bytes: of all experts.
-        resident_share: of the experts, once the first chunk is through.
-    """
-    if machine.macs_per_s is None:
-        return None
-    chunks = -(-num_tokens // PREFILL_CHUNK_TOKENS)
-    used = share_used(shape.num_experts, shape.top_k, min(num_tokens, PREFILL_CHUNK_TOKENS))
-    experts_s = max(
-        num_tokens * expert_macs / (machine.expert_macs_per_s or machine.macs_per_s),
-        chunks * used * expert_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s),
-    )
-    overheads = machine.overheads
-    layer_s = overheads.chunk_layer_s + used * shape.num_experts * overheads.chunk_expert_s
-    elements_s = num_tokens * shape.hidden_size * overheads.chunk_element_s
-    walls_s = {
-        "RAM": chunks * (dense_bytes + used * expert_bytes) / machine.ram_bytes_per_s,
-        "disk": used * (1 + (chunks - 1) * (1 - resident_share)) * expert_bytes / machine.disk_bytes_per_s,
-        "compute": num_tokens * dense_macs / machine.macs_per_s
-        + experts_s
-        + shape.num_layers * (chunks * layer_s + elements_s),
-    }
-    binding = max(walls_s, key=lambda wall: walls_s[wall])
-    return Speed(num_tokens / walls_s[binding], walls_s, binding)
-
-
-def share_used(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """Return the share of a layer's experts that a chunk is expected to use, all equally probable."""
-    return 1.0 if num_experts <= top_k else float(1 - (1 - top_k / num_experts) ** num_tokens)
+def _layer_stall_s(misses: int, top_k: int, latency_s: float, read_s: float, expert_s: float) -> float:
+    """Return what a layer waits: until the last miss is there and computed, all others behind its reading."""
+    arrived_s = latency_s + misses * read_s
+    return max(0.0, arrived_s + expert_s - top_k * expert_s)

@@ -12,16 +12,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
-from moe_offload.header_costs import attention_scores, bytes_per_token, dense_weights
+from moe_offload.header_costs import attention_heads, bytes_per_token
 from moe_offload.measure_steps import measure_steps
-from moe_offload.planning.roofline import MachineSpeed, Overheads, active_expert_macs
+from moe_offload.planning.prompt_roofline import prefill_speed
+from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Overheads, decode_speed
+from moe_offload.prompt_outlook import expected_chunks, prompt_work
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.model import from_pretrained
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
@@ -37,8 +39,8 @@ ROOM_BYTES = 512 * MIB  # more than the demo takes
 def measure_overheads() -> Overheads:
     """Return the seconds beside bytes; takes about two seconds once the libraries are loaded."""
     checkpoint = open_checkpoint(DEMO_MODEL)
-    demo, machine = _Demo(checkpoint), measure_steps(checkpoint)
-    layers, num_experts = checkpoint.spec.num_hidden_layers, checkpoint.spec.num_experts
+    demo = _Demo(checkpoint, measure_steps(checkpoint))
+    layers = checkpoint.spec.num_hidden_layers
     whole = _load("all")
     try:
         whole.step_s()  # every expert is in memory, every page touched
@@ -57,22 +59,17 @@ def measure_overheads() -> Overheads:
         few_s, misses = few.step_s()
     finally:
         few.model.offload.close()
-    weights_s, read_s = demo.weights_s(machine), demo.read_s(machine, misses)
-    modules_layer_s = max(0.0, modules_s - weights_s) / layers
-    short_rest_s = max(0.0, short_s - demo.chunk_s(machine, SHORT_TOKENS) - layers * modules_layer_s)
-    chunk_rest_s = chunk_s - demo.chunk_s(machine, PREFILL_CHUNK_TOKENS) - layers * modules_layer_s
-    more_elements = layers * (PREFILL_CHUNK_TOKENS - SHORT_TOKENS) * checkpoint.spec.hidden_size
-    more_scores = demo.attention_scores(FAR_TOKENS) - demo.attention_scores(PROMPT_TOKENS)
+    weights_s = demo.token_s(misses=0.0)
+    layer_s, element_s = demo.beside_products(short_s, chunk_s)
     return Overheads(
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
-        modules_layer_s=modules_layer_s,
-        miss_s=max(0.0, few_s - python_s - read_s) / max(1.0, misses),
+        modules_layer_s=max(0.0, modules_s - weights_s) / layers,
+        miss_s=max(0.0, few_s - python_s - (demo.token_s(misses) - weights_s)) / max(1.0, misses),
         token_s=loop_s,
-        chunk_layer_s=modules_layer_s,
-        chunk_expert_s=short_rest_s / layers / num_experts,
-        chunk_element_s=max(0.0, chunk_rest_s - short_rest_s) / more_elements,
-        attention_score_s=max(0.0, far_s - native_s) / more_scores,
+        chunk_layer_s=layer_s,
+        chunk_element_s=element_s,
+        attention_score_s=max(0.0, far_s - native_s) / demo.more_scores,
     )
 
 
@@ -81,29 +78,47 @@ class _Demo:
     """What the demo's own bytes and products take, at measured rates."""
 
     checkpoint: Checkpoint
+    machine: MachineSpeed
 
-    def weights_s(self, machine: MachineSpeed) -> float:
-        token = bytes_per_token(self.checkpoint, PROMPT_TOKENS)
-        assert machine.expert_bytes_per_s
-        dense_s = (token.dense_bytes + token.kv_bytes) / machine.ram_bytes_per_s
-        return dense_s + token.expert_bytes / machine.expert_bytes_per_s
+    @property
+    def shape(self) -> DecoderShape:
+        spec = self.checkpoint.spec
+        return DecoderShape(
+            spec.num_hidden_layers,
+            len(spec.moe_layers),
+            spec.top_k,
+            attention_heads=attention_heads(self.checkpoint),
+        )
 
-    def read_s(self, machine: MachineSpeed, misses: float) -> float:
-        """Return the seconds of a token's reads: each layer's together."""
-        layout = next(iter(self.checkpoint.experts.layouts.values()))
-        layers = min(misses, len(self.checkpoint.spec.moe_layers))
-        return layers * machine.disk_latency_s + misses * layout.expert_bytes / machine.disk_bytes_per_s
+    @property
+    def more_scores(self) -> int:
+        return self.shape.attention_heads * (FAR_TOKENS - PROMPT_TOKENS)
 
-    def attention_scores(self, cached_tokens: int) -> int:
-        return attention_scores(self.checkpoint, cached_tokens)
+    def token_s(self, misses: float) -> float:
+        """Return the seconds of a token with so many misses, over all layers."""
+        token, shape = bytes_per_token(self.checkpoint, PROMPT_TOKENS), self.shape
+        hit_rate = 1 - misses / (shape.moe_layers * shape.top_k)
+        return 1 / decode_speed(token, self.machine, shape, hit_rate=hit_rate).tokens_per_s
 
-    def chunk_s(self, machine: MachineSpeed, num_tokens: int) -> float:
-        spec, layouts = self.checkpoint.spec, self.checkpoint.experts.layouts
-        assert machine.macs_per_s and machine.expert_macs_per_s
-        dense_s = dense_weights(self.checkpoint) / machine.macs_per_s
-        experts_s = active_expert_macs(spec, layouts) / machine.expert_macs_per_s
-        read_s = self.checkpoint.experts.total_bytes / (machine.expert_bytes_per_s or machine.ram_bytes_per_s)
-        return num_tokens * dense_s + max(num_tokens * experts_s, read_s)
+    def beside_products(self, short_s: float, chunk_s: float) -> tuple[float, float]:
+        """Return what a chunk costs beside products: for each layer, and for each element of its tokens."""
+        spec = self.checkpoint.spec
+        sizes = {SHORT_TOKENS: short_s, PREFILL_CHUNK_TOKENS: chunk_s}
+        short_rest_s, chunk_rest_s = (seconds - self._products_s(size) for size, seconds in sizes.items())
+        elements = spec.num_hidden_layers * spec.hidden_size
+        more_elements = elements * (PREFILL_CHUNK_TOKENS - SHORT_TOKENS)
+        element_s = max(0.0, chunk_rest_s - short_rest_s) / more_elements
+        layers_s = short_rest_s - SHORT_TOKENS * elements * element_s
+        return max(0.0, layers_s) / spec.num_hidden_layers, element_s
+
+    def _products_s(self, num_tokens: int) -> float:
+        """Return the seconds of a resident chunk's products and attention."""
+        chunks = [
+            replace(chunk, read=0.0) for chunk in expected_chunks(self.checkpoint.spec, 1.0, num_tokens)
+        ]
+        found = prefill_speed(self.machine, self.shape, prompt_work(self.checkpoint), chunks)
+        assert found is not None
+        return num_tokens / found.tokens_per_s
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,8 @@ class _Loaded:
     @torch.no_grad()
     def chunk_s(self, num_tokens: int) -> float:
         """Return seconds of a prompt of one chunk."""
-        return min(_seconds(partial(self.model, _tokens(num_tokens))) for _ in range(2))
+        prompt = partial(self.model, _tokens(num_tokens), logits_to_keep=1)
+        return min(_seconds(prompt) for _ in range(3))
 
 
 def _load(experts: str) -> _Loaded:

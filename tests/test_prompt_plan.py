@@ -1,0 +1,161 @@
+"""What a prompt would cost: chunk by chunk, what its experts are expected or traced to be, and measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_offload.config import DEMO_MODEL, PoolPlan, RuntimeConfig
+from moe_offload.expert_bench import expert_bench
+from moe_offload.measure_experts import LayerExperts
+from moe_offload.outlook import Planner
+from moe_offload.planning.hit_curves import TOKENS_LIKE_INDEPENDENT, expected_used
+from moe_offload.planning.prompt_roofline import Chunk, PromptWork, chunk_sizes, prefill_speed, value_at
+from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Overheads, PromptSpeed
+from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
+from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.trace import make_trace
+
+WORK = PromptWork(dense_macs=1000, expert_macs=100, expert_bytes=50, head_bytes=200)
+SHAPE = DecoderShape(num_layers=2, moe_layers=2, top_k=2, num_experts=8, hidden_size=10, attention_heads=3)
+PROMPT = PromptSpeed(
+    dense_macs_per_s=((16, 1000.0), (64, 2000.0)), expert_s=((1, 1.0), (4, 2.0), (8, 4.0)), read_s=5.0
+)
+MACHINE = MachineSpeed(ram_bytes_per_s=100.0, disk_bytes_per_s=10.0, macs_per_s=1e3, prompt=PROMPT)
+
+
+def seconds(machine: MachineSpeed, *chunks: Chunk) -> float:
+    speed = prefill_speed(machine, SHAPE, WORK, chunks)
+    assert speed is not None
+    return sum(chunk.num_tokens for chunk in chunks) / speed.tokens_per_s
+
+
+def test_a_resident_prompt_is_products_and_the_head() -> None:
+    chunk = Chunk(num_tokens=16, cached_tokens=0, used=4, read=0)
+    # 16 tokens' dense products, two layers of four experts with eight tokens each, the head.
+    assert seconds(MACHINE, chunk) == pytest.approx(16.0 + 2 * 4 * 4.0 + 2.0)
+    longer = replace(chunk, num_tokens=40, used=8)  # halfway between the rates, ten tokens an expert
+    assert seconds(MACHINE, longer) == pytest.approx(40 * 1000 / 1500 + 2 * 8 * 5.0 + 2.0)
+
+
+def test_reads_hide_behind_products_or_products_behind_reads() -> None:
+    chunk = Chunk(num_tokens=16, cached_tokens=0, used=4, read=4)
+    assert seconds(MACHINE, chunk) == pytest.approx(16.0 + 2 * 4 * 5.0 + 2.0)  # 5 s a read, 4 s to compute
+    late = replace(MACHINE, disk_latency_s=3.0)
+    assert seconds(late, chunk) == pytest.approx(16.0 + 2 * (4 * 5.0 + 3.0) + 2.0)
+    handled = replace(MACHINE, prompt=replace(PROMPT, handling_s=2.0))
+    assert seconds(handled, chunk) == pytest.approx(16.0 + 2 * 4 * 6.0 + 2.0)
+    assert seconds(handled, replace(chunk, read=1)) == pytest.approx(16.0 + 2 * (4 * 4.0 + 2.0) + 2.0)
+
+
+def test_each_chunk_pays_for_its_layers_elements_and_attention() -> None:
+    chunk = Chunk(num_tokens=16, cached_tokens=0, used=4, read=0)
+    overheads = Overheads(chunk_layer_s=7.0, chunk_element_s=0.5)
+    machine = replace(MACHINE, overheads=overheads, prompt=replace(PROMPT, score_s=0.01))
+    plain_s = seconds(MACHINE, chunk)
+    first_s = seconds(machine, chunk)
+    assert first_s == pytest.approx(plain_s + 2 * 7.0 + 2 * 16 * 10 * 0.5 + 3 * 16 * 16 * 0.01)
+    both_s = seconds(machine, chunk, replace(chunk, cached_tokens=16))
+    assert both_s == pytest.approx(2 * first_s - 2.0 + 3 * 16 * 16 * 0.01)  # the head once, more to look at
+
+
+def test_a_profile_tells_of_bandwidths_and_products_only() -> None:
+    machine = replace(MACHINE, prompt=None)
+    chunk = Chunk(num_tokens=16, cached_tokens=0, used=4, read=4)
+    # Eight tokens of an expert take 0.8 s to multiply, its bytes 0.5 s from memory and 5 s from disk.
+    assert seconds(machine, replace(chunk, read=0)) == pytest.approx(16.0 + 2 * 4 * 0.8 + 2.0)
+    assert seconds(machine, chunk) == pytest.approx(16.0 + 2 * 4 * 5.0 + 2.0)
+    one = Chunk(num_tokens=1, cached_tokens=0, used=2, read=0)
+    assert seconds(machine, one) == pytest.approx(1.0 + 2 * 2 * 0.5 + 2.0)
+    assert prefill_speed(replace(machine, macs_per_s=None), SHAPE, WORK, [chunk]) is None
+
+
+def test_the_slowest_wall_binds() -> None:
+    chunk = Chunk(num_tokens=16, cached_tokens=0, used=4, read=4)
+    for machine, wall in (
+        (MACHINE, "compute"),
+        (replace(MACHINE, prompt=replace(PROMPT, read_s=50.0)), "disk"),
+        (replace(MACHINE, overheads=Overheads(chunk_layer_s=90.0)), "overhead"),
+    ):
+        speed = prefill_speed(machine, SHAPE, WORK, [chunk])
+        assert speed is not None and speed.binding == wall
+        assert set(speed.walls_s) == {"RAM", "disk", "compute", "overhead"}
+
+
+def test_curves_go_on_from_their_last_two_points() -> None:
+    curve = ((1.0, 1.0), (4.0, 2.0), (8.0, 4.0))
+    assert [value_at(curve, x) for x in (0.5, 1, 2.5, 4, 6, 8, 16)] == [1, 1, 1.5, 2, 3, 4, 8]
+    assert value_at(((1.0, 5.0),), 99) == 5
+
+
+def test_chunks_are_as_the_runtime_cuts_them() -> None:
+    assert [chunk_sizes(n) for n in (1, 511, 512, 513, 1100)] == [[1], [511], [512], [512, 1], [512, 512, 76]]
+
+
+@pytest.mark.parametrize("family", sorted(TOKENS_LIKE_INDEPENDENT))
+def test_more_tokens_use_more_experts_and_fewer_than_independent_ones(family: str) -> None:
+    used = [expected_used(family, 32, 4, tokens) for tokens in (1, 2, 7, 16, 100, 512)]
+    assert used[0] == pytest.approx(4.0) and used == sorted(used) and used[-1] < 32
+    assert all(
+        value <= 32 * (1 - (28 / 32) ** n) * 1.001 for n, value in zip((1, 2, 7, 16), used, strict=False)
+    )
+    assert expected_used(family, 2, 2, 5) == 2.0
+
+
+def test_without_a_trace_the_first_chunk_reads_what_it_uses() -> None:
+    spec = open_checkpoint(DEMO_MODEL).spec
+    first, second = expected_chunks(spec, 0.25, 640)
+    assert first.read == first.used and second.read == pytest.approx(0.75 * second.used)
+    assert (first.num_tokens, second.num_tokens, second.cached_tokens) == (512, 128, 512)
+
+
+def test_a_traced_prompt_reads_what_the_replay_reads() -> None:
+    # Two layers of eight experts: even tokens use 0 and 1, odd ones 2 and 3; those after 512 use 4 and 5.
+    pairs = np.array([[0, 1], [2, 3]] * 256 + [[4, 5]] * 88, np.uint8)
+    trace = make_trace(np.stack([pairs, pairs], axis=1), num_experts=8)
+    sizes = {0: 10, 1: 10}
+    few = (PoolPlan(10, (0, 1), 16, num_slots=8, num_staging=4),)
+    chunks = traced_chunks(trace, few, "ewma", 600, sizes)
+    assert chunks == [Chunk(512, 0, used=4, read=4), Chunk(88, 512, used=2, read=2)]
+    again = np.concatenate([pairs[:512], pairs[:88]])
+    trace = make_trace(np.stack([again, again], axis=1), num_experts=8)
+    every = (PoolPlan(10, (0, 1), 16, num_slots=16, num_staging=0),)
+    chunks = traced_chunks(trace, every, "ewma", 600, sizes)
+    assert chunks == [Chunk(512, 0, used=4, read=4), Chunk(88, 512, used=4, read=0)]
+    assert traced_chunks(trace, every, "ewma", 601, sizes) is None
+
+
+def test_a_planner_takes_its_chunks_from_the_trace() -> None:
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    ids = np.tile(np.arange(4, dtype=np.uint8), (64, 12, 1))  # four experts, always
+    machine = MachineSpeed(20e9, 1e9, 1e11)
+    config = RuntimeConfig(context_tokens=64)
+    few = Planner(checkpoint, machine, config, trace=make_trace(ids, num_experts=32), prompt_tokens=64)
+    any_text = Planner(checkpoint, machine, config, prompt_tokens=64)
+    found = [planner.outlook(few.whole_ram_bytes).prefill for planner in (few, any_text)]
+    assert found[0] and found[1] and found[0].tokens_per_s > 2 * found[1].tokens_per_s
+
+
+def test_the_work_of_a_prompt_is_that_of_the_file() -> None:
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    work, spec = prompt_work(checkpoint), checkpoint.spec
+    assert work.expert_macs == 3 * spec.hidden_size * spec.moe_intermediate_size
+    assert work.expert_bytes == next(iter(checkpoint.experts.layouts.values())).expert_bytes
+
+
+def test_a_layer_is_rehearsed_with_as_many_misses_as_asked() -> None:
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    with expert_bench(checkpoint) as bench:
+        layer = LayerExperts(bench, 0)
+        stats = layer.cache.stats
+        for misses in range(layer.most_misses + 1):
+            before = stats.misses
+            layer._step(misses)
+            assert stats.misses - before == misses
+        assert layer.most_misses == layer.top_k == 4
+        before = stats.stream_bytes
+        assert layer.streamed_s(2) > 0 and stats.stream_bytes > before
+        assert layer.resident_s(64) > layer.resident_s(1)
+        layer.cache.check()
