@@ -185,7 +185,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-dense", action="store_true", help="accept models without experts")
     parser.add_argument(
-        "--profile", metavar="NAME|FILE", help="a machine's figures; default: measure this one"
+        "--profile",
+        metavar="NAME|FILE|none",
+        help="a machine's figures; default: what this one was tuned to, or else (none) measure it now",
     )
     parser.add_argument(
         "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"

@@ -1,7 +1,8 @@
 """`moe-offload plan`: will it fit, how fast would it be, what binds, what would change it — from headers.
 
 The bytes are those of the runtime's own placement, so that nothing is called runnable that it would
-refuse. The speed is a model (planning/roofline.py) on this machine's measured figures or a profile's.
+refuse. The speed is a model (planning/roofline.py, prompt_roofline.py) on a profile's figures: the one that
+was asked for, the one that this machine was tuned to, or, without any, what is measured now.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from moe_offload.cli_inspect import open_measured
-from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
+from moe_offload.config import DEMO_MODEL, GIB, DeviceChoice, RuntimeConfig, gib, parse_bytes
 from moe_offload.device import DeviceProfile, load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import context_bytes
@@ -21,8 +22,10 @@ from moe_offload.outlook import Outlook, Planner
 from moe_offload.planning.kv_format import KV_PRICE
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import MachineSpeed, Overheads, Speed
+from moe_offload.profile_store import CPU, GIVEN, TUNED_MACHINE, TUNED_MODEL, ProfileInUse, stored_profile
 from moe_offload.residency.memory import auto_ram_bytes
 from moe_offload.storage.checkpoint import Checkpoint
+from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.terminal import Progress
 from moe_offload.trace import read_trace
 
@@ -32,31 +35,57 @@ SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a brows
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, or the JSON object; draw the plot where asked."""
-    profile = load_profile(args.profile) if args.profile else None
     checkpoints = [open_measured(path, allow_dense=args.allow_dense) for path in args.models or [DEMO_MODEL]]
-    overheads = Overheads() if profile is not None else _measured_overheads()
-    planners = [_planner(checkpoint, profile, overheads, args) for checkpoint in checkpoints]
-    ram_bytes = _ram_bytes(args.ram, profile)
-    outlooks = [planner.outlook(ram_bytes) for planner in planners]
+    profiles = [_profile(args.profile, checkpoint, args.vram) for checkpoint in checkpoints]
+    overheads = Overheads() if None not in profiles else _measured_overheads()
+    pairs = list(zip(checkpoints, profiles, strict=True))
+    planners = [_planner(checkpoint, profile, overheads, args) for checkpoint, profile in pairs]
+    outlooks = [
+        planner.outlook(_ram_bytes(args.ram, profile))
+        for planner, profile in zip(planners, profiles, strict=True)
+    ]
     if args.plot:
         from moe_offload.plan_plot import draw
 
-        draw(planners[0], ram_bytes, args.plot)
+        draw(planners[0], outlooks[0].ram_bytes, args.plot)
+    reports = list(zip(planners, outlooks, profiles, strict=True))
     if args.json:
-        print(json.dumps({"models": [as_json(p, o) for p, o in zip(planners, outlooks, strict=True)]}))
+        print(json.dumps({"models": [as_json(*report) for report in reports]}))
         return 0
-    print(_machine_line(planners[0].machine, profile))
-    print("\n\n".join(as_text(p, o) for p, o in zip(planners, outlooks, strict=True)))
+    print("\n\n".join(as_text(*report) for report in reports))
     if len(planners) > 1:
         print(f"\n{_which_to_take(planners, outlooks)}")
     return 0
 
 
+def _profile(asked: str | None, checkpoint: Checkpoint, vram: str | None) -> ProfileInUse | None:
+    """Return the profile whose figures count; None: this machine is measured.
+
+    Args:
+        asked: a name or file; None: what was tuned here for the checkpoint, or else for the machine;
+            "none": nothing.
+        vram: where a GPU's memory is asked for, what was tuned with it goes first.
+
+    Raises:
+        ConfigError: no such profile, or it is damaged.
+    """
+    if asked == "none":
+        return None
+    if asked is not None:
+        return ProfileInUse(load_profile(asked), GIVEN, None)
+    device = CPU if vram is None else DeviceChoice("cuda").key
+    found = stored_profile(checkpoint_key(checkpoint), device)
+    return found if found is not None and found.kind in (TUNED_MODEL, TUNED_MACHINE) else None
+
+
 def _planner(
-    checkpoint: Checkpoint, profile: DeviceProfile | None, overheads: Overheads, args: argparse.Namespace
+    checkpoint: Checkpoint, found: ProfileInUse | None, overheads: Overheads, args: argparse.Namespace
 ) -> Planner:
     trace = read_trace(args.trace, checkpoint.spec.num_experts) if args.trace else None
     config = RuntimeConfig(context_tokens=args.context, kv=args.kv, allow_dense=args.allow_dense)
+    profile = None if found is None else found.profile
+    if found is not None and found.kind != GIVEN and "policy" in found.profile.settings:
+        config = replace(config, policy=str(found.profile.settings["policy"]))
     machine = _measured_speed(checkpoint, overheads) if profile is None else profile_speed(profile)
     vram_bytes = _vram_bytes(args.vram, profile)
     return Planner(checkpoint, machine, config, vram_bytes=vram_bytes, trace=trace)
@@ -99,18 +128,19 @@ def _measured_speed(checkpoint: Checkpoint, overheads: Overheads) -> MachineSpee
         return replace(measure_steps(checkpoint), overheads=overheads)
 
 
-def _ram_bytes(asked: str, profile: DeviceProfile | None) -> int:
+def _ram_bytes(asked: str, found: ProfileInUse | None) -> int:
     if asked != "auto":
         return parse_bytes(asked)
-    if profile is None:
+    if found is None or found.kind != GIVEN:
         return auto_ram_bytes()
-    return max(1, int(profile.value("ram", "capacity")) - SYSTEM_RESERVE_BYTES)
+    return max(1, int(found.profile.value("ram", "capacity")) - SYSTEM_RESERVE_BYTES)
 
 
-def as_json(planner: Planner, outlook: Outlook) -> dict[str, Any]:
+def as_json(planner: Planner, outlook: Outlook, found: ProfileInUse | None) -> dict[str, Any]:
     """Return one model's report; sizes in bytes, times in seconds."""
     return {
         "path": str(planner.checkpoint.path),
+        "profile": None if found is None else found.describe(),
         "family": planner.checkpoint.spec.model_type,
         "context_tokens": planner.context_tokens,
         "kv": planner.config.kv,
@@ -127,9 +157,9 @@ def as_json(planner: Planner, outlook: Outlook) -> dict[str, Any]:
     }
 
 
-def as_text(planner: Planner, outlook: Outlook) -> str:
+def as_text(planner: Planner, outlook: Outlook, found: ProfileInUse | None) -> str:
     """Return one model's report for people."""
-    facts = _facts(planner, outlook)
+    facts = {"machine": _machine_line(planner.machine, found), **_facts(planner, outlook)}
     return "\n".join([str(planner.checkpoint.path), *(f"  {name:13} {text}" for name, text in facts.items())])
 
 
@@ -187,17 +217,18 @@ def _device_change(now: Outlook, then: Outlook) -> str:
 def _speed_line(speed: Speed | None, condition: str) -> str:
     if speed is None:
         return "not known: the profile has no cpu.int8_throughput"
-    walls = ", ".join(f"{wall} {seconds * 1e3:.3g} ms" for wall, seconds in speed.walls_s.items() if seconds)
-    return f"{speed.tokens_per_s:.3g} tok/s with {condition}; {speed.binding} binds ({walls})"
+    return f"{speed.tokens_per_s:.3g} tok/s with {condition}; {speed.walls()}"
 
 
-def _machine_line(machine: MachineSpeed, profile: DeviceProfile | None) -> str:
-    source = f"profile {profile.name}" if profile else "this machine, measured now"
+def _machine_line(machine: MachineSpeed, found: ProfileInUse | None) -> str:
+    source = "measured now" if found is None else f"profile {found.describe()}"
+    if found is not None and found.kind != GIVEN:
+        source += " (--profile none measures now)"
     macs = f", {machine.macs_per_s / 1e9:.0f} GMAC/s" if machine.macs_per_s else ""
     experts = f", experts {machine.expert_bytes_per_s / 1e9:.1f}" if machine.expert_bytes_per_s else ""
     return (
         f"{source}: weights from RAM at {machine.ram_bytes_per_s / 1e9:.1f} GB/s{experts}, experts from disk "
-        f"at {machine.disk_bytes_per_s / 1e9:.2f} GB/s{macs}\n"
+        f"at {machine.disk_bytes_per_s / 1e9:.2f} GB/s{macs}"
     )
 
 

@@ -18,11 +18,12 @@ from toy_models import save_toy_model
 
 import moe_offload
 import moe_offload.runtime.model as runtime
-from moe_offload import cli
+from moe_offload import cli, profile_store
 from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 from moe_offload.header_costs import Process, dense_read_bytes, head_bytes, prompt_weights
 from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
+from moe_offload.plan_plot import wall_limits
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
 from moe_offload.planning.placement import plan_device
@@ -35,6 +36,7 @@ from moe_offload.planning.roofline import (
     independent_misses,
 )
 from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.trace import make_trace
 
 TOKEN = TokenBytes(dense_bytes=200, expert_bytes=600, kv_bytes=200)
@@ -174,9 +176,32 @@ def test_plan_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "binds" in shown and "fastest first" in shown
 
 
-def test_plan_as_json_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--json"]) == 0
+def tuned_profile(disk_bytes_per_s: float) -> Any:
+    """What tune would have kept for this machine."""
+    profile = profile_store.quick_profile(MachineSpeed(20e9, disk_bytes_per_s, 1e11), num_threads=2)
+    notes = {**profile.notes, "evidence": {"rounds": 3}, "settings": {"policy": "lru"}}
+    return replace(profile, notes=notes)
+
+
+def test_plan_takes_what_this_machine_was_tuned_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = checkpoint_key(open_checkpoint(DEMO_MODEL))
+    for checkpoint, disk, kind in ((None, 3e9, "tuned on this machine"), (key, 5e9, "tuned for this model")):
+        profile_store.keep(tuned_profile(disk), checkpoint)
+        assert cli.main(["plan", "--json"]) == 0
+        (model,) = json.loads(capsys.readouterr().out)["models"]
+        assert model["machine"]["disk_bytes_per_s"] == disk
+        assert kind in model["profile"] and "policy lru" in model["profile"]
+    assert cli.main(["plan"]) == 0
+    assert "profile tuned for this model" in capsys.readouterr().out
+
+
+def test_plan_as_json_measures_a_machine_that_was_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--json"]) == 0  # what the first load saw is no reason not to look again
     (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["profile"] is None and model["machine"]["prompt"]["read_s"] > 0
     assert model["fits"] and model["machine"]["disk_bytes_per_s"] > 0
     overheads = model["machine"]["overheads"]
     assert overheads["modules_layer_s"] > overheads["native_layer_s"]  # a hundred operations, one by one
@@ -186,8 +211,23 @@ def test_plan_as_json_measures_this_machine(capsys: pytest.CaptureFixture[str]) 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "plan.png"
-    assert cli.main(["plan", "--profile", "cpu-laptop-16gb", "--plot", str(target)]) == 0
-    assert target.read_bytes().startswith(b"\x89PNG")
+    for profile in (["cpu-laptop-16gb"], ["rtx-4060-laptop", "--vram", "6GiB"]):
+        assert cli.main(["plan", "--profile", *profile, "--plot", str(target)]) == 0
+        assert target.read_bytes().startswith(b"\x89PNG")
+    refused = ["--profile", "cpu-laptop-16gb", "--ram", "1MiB", "--plot", str(target)]
+    assert cli.main(["plan", *refused]) == 0
+
+
+def test_the_picture_has_every_wall_that_applies() -> None:
+    device = DeviceSpeed(bytes_per_s=6000.0, link_bytes_per_s=500.0)
+    overheads = Overheads(python_layer_s=0.01)
+    machine = replace(MACHINE, device=device, overheads=overheads)
+    alone = [decode_speed(TOKEN, machine, SHAPE, hit_rate=rate) for rate in (0.5, 1.0)]
+    limits = wall_limits(alone)
+    assert set(limits) == {"RAM", "disk", "overhead"} and limits["disk"] == [100.0 / 300, float("inf")]
+    shared = [decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0, device_rate=0.5)]
+    assert {"VRAM", "link"} < set(wall_limits(shared))
+    assert "RAM binds" in shared[0].walls() and "link 200 ms" in shared[0].walls()
 
 
 def test_without_measuring_no_torch_is_imported() -> None:

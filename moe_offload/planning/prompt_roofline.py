@@ -73,7 +73,7 @@ def prefill_speed(
         for wall, seconds in (more | {"overhead": before_s["overhead"]}).items():
             walls_s[wall] = walls_s.get(wall, 0.0) + seconds
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
-    return Speed(num_tokens / total_s, walls_s, max(walls_s, key=lambda wall: walls_s[wall]))
+    return Speed(num_tokens / total_s, walls_s, max(walls_s, key=lambda wall: walls_s[wall]), num_tokens)
 
 
 def _before_experts_s(

@@ -124,11 +124,21 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A prediction: the rate, the seconds that each wall takes alone, and which of them binds."""
+    """A prediction: the rate, the seconds that each wall takes alone, and which of them binds.
+
+    Attributes:
+        num_tokens: that ``walls_s`` are of.
+    """
 
     tokens_per_s: float
     walls_s: Mapping[str, float]
     binding: str
+    num_tokens: int = 1
+
+    def walls(self) -> str:
+        """Return in words which wall binds, and how far each is: its milliseconds alone."""
+        walls = (f"{wall} {seconds * 1e3:.3g} ms" for wall, seconds in self.walls_s.items() if seconds)
+        return f"{self.binding} binds ({', '.join(walls)})"
 
 
 def decode_speed(
