@@ -11,9 +11,10 @@ case, those after as many others the warm one. Without generate()'s loop, and wi
 does not count.
 
 A prediction is of the machine as it was when it was measured, and a virtual one changes by half within
-seconds. So a short loop of arithmetic is timed beside the measuring and, between tokens, beside the run:
-where the two differ by more than a sixth, the case is predicted and measured again, --attempts times at
-most; the attempt with the least difference counts and is recorded with it. None is chosen by its error.
+seconds. So a little arithmetic is timed beside the measuring and, between tokens, beside the run, in Python
+and by all of the kernels' threads: where either differs by more than a fifth, the case is predicted and
+measured again, --attempts times at most; the attempt with the least difference counts and is recorded with
+it. None is chosen by its error.
 
 --resume keeps what an earlier run, cut short, has measured.
 """
@@ -40,9 +41,10 @@ DECODED_TOKENS = COLD_TOKENS + BETWEEN_TOKENS + WARM_TOKENS
 MEASURED_FROM = 2000  # the measured text's first token
 OTHERS_FROM = (1, 1100, 3000)  # those of traced texts, of a synthetic model
 OTHER_FILES = ("README.md", "docs/ARCHITECTURE.md", "docs/LOG.md")  # and of the demo model
-SAME_MACHINE = 1 / 6  # by which the loop's time may differ
+SAME_MACHINE = 1 / 5  # by which the times of the same arithmetic may differ
 LOOP_STEPS = 100_000
-EVERY_S = 0.25  # between tokens the loop is timed; more often would let the threads fall asleep
+WEIGHTS_BYTES, ROW_BYTES = 16 << 20, 2176  # in Q8_0, 2048 columns
+EVERY_S = 0.25  # between looks at the pace; more often would slow tokens down
 GOAL, GOAL_SHARE = 0.2, 0.9
 SLACK_BYTES = 64 << 20  # the cap on experts decides, not bytes
 
@@ -127,31 +129,55 @@ def settle(cases: dict[str, Any], key: str, predicted: dict[str, Any], measured:
 
 def change(case: dict[str, Any]) -> float:
     """Return by how much the machine's speed differed between prediction and measurement."""
-    ratio = case["measured"]["loop_s"] / case["predicted"]["loop_s"]
-    return float(max(ratio, 1 / ratio) - 1)
+    pairs = zip(case["measured"]["pace_s"], case["predicted"]["pace_s"], strict=True)
+    return max(max(now / then, then / now) for now, then in pairs) - 1
 
 
-def loop_s() -> float:
-    """Return the seconds of a little arithmetic: the processor's speed now."""
-    started, total = time.perf_counter(), 0
-    for number in range(LOOP_STEPS):
-        total += number
-    return time.perf_counter() - started
+class Pace:
+    """How fast the machine is now and then: seconds of a loop in Python and of a product by all threads."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from moe_offload.measure import random_weights
+
+        self._rows, self._x = WEIGHTS_BYTES // ROW_BYTES, torch.randn(1, 2048)
+        self._weights = random_weights(WEIGHTS_BYTES)[: self._rows * ROW_BYTES]
+        self.seen: list[tuple[float, float]] = []
+
+    def look(self, times: int = 1) -> None:
+        from moe_offload import ops
+        from moe_offload.storage.expert_format import GgmlType
+
+        for _ in range(times):
+            started, total = time.perf_counter(), 0
+            for number in range(LOOP_STEPS):
+                total += number
+            looped = time.perf_counter()
+            ops.linear(self._x, self._weights, GgmlType.Q8_0, self._rows, 2048)
+            ended = time.perf_counter()
+            self.seen.append((looped - started, ended - looped))
+
+    def take(self) -> list[float]:
+        """Return the means of what was seen since the last time."""
+        means = [statistics.fmean(times) for times in zip(*self.seen, strict=True)]
+        self.seen = []
+        return means
 
 
 class Yardstick:
     """The overheads, measured anew when the machine has changed."""
 
     def __init__(self) -> None:
-        self._loop_s, self._overheads = 0.0, None
+        self._loop_s, self._overheads, self._pace = 0.0, None, Pace()
 
     def overheads(self) -> Any:
         from moe_offload.runtime.yardstick import measure_overheads
 
-        now_s = statistics.fmean(loop_s() for _ in range(5))
+        self._pace.look(5)
+        now_s = self._pace.take()[0]
         if self._overheads is None or abs(now_s / self._loop_s - 1) > SAME_MACHINE:
-            before_s, self._overheads = loop_s(), measure_overheads()
-            self._loop_s = statistics.fmean([now_s, before_s, loop_s()])
+            self._overheads, self._loop_s = measure_overheads(), now_s
         return self._overheads
 
 
@@ -228,9 +254,10 @@ def predict(
 
     checkpoint = open_checkpoint(path)
     overheads = replace(yardstick.overheads(), token_s=0.0)
-    loops = [loop_s() for _ in range(3)]
+    pace = Pace()
+    pace.look(5)
     machine = replace(measure_steps(checkpoint), overheads=overheads)
-    loops += [loop_s() for _ in range(3)]
+    pace.look(5)
     process, config = process_of(checkpoint), choices(share, context)
     budget = ram_bytes(path, share, context)
     planners = [
@@ -259,7 +286,8 @@ def predict(
             "walls_s": dict(speed.walls_s),
         }  # fmt: skip
     found["warm"]["machine"] = asdict(machine)
-    return {phase: {**values, "loop_s": statistics.fmean(loops)} for phase, values in found.items()}
+    pace_s = pace.take()
+    return {phase: {**values, "pace_s": pace_s} for phase, values in found.items()}
 
 
 def mean_of(chunks: Any) -> Any:
@@ -288,24 +316,26 @@ def run(model: Any, ids: list[int], parts: list[int]) -> list[dict[str, Any]]:
 
     stats, prompt = model.offload.stats, len(ids) - DECODED_TOKENS
     marks: list[dict[str, Any]] = []
+    pace = Pace()
     with torch.no_grad():
-        loops = [loop_s() for _ in range(3)]
+        pace.look(5)
         started = time.perf_counter()
         cache = model(torch.tensor([ids[:prompt]]), logits_to_keep=1).past_key_values
         seconds = time.perf_counter() - started
-        loops += [loop_s() for _ in range(3)]
-        marks.append({"seconds": seconds, "loop_s": statistics.fmean(loops)})
+        pace.look(5)
+        marks.append({"seconds": seconds, "pace_s": pace.take()})
         for part in parts:
-            before, times, loops = stats().as_dict(), [], [loop_s()]
-            looped = time.perf_counter()
+            before, times = stats().as_dict(), []
+            pace.look(2)
+            looked = time.perf_counter()
             for token in ids[prompt : prompt + part]:
                 started = time.perf_counter()
                 model(torch.tensor([[token]]), past_key_values=cache)
                 times.append(time.perf_counter() - started)
-                if time.perf_counter() - looped > EVERY_S:
-                    loops.append(loop_s())
-                    looped = time.perf_counter()
-            loops.append(loop_s())
+                if time.perf_counter() - looked > EVERY_S:
+                    pace.look()
+                    looked = time.perf_counter()
+            pace.look(2)
             prompt += part
             after = stats().as_dict()
             hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
@@ -314,7 +344,7 @@ def run(model: Any, ids: list[int], parts: list[int]) -> list[dict[str, Any]]:
                     "seconds": sum(times),
                     "median_s": statistics.median(times),
                     "hit_rate": hits / max(1, hits + misses),
-                    "loop_s": statistics.fmean(loops),
+                    "pace_s": pace.take(),
                 }
             )
     return marks
@@ -351,7 +381,8 @@ def print_table(cases: dict[str, Any]) -> None:
         print(
             f"{key:60} {predicted['tokens_per_s']:9.4g} predicted {measured['tokens_per_s']:9.4g} measured "
             f"{error(case):+6.0%}  hits {hits:9} {predicted.get('binding', ''):8} machine "
-            f"{measured['loop_s'] / predicted['loop_s']:.2f}, attempt {case.get('attempts', 1)}",
+            f"{'changed by' if change(case) > SAME_MACHINE else 'within'} {change(case):.0%}, attempt "
+            f"{case.get('attempts', 1)}",
             flush=True,
         )
 

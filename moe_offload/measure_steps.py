@@ -23,8 +23,8 @@ from moe_offload.planning.roofline import Curve, MachineSpeed, PromptSpeed
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import WeightType, row_bytes
 
-SHARE_S = 0.04  # for each measurement
-LEAST_RUNS = 3
+SHARE_S = 0.02  # for each round of a measurement
+LEAST_RUNS, ROUNDS = 3, 2
 LEAST_S = 1e-9  # of a difference between noisy times
 CHUNK_TOKENS, CHUNK_ROWS = (16, 64, PREFILL_CHUNK_TOKENS), 1024  # of a dense product
 
@@ -81,7 +81,9 @@ def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
     packed = weights[: rows * row_bytes(ggml_type, COLS)]
     rates = []
     for num_tokens in CHUNK_TOKENS:
-        seconds = _median_s(partial(ops.linear, torch.randn(num_tokens, COLS), packed, ggml_type, rows, COLS))
+        seconds = _least_median_s(
+            partial(ops.linear, torch.randn(num_tokens, COLS), packed, ggml_type, rows, COLS)
+        )
         rates.append((float(num_tokens), num_tokens * rows * COLS / seconds))
     return tuple(rates)
 
@@ -93,7 +95,7 @@ def _score_s(checkpoint: Checkpoint) -> float:
     dim = int(config.get("head_dim") or checkpoint.spec.hidden_size // heads)
     query, key, value = (torch.randn(1, heads, tokens, dim) for _ in range(3))
     if checkpoint.spec.model_type not in EAGER_FAMILIES:
-        seconds = _median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
+        seconds = _least_median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
         return seconds / (heads * tokens * tokens)
     mask = torch.zeros(1, 1, tokens, tokens)
 
@@ -103,16 +105,19 @@ def _score_s(checkpoint: Checkpoint) -> float:
         with_sink = with_sink - with_sink.max(dim=-1, keepdim=True).values
         return torch.softmax(with_sink, dim=-1)[..., :-1] @ value
 
-    return _median_s(with_scores) / (heads * tokens * tokens)
+    return _least_median_s(with_scores) / (heads * tokens * tokens)
 
 
-def _median_s(function: Callable[[], object]) -> float:
-    """Return the median seconds of a call, the first left out, within ``SHARE_S``."""
+def _least_median_s(function: Callable[[], object]) -> float:
+    """Return the median seconds of a call, the first left out, in the better of two rounds."""
     function()
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < LEAST_RUNS or time.perf_counter() - started < SHARE_S:
-        before = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - before)
-    return statistics.median(times)
+    medians = []
+    for _ in range(ROUNDS):
+        times: list[float] = []
+        started = time.perf_counter()
+        while len(times) < LEAST_RUNS or time.perf_counter() - started < SHARE_S:
+            before = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - before)
+        medians.append(statistics.median(times))
+    return min(medians)

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import plan_accuracy as accuracy
 
 
-def case(predicted: float, measured: float, loop_s: float = 1.0) -> dict[str, dict[str, float]]:
+def case(predicted: float, measured: float, pace: float = 1.0) -> dict[str, dict[str, float]]:
     return {
-        "predicted": {"tokens_per_s": predicted, "loop_s": 1.0},
-        "measured": {"tokens_per_s": measured, "loop_s": loop_s},
+        "predicted": {"tokens_per_s": predicted, "pace_s": [1.0, 2.0]},
+        "measured": {"tokens_per_s": measured, "pace_s": [1.0, 2 * pace]},
     }
 
 
@@ -28,7 +28,7 @@ def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
     found = accuracy.summary(cases)
     assert found["decode"]["cases"] == 10 and found["decode"]["within"] == 9 and found["met"]
     assert found["decode"]["worst_error"] == pytest.approx(0.21)
-    cases[prompt] = case(30.0, 10.0, loop_s=0.8)
+    cases[prompt] = case(30.0, 10.0, pace=0.7)
     found = accuracy.summary(cases)
     assert not found["met"] and found["prefill"] == {
         "cases": 1, "within": 0, "share": 0.0, "median_error": 2.0, "worst_error": 2.0, "machine_changed": 1,
