@@ -76,7 +76,7 @@ def test_misses_that_come_together_share_their_latency() -> None:
 
 def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
     overheads = Overheads(
-        native_layer_s=0.1, python_layer_s=0.2, modules_layer_s=0.4, miss_s=2.0, token_s=0.05
+        native_layer_s=0.1, python_layer_s=0.2, modules_layer_s=0.4, stalled_layer_s=2.0, token_s=0.05
     )
     machine = replace(MACHINE, overheads=overheads)
     for change, expected_s in (
@@ -103,7 +103,7 @@ def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
 def test_more_hits_are_never_slower_and_no_wall_is_passed(
     hit_rate: float, more: float, top_k: int, ram: float, disk: float, overhead: float
 ) -> None:
-    overheads = Overheads(python_layer_s=overhead, miss_s=overhead)
+    overheads = Overheads(python_layer_s=overhead, stalled_layer_s=overhead)
     machine = MachineSpeed(ram, disk, disk_latency_s=overhead, overheads=overheads)
     shape = replace(SHAPE, top_k=top_k)
     speed = decode_speed(TOKEN, machine, shape, hit_rate=hit_rate)

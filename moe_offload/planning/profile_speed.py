@@ -14,8 +14,8 @@ TYPICAL_LAUNCH_S = 10e-6  # of a kernel, and of waiting for one, where a profile
 # What a step costs beside bytes where a profile does not say: measured on 2 cores of an AVX-512 server by
 # runtime/yardstick.py, rounded.
 TYPICAL_OVERHEADS = Overheads(
-    native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, miss_s=100e-6, token_s=100e-6,
-    chunk_layer_s=1.1e-3,
+    native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, stalled_layer_s=150e-6,
+    token_s=100e-6, chunk_layer_s=1.1e-3,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class Overheads:
         native_layer_s: of a layer in the native decode step, every expert resident.
         python_layer_s: the same where Python decides between router and experts.
         modules_layer_s: of a layer on transformers' modules.
-        miss_s: of an expert that was not resident, beside its reading.
+        stalled_layer_s: of a layer that waits for misses, beside their reading: threads have fallen asleep.
         token_s: of generate()'s loop, for a token.
         chunk_layer_s: of a layer for a chunk of a prompt, however many tokens it has.
         chunk_element_s: of an element of a token's hidden state, for a layer of a chunk.
@@ -36,7 +36,7 @@ class Overheads:
     native_layer_s: float = 0.0
     python_layer_s: float = 0.0
     modules_layer_s: float = 0.0
-    miss_s: float = 0.0
+    stalled_layer_s: float = 0.0
     token_s: float = 0.0
     chunk_layer_s: float = 0.0
     chunk_element_s: float = 0.0
@@ -166,10 +166,10 @@ def decode_speed(
         token.kv_bytes / machine.ram_bytes_per_s, shape.attention_scores * machine.overheads.attention_score_s
     )
     ram_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s + experts_s
-    missed = shape.moe_layers * shape.top_k * (1 - hit_rate)
-    overhead_s = _step_overhead_s(machine.overheads, shape) + missed * machine.overheads.miss_s
-    disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     shares = independent_misses(shape.top_k, hit_rate) if misses is None else misses
+    stalled = shape.moe_layers * (1 - shares[0])
+    overhead_s = _step_overhead_s(machine.overheads, shape) + stalled * machine.overheads.stalled_layer_s
+    disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     stall_s = _stall_s(token, machine, shape, experts_s, shares)
     total_s = max(ram_s + overhead_s + stall_s, disk_s)
     walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s, **device_walls}

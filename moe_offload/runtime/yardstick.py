@@ -22,7 +22,13 @@ from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
 from moe_offload.header_costs import attention_heads, bytes_per_token
 from moe_offload.measure_steps import measure_steps
 from moe_offload.planning.prompt_roofline import prefill_speed
-from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Overheads, decode_speed
+from moe_offload.planning.roofline import (
+    DecoderShape,
+    MachineSpeed,
+    Overheads,
+    decode_speed,
+    independent_misses,
+)
 from moe_offload.prompt_outlook import expected_chunks, prompt_work
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.model import from_pretrained
@@ -65,7 +71,8 @@ def measure_overheads() -> Overheads:
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
         modules_layer_s=max(0.0, modules_s - weights_s) / layers,
-        miss_s=max(0.0, few_s - python_s - (demo.token_s(misses) - weights_s)) / max(1.0, misses),
+        stalled_layer_s=max(0.0, few_s - python_s - (demo.token_s(misses) - weights_s))
+        / demo.stalled(misses),
         token_s=loop_s,
         chunk_layer_s=layer_s,
         chunk_element_s=element_s,
@@ -96,9 +103,16 @@ class _Demo:
 
     def token_s(self, misses: float) -> float:
         """Return the seconds of a token with so many misses, over all layers."""
-        token, shape = bytes_per_token(self.checkpoint, PROMPT_TOKENS), self.shape
-        hit_rate = 1 - misses / (shape.moe_layers * shape.top_k)
-        return 1 / decode_speed(token, self.machine, shape, hit_rate=hit_rate).tokens_per_s
+        token, hit_rate = bytes_per_token(self.checkpoint, PROMPT_TOKENS), self._hit_rate(misses)
+        return 1 / decode_speed(token, self.machine, self.shape, hit_rate=hit_rate).tokens_per_s
+
+    def stalled(self, misses: float) -> float:
+        """Return how many of its layers wait for one of them."""
+        none = independent_misses(self.shape.top_k, self._hit_rate(misses))[0]
+        return max(1.0, self.shape.moe_layers * (1 - none))
+
+    def _hit_rate(self, misses: float) -> float:
+        return 1 - misses / (self.shape.moe_layers * self.shape.top_k)
 
     def beside_products(self, short_s: float, chunk_s: float) -> tuple[float, float]:
         """Return what a chunk costs beside products: for each layer, and for each element of its tokens."""
