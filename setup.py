@@ -25,6 +25,7 @@ UNDEFINED = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "kernels_avx2.cpp": AVX2,
     "token_kernels_avx2.cpp": AVX2,
+    "token_kernels_avx512.cpp": [*AVX2, *AVX512, *UNDEFINED],
     "kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "kernels_avx512vnni.cpp": [*AVX2, *AVX512, "-mavx512vnni", *UNDEFINED],
     "kernels_amx.cpp": [*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", *UNDEFINED],

@@ -54,6 +54,14 @@ class OneLayer:
 
     def native(self, token, keys, values, num_tokens):
         """Append to (kv_heads, capacity, head_dim) keys and values; return the logits."""
+        step = self.step()
+        step.begin(token, address(self.cos), address(self.sin))
+        step.attend(0, address(keys), address(values), keys.shape[1], num_tokens)
+        logits = torch.empty(VOCAB)
+        step.logits(address(logits))
+        return logits
+
+    def step(self):
         w = self.w
         shape = {
             "hidden_size": self.hidden, "num_heads": self.heads, "num_kv_heads": self.kv_heads,
@@ -79,11 +87,7 @@ class OneLayer:
         matrices = [w["gate"], w["up"], w["down"]]
         kernel = _native.ExpertKernel([(0, *m.shape, False) for m in matrices], 2, 1, 0, 0.0, 0.0, 0, 0)
         step.add_dense_layer(attention, kernel, [address(m) for m in matrices])
-        step.begin(token, address(self.cos), address(self.sin))
-        step.attend(0, address(keys), address(values), keys.shape[1], num_tokens)
-        logits = torch.empty(VOCAB)
-        step.logits(address(logits))
-        return logits
+        return step
 
     def norm(self, x, name):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * self.w[name].double()
@@ -264,11 +268,10 @@ def test_logits_equal_transformers_in_every_family(name, tmp_path):
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(1))
     served = count_native(model)
     actual, expected = decode(model, ids, 20), decode(plain_model(folder), ids, 20)
-    assert len(served) == 20
+    assert len(served) == 1 + 20
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    one_by_one = decode(model, ids, 1)  # a prompt of one token is native from the start
-    assert len(served) == 20 + 40
-    torch.testing.assert_close(one_by_one[19:], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(decode(model, ids, 1)[19:], actual)  # a prompt's tokens have the bits of decoded ones
+    assert len(served) == 1 + 20 + 40
     model.offload.close()
 
 
@@ -300,10 +303,10 @@ def test_dense_models_equal_transformers_natively_and_by_layers(name, tmp_path):
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(1))
     expected = decode(plain_model(folder), ids, 20)
     native = decode(model, ids, 20)
-    assert len(served) == 20
+    assert len(served) == 1 + 20
     model.offload.native_step = None
     layered = decode(model, ids, 20)
-    assert len(served) == 20
+    assert len(served) == 1 + 20
     closeness = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     torch.testing.assert_close(native, expected, **closeness)
     torch.testing.assert_close(native, layered, **closeness)
@@ -378,7 +381,9 @@ def test_counters_and_recorded_routing_are_those_of_transformers_layers():
         )
         model.offload.close()
     assert np.array_equal(seen[0][0].experts, seen[1][0].experts)
-    np.testing.assert_allclose(seen[0][0].weights, seen[1][0].weights, rtol=1e-3)
+    np.testing.assert_allclose(
+        seen[0][0].weights, seen[1][0].weights, rtol=1e-2
+    )  # steps of 8-bit activations
     assert seen[0][1] == seen[1][1]
 
 
@@ -455,7 +460,11 @@ def test_what_asks_for_more_than_logits_takes_transformers_layers(demo):
     assert step.serves(inputs)
     assert step.serves({**inputs, "attention_mask": torch.ones(1, 6, dtype=torch.long), "labels": None})
     refused = {
-        "two tokens": {"input_ids": torch.tensor([[4, 5]])},
+        "no tokens": {"input_ids": torch.empty(1, 0, dtype=torch.long)},
+        "positions that start anew": {
+            "input_ids": torch.tensor([[4, 5]]),
+            "position_ids": torch.tensor([[5, 0]]),
+        },
         "two sequences": {"input_ids": torch.tensor([[4], [5]])},
         "a padded mask": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
         "a mask of another length": {"attention_mask": torch.ones(1, 5, dtype=torch.long)},

@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 
 #include "common/without_gil.h"
 #include "decode/cached_addresses.h"
 #include "decode/decode_step.h"
+#include "decode/prompt_step.h"
 
 namespace py = pybind11;
 using namespace moe;
@@ -54,13 +56,13 @@ std::unique_ptr<DecodeStep> make_decode_step(const py::dict& shape, const Linear
 
 void add_moe_layer(DecodeStep& step, const py::dict& attention, const LinearTuple& gate, int64_t top_k,
                    bool softmax_of_chosen, bool normalize, const ExpertKernel* kernel) {
-    step.add_moe_layer(attention_of(attention), {linear_of(gate), top_k, softmax_of_chosen, normalize},
-                       kernel);
+    step.decoder().add_moe_layer(attention_of(attention),
+                                 {linear_of(gate), top_k, softmax_of_chosen, normalize}, kernel);
 }
 
 void add_dense_layer(DecodeStep& step, const py::dict& attention, const ExpertKernel* kernel,
                      std::vector<uint64_t> addresses) {
-    step.add_dense_layer(attention_of(attention), kernel, std::move(addresses));
+    step.decoder().add_dense_layer(attention_of(attention), kernel, std::move(addresses));
 }
 
 void begin(DecodeStep& step, int64_t token_id, uint64_t cos, uint64_t sin) {
@@ -115,6 +117,28 @@ void logits(DecodeStep& step, uint64_t out) {
     without_gil([&] { step.logits(reinterpret_cast<float*>(out)); });
 }
 
+void begin_prompt(PromptStep& step, uint64_t token_ids, int64_t num_tokens,
+                  const std::array<uint64_t, 6>& states) {
+    const auto [residual, normed, ids, weights, cos, sin] = states;
+    const auto address = [](uint64_t at) { return reinterpret_cast<float*>(at); };
+    without_gil([&] {
+        step.begin(reinterpret_cast<const int64_t*>(token_ids), num_tokens,
+                   {address(residual), address(normed), reinterpret_cast<int32_t*>(ids), address(weights),
+                    address(cos), address(sin)});
+    });
+}
+
+void attend_prompt_layer(PromptStep& step, int64_t layer, uint64_t keys, uint64_t values, int64_t capacity,
+                         int64_t num_tokens) {
+    const CachedTokens cached{reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity,
+                              num_tokens};
+    without_gil([&] { step.attend(layer, cached); });
+}
+
+void prompt_logits(PromptStep& step, int64_t first, uint64_t out) {
+    without_gil([&] { step.logits(first, reinterpret_cast<float*>(out)); });
+}
+
 }  // namespace
 
 void register_decode(py::module_& m) {
@@ -141,4 +165,11 @@ void register_decode(py::module_& m) {
         .def("run", run, "The layers from one on, up to one that chose what is not in memory")
         .def("choices", choices, "What run() chose, by layer, (ids, weights)")
         .def("logits", logits, "The token's logits");
+    py::class_<PromptStep>(m, "PromptStep", "Many tokens through the decoder of a DecodeStep")
+        .def(py::init([](DecodeStep& step) { return std::make_unique<PromptStep>(step.decoder()); }),
+             py::keep_alive<1, 2>())
+        .def("begin", begin_prompt,
+             "Embed tokens; states: addresses of residual, normed, ids, weights, cos, sin")
+        .def("attend", attend_prompt_layer, "Attention and the routers' choices, or a whole dense layer")
+        .def("logits", prompt_logits, "Logits of the tokens from one on");
 }

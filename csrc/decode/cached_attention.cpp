@@ -41,8 +41,11 @@ uint16_t to_half(float value) {
 
 void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
     const auto& [shape, cached, first_token, end_token, query, max, sum, out] = heads;
-    const int64_t num_ranges = (end_token - first_token + kRangeTokens - 1) / kRangeTokens;
-    const int64_t first = first_token + range * kRangeTokens, end = std::min(end_token, first + kRangeTokens);
+    const int64_t first_range = first_token / kRangeTokens;
+    const int64_t num_ranges = (end_token - 1) / kRangeTokens - first_range + 1;
+    const int64_t begin = (first_range + range) * kRangeTokens;
+    const int64_t first = std::max(begin, first_token / 8 * 8),
+                  end = std::min(end_token, begin + kRangeTokens);
     const int64_t row_bytes = cached_row_bytes(shape.cache_type, shape.head_dim);
     const int64_t offset = (kv_head * cached.capacity + first) * row_bytes;
     const uint8_t *keys = cached.keys + offset, *values = cached.values + offset;
@@ -57,6 +60,7 @@ void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
         RangeArgs args{};
         args.keys = keys;
         args.values = values;
+        args.num_masked = std::max<int64_t>(0, first_token - first);
         args.num_tokens = end - first;
         args.head_dim = shape.head_dim;
         args.num_heads = left >= 4 ? 4 : (left >= 2 ? 2 : 1);

@@ -1,7 +1,7 @@
 // One token's attention over cached keys and values, cut into ranges that threads share out.
 #pragma once
 
-#include "decode/decode_step.h"
+#include "decode/decoder.h"
 
 namespace moe {
 
@@ -15,7 +15,13 @@ struct CachedHeads {
     float* out;          // (num_heads, ranges, head_dim)
 };
 
-// Range ``range`` (of kRangeTokens from first_token on) for all heads of a key/value head.
+// The first token that the token at ``position`` sees.
+inline int64_t first_seen(int64_t position, int64_t window) {
+    return window && position >= window ? position + 1 - window : 0;
+}
+
+// Range ``range`` (ranges begin at multiples of kRangeTokens; 0 is the one of first_token) for all heads of a
+// key/value head.
 void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range);
 
 uint16_t to_half(float value);  // round to nearest even

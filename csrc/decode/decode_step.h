@@ -13,66 +13,17 @@
 
 #include "cpu/activation_buffer.h"
 #include "cpu/ops.h"
+#include "decode/decoder.h"
+#include "decode/token_parts.h"
 
 namespace moe {
-
-// A matrix in memory that outlives the step.
-struct Linear {
-    Matrix matrix;
-    const uint8_t* weight;
-    int64_t weight_bytes;
-    const float* bias;  // (rows,) or nullptr
-};
-
-struct DecoderShape {
-    int64_t hidden_size, num_heads, num_kv_heads, head_dim;
-    int64_t rotary_dim;  // the first dimensions of a head are rotated
-    float eps;
-    float scaling;      // of scores
-    int cache_type;     // F32, F16, BF16 or Q8_0 (head_dim a multiple of 32)
-    int64_t max_top_k;  // over the layers
-};
-
-struct AttentionLayer {
-    const float* norm;               // (hidden_size,)
-    Linear query, key, value, out;   // bias may be absent
-    const float *q_norm, *k_norm;    // nullptr: none
-    bool norms_heads;                // each head apart, or all of them as one vector
-    float clip;                      // of query, key and value; 0: none
-    int64_t window;                  // tokens that are seen; 0: all
-    const float* sinks;              // (num_heads,) or nullptr
-    const float* feed_forward_norm;  // (hidden_size,)
-};
-
-struct Router {
-    Linear gate;  // (num_experts, hidden_size)
-    int64_t top_k;
-    bool softmax_of_chosen;  // of the chosen logits (gpt-oss) rather than of all
-    bool normalize;          // the chosen weights add up to 1
-};
-
-// The experts that a token was sent to, by ascending id.
-struct Choice {
-    std::vector<int32_t> ids;
-    std::vector<float> weights;
-};
-
-// Keys and values of one layer: (num_kv_heads, capacity, head_dim) of the cache's type, Q8_0 as blocks.
-struct CachedTokens {
-    uint8_t *keys, *values;
-    int64_t capacity, num_tokens;
-};
 
 class DecodeStep {
   public:
     DecodeStep(const DecoderShape& shape, const Linear& embedding, const float* final_norm,
                const Linear& head);
 
-    // ``kernel`` lives as long as this.
-    void add_moe_layer(const AttentionLayer& attention, const Router& router, const ExpertKernel* kernel);
-    // The feed-forward network as a kernel of one expert, with its matrices' addresses.
-    void add_dense_layer(const AttentionLayer& attention, const ExpertKernel* kernel,
-                         std::vector<uint64_t> addresses);
+    Decoder& decoder() { return decoder_; }
 
     // The token's embedding; cos and sin (rotary_dim / 2,) of its position stay until logits().
     void begin(int64_t token_id, const float* cos, const float* sin);
@@ -103,16 +54,10 @@ class DecodeStep {
 
     void logits(float* out);  // (vocab_size,)
 
-    int64_t num_layers() const { return int64_t(layers_.size()); }
-    int64_t num_matrices(int64_t layer) const;
+    int64_t num_layers() const { return decoder_.num_layers(); }
+    int64_t num_matrices(int64_t layer) const { return decoder_.layer(layer).kernel->num_matrices(); }
 
   private:
-    struct Layer {
-        AttentionLayer attention;
-        Router router;  // top_k 0: dense
-        const ExpertKernel* kernel;
-        std::vector<uint64_t> addresses;  // dense
-    };
     struct TokenPairs;
     bool find_chosen(int64_t layer, const uint64_t* table);
     struct Product {
@@ -120,18 +65,12 @@ class DecodeStep {
         float* out;
     };
 
-    void check_attention(const AttentionLayer& attention) const;
-    void add_layer(Layer layer);
     void multiply(const float* x, std::initializer_list<Product> products);
     void project(const AttentionLayer& attention);
-    void place_token(const CachedTokens& cached);
     void attend_cached(const AttentionLayer& attention, const CachedTokens& cached);
     void choose(const Router& router);
 
-    DecoderShape shape_;
-    Linear embedding_, head_;
-    const float* final_norm_;
-    std::vector<Layer> layers_;
+    Decoder decoder_;
     const float *cos_ = nullptr, *sin_ = nullptr;
 
     ActivationBuffer inputs_;

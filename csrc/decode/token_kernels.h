@@ -1,4 +1,4 @@
-// What one token needs besides matrices: norms, rotary, attention over the cache, softmax.
+// What tokens need besides matrices: norms, rotary, attention over the cache, softmax.
 //
 // token_kernels.inc is compiled once per instruction set, and like the kernels of arithmetic v1 every
 // table gives the same bits: 8 chains by element mod 8, explicit fma, one order of summation.
@@ -15,6 +15,7 @@ constexpr int64_t kScoreFloats = kRangeTokens * kRangeHeads;
 // Attention of one token's heads that share a key/value head over a range of cached tokens.
 struct RangeArgs {
     const uint8_t *keys, *values;     // (num_tokens, head_dim) of the cache's type
+    int64_t num_masked;               // of the first tokens, less than 8, that are not seen
     int64_t num_tokens;               // at least 1, at most kRangeTokens
     int64_t head_dim;                 // a multiple of 8
     int num_heads;                    // 1, 2 or 4
@@ -25,7 +26,8 @@ struct RangeArgs {
     float* out[kRangeHeads];          // (head_dim,), sum of e^(score - max) * value
 };
 
-// The ranges of one head become one: out = sum_r e^(max_r - m) out_r / sum_r e^(max_r - m) sum_r.
+// The ranges of one head become one, one after the other: with m = max(max_a, max_b),
+// out = e^(max_a - m) out_a + e^(max_b - m) out_b, sum likewise; at the end out / sum.
 struct CombineArgs {
     int64_t num_ranges, head_dim;
     const float *max, *sum;  // (num_ranges,)
@@ -34,6 +36,29 @@ struct CombineArgs {
     float* out;              // (head_dim,)
 };
 
+constexpr int kRowsAtOnce = 4;      // queries that share what is loaded of keys and values
+constexpr int kMaxBlockRows = 128;  // queries of a block
+
+// Tokens [first, end) of a range.
+struct Seen {
+    int32_t first, end;
+};
+
+// Queries of one key/value head, of one or several tokens, take in a range of cached tokens.
+struct QueryBlock {
+    int64_t num_rows;           // a multiple of kRowsAtOnce, at most kMaxBlockRows
+    int64_t head_dim;           // a multiple of 8
+    int64_t padded_dim;         // head_dim rounded up to 16
+    const float* const* query;  // (num_rows,) each (head_dim,), scaled
+    const Seen *rows, *tiles;   // what each row sees; what any of kRowsAtOnce rows sees
+    const float* keys;          // [token / 8][i / 8][token % 8][i % 8], zeros behind the last token
+    const float* values;        // (tokens, padded_dim)
+    float *scores, *part;       // (num_rows, kRangeTokens), (num_rows, padded_dim) to work in
+    float *max, *sum, *out;     // (num_rows,), (num_rows,), (num_rows, padded_dim): of the ranges before
+};
+
+using UnpackFn = void (*)(const uint8_t* from_keys, const uint8_t* from_values, int64_t num_tokens,
+                          int64_t head_dim, int64_t padded_dim, float* keys, float* values);
 using RangeFn = void (*)(const RangeArgs&);
 
 struct TokenKernels {
@@ -46,11 +71,14 @@ struct TokenKernels {
     void (*combine)(const CombineArgs&);
     // In place; x has room for n rounded up to 8.
     void (*softmax)(float* x, int64_t n);
+    void (*attend_block)(const QueryBlock&);
+    UnpackFn unpack_f32, unpack_f16, unpack_bf16;  // a range for attend_block
 };
 
 extern const TokenKernels token_kernels_baseline;
 #if defined(__x86_64__)
 extern const TokenKernels token_kernels_avx2;
+extern const TokenKernels token_kernels_avx512;
 #endif
 
 // The table that fits the instruction set in use (cpu/isa.h).

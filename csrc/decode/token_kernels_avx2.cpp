@@ -1,4 +1,4 @@
-// One token's kernels for AVX2 + FMA + F16C; the AVX-512 kernels of matrices go with these.
+// Kernels beside matrices for AVX2 + FMA + F16C.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

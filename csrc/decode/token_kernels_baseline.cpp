@@ -1,4 +1,4 @@
-// One token's kernels for the compiler's default ISA: SSE2 on x86-64, NEON on aarch64.
+// Kernels beside matrices for the compiler's default ISA: SSE2 on x86-64, NEON on aarch64.
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -11,7 +11,9 @@ namespace moe {
 
 const TokenKernels& token_kernels() {
 #if defined(__x86_64__)
-    if (std::strcmp(kernels().name, kernels_baseline.name) != 0) return token_kernels_avx2;
+    const char* isa = kernels().name;
+    if (std::strcmp(isa, kernels_avx512vnni.name) == 0) return token_kernels_avx512;
+    if (std::strcmp(isa, kernels_baseline.name) != 0) return token_kernels_avx2;
 #endif
     return token_kernels_baseline;
 }

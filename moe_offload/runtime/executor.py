@@ -113,18 +113,35 @@ class ExpertExecutor:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end."""
-        if self.on_route is not None:
-            self.on_route(self.layer_idx, hidden_states, top_k_index, top_k_weights)
         hidden = hidden_states.float().contiguous()
-        routing = Routing(top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)
+        self._add(hidden_states, hidden, top_k_index, top_k_weights, out)
+        return out.to(hidden_states.dtype)
+
+    def add_experts(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Add the experts' weighted outputs to ``out`` (T, H) in ascending id; all float32 but the ids.
+
+        Args:
+            dtype: the model's, in which recorder and predictors see ``hidden``.
+        """
+        watched = self.on_route is not None or len(hidden) <= DECODE_STEP_MAX_TOKENS
+        router_input = hidden.to(dtype, copy=True) if watched else hidden
+        self._add(router_input, hidden, top_k_index, top_k_weights, out)
+
+    def _add(
+        self, router_input: Tensor, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor
+    ) -> None:
+        if self.on_route is not None:
+            self.on_route(self.layer_idx, router_input, top_k_index, top_k_weights)
+        routing = Routing(top_k_index, top_k_weights)
         chosen = top_k_index.numpy(), top_k_weights.float().numpy()
         self.prefetcher.routed(self.layer_idx, routing.expert_ids, *chosen)
-        look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, hidden_states, *chosen)
+        look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, router_input, *chosen)
         if not self._decode(look_ahead, hidden, routing, out):
             self._stream(hidden, routing, out)
         self.on_layer_done(self.layer_idx)
-        return out.to(hidden_states.dtype)
 
     @property
     def is_hybrid(self) -> bool:

@@ -105,9 +105,9 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(nothing, nothing)
         return self._addresses
 
-    def has_room_for_one(self, num_tokens: int, dtype: torch.dtype) -> bool:
-        """Whether this layer holds ``num_tokens`` of one sequence and can take another."""
-        if self.num_tokens != num_tokens or num_tokens >= self.capacity_tokens:
+    def has_room_for(self, num_new: int, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether this layer holds ``num_tokens`` of one sequence and can take ``num_new`` more."""
+        if self.num_tokens != num_tokens or num_tokens + num_new > self.capacity_tokens:
             return False
         return not self.is_initialized or (self._key_storage.shape[0] == 1 and self.dtype == dtype)
 
@@ -261,18 +261,18 @@ class KVCache(Cache):  # type: ignore[misc]
         """Whether ``crop_to`` works: no layer keeps a running state."""
         return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
-    def has_room_for_one(self, dtype: torch.dtype) -> bool:
-        """Whether every layer holds the same tokens of one sequence and can take another."""
+    def has_room_for(self, num_new: int, dtype: torch.dtype) -> bool:
+        """Whether every layer holds the same tokens of one sequence and can take ``num_new`` more."""
         num_tokens = self.get_seq_length()
         return all(
-            isinstance(layer, KVCacheLayer) and layer.has_room_for_one(num_tokens, dtype)
+            isinstance(layer, KVCacheLayer) and layer.has_room_for(num_new, num_tokens, dtype)
             for layer in self.layers
         )
 
-    def grew_by_one(self) -> None:
-        """Count the token that native code has written behind the others in every layer."""
+    def grew_by(self, num_tokens: int) -> None:
+        """Count the tokens that native code has written behind the others in every layer."""
         for layer in self.layers:
-            layer.num_tokens += 1
+            layer.num_tokens += num_tokens
 
     def crop_to(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` tokens of every sequence.

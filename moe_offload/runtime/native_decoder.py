@@ -18,6 +18,7 @@ from moe_offload import _native, ops
 from moe_offload.errors import CheckpointError
 from moe_offload.ops import ActivationKind
 from moe_offload.runtime.executor import ACTIVATION_KINDS, ExpertExecutor
+from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_families import NATIVE_FAMILIES, WINDOW_OF_CONFIG
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
 from moe_offload.runtime.skeleton import GGML_TYPES, decoder_layers, router_of
@@ -33,6 +34,7 @@ LinearTuple = tuple[int, int, int, int, int, int]
 class DecoderShape:
     """What the layers of a decoder have in common."""
 
+    hidden_size: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
@@ -52,8 +54,10 @@ class NativeDecoder:
         config, decoder = model.config, model.get_decoder()
         layers: list[Any] = list(decoder_layers(model))[: config.num_hidden_layers]
         attention = layers[0].self_attn
+        self.dtype = config.dtype
         self.rotary = RotaryTable(decoder.rotary_emb)
         self.shape = DecoderShape(
+            hidden_size=config.hidden_size,
             num_kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             vocab_size=model.lm_head.weight.shape[0],
@@ -70,7 +74,7 @@ class NativeDecoder:
                 "eps": decoder.norm.variance_epsilon,
                 "scaling": attention.scaling,
                 "cache_type": int(GgmlType.Q8_0 if kv else GGML_TYPES[config.dtype]),
-                "max_top_k": max((router.top_k for router in routers.values()), default=0),
+                "max_top_k": max(self.top_k.values(), default=0),
             },
             self._linear(decoder.embed_tokens),
             self._vector(decoder.norm.weight),
@@ -84,6 +88,11 @@ class NativeDecoder:
                 self._add_experts(described, routers[layer_idx], executors[layer_idx], config.model_type)
             else:
                 self._add_feed_forward(described, layer.mlp, config)
+
+    def cached(self, cache: KVCache) -> list[tuple[int, int]]:
+        """Return where each layer's keys and values begin."""
+        shape = self.shape
+        return [layer.addresses(shape.num_kv_heads, shape.head_dim, self.dtype) for layer in cache.layers]
 
     def router_input(self) -> Tensor:
         """Return a view of what the last router saw, (1, hidden_size) float32."""
@@ -183,11 +192,21 @@ class RotaryTable:
     def addresses(self, position: int) -> tuple[int, int]:
         """Return where the position's (half_dim,) float32 cosines and sines lie."""
         block, row = divmod(position, POSITIONS_PER_BLOCK)
-        if block not in self._blocks:
-            self._blocks[block] = self._compute(block * POSITIONS_PER_BLOCK)
         offset = row * self.half_dim * 4
-        cos, sin = self._blocks[block]
+        cos, sin = self._block(block)
         return cos.data_ptr() + offset, sin.data_ptr() + offset
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines, (count, half_dim) each, of the positions from ``first`` on."""
+        numbers = range(first // POSITIONS_PER_BLOCK, (first + count - 1) // POSITIONS_PER_BLOCK + 1)
+        skipped = first - numbers[0] * POSITIONS_PER_BLOCK
+        cos, sin = zip(*(self._block(number) for number in numbers), strict=True)
+        return torch.cat(cos)[skipped:][:count], torch.cat(sin)[skipped:][:count]
+
+    def _block(self, number: int) -> tuple[Tensor, Tensor]:
+        if number not in self._blocks:
+            self._blocks[number] = self._compute(number * POSITIONS_PER_BLOCK)
+        return self._blocks[number]
 
     @torch.no_grad()
     def _compute(self, first: int) -> tuple[Tensor, Tensor]:

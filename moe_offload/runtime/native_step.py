@@ -1,20 +1,17 @@
-"""One token's forward in native code, instead of transformers' layers.
+"""One token's forward in native code, instead of transformers' layers; a prompt's is native_prompt.
 
-A forward qualifies by its shapes and by what it asks for: one sequence, one new token, our key/value
-cache with room, nothing masked, no output but logits, no hooks. Anything else takes transformers'
-layers. Routing, cache and prefetch see the same calls on both ways.
+native_request tells which forwards qualify; others take transformers' layers. Routing, cache and
+prefetch see the same calls on both ways.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from moe_offload._native import DecodeStep
@@ -24,21 +21,14 @@ from moe_offload.runtime.hybrid_run import HybridRun
 from moe_offload.runtime.hybrid_step import run_step
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import NativeDecoder
-from moe_offload.runtime.packed_kv import layer_class
+from moe_offload.runtime.native_prompt import NativePrompt
+from moe_offload.runtime.native_request import ServedForwards
 
-SERVED_KEYS = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
-    "cache_position", "return_dict",
-}  # fmt: skip
-OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
-PLAIN_ATTENTION = ("eager", "sdpa")  # another one was asked for by name, and computes something of its own
 REST_AFTER_TOKENS = 2
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
 class NativeStep:
-    """Decode steps of ``model``, layer by layer: attention and router, then the experts it chose.
+    """Forwards of ``model``, layer by layer: attention and router, then the experts it chose.
 
     Args:
         model: loaded, of a family that ``native_step_reason`` accepts. Not kept, only its parts.
@@ -48,55 +38,36 @@ class NativeStep:
 
     def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
         self._decoder = NativeDecoder(model, executors, kv)
-        self._cache_layer = layer_class(kv)
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
         self._moe_executors = [executor for executor in self._executors if executor is not None]
         self._hybrid_run: HybridRun | None = None  # made when a device is first there
         self._needs_seen, self._tokens_without_need = -1, 0
-        self._config, self._dtype = model.config, model.config.dtype
-        self._hidden_size = model.config.hidden_size
+        self._dtype = model.config.dtype
         self._output_class = MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast
-        self._parts = _Parts(model)
-        self._attention_is_plain = model.config._attn_implementation in PLAIN_ATTENTION
+        self._served = ServedForwards(model, kv)
+        self._prompt = NativePrompt(self._decoder, self._executors)
 
     def serves(self, inputs: dict[str, Any]) -> bool:
-        """Whether this forward is one that the native step computes; depends on no placement."""
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
-        return (
-            isinstance(ids, Tensor)
-            and ids.shape == (1, 1)
-            and isinstance(cache, KVCache)
-            and cache.make_layer is self._cache_layer
-            and self._attention_is_plain
-            and self._wants_only_logits(inputs)
-            and cache.has_room_for_one(self._dtype)
-            and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + 1)
-            and _is_one_position(inputs.get("position_ids"))
-            and self._parts.are_untouched()
-        )
-
-    def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
-        asked = {key for key, value in inputs.items() if value is not None and value is not False}
-        use_cache = inputs.get("use_cache")
-        return (
-            asked <= SERVED_KEYS
-            and (self._config.use_cache if use_cache is None else use_cache)
-            and inputs.get("return_dict") is not False
-            and isinstance(inputs.get("logits_to_keep", 0), int)
-            and not any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
-        )
+        """Whether this forward is one that native code computes; depends on no placement."""
+        return self._served.accepts(inputs)
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any]) -> Any:
         """Compute a forward that ``serves`` accepted; the cache grows only when all of it is done."""
         cache: KVCache = inputs["past_key_values"]
+        num_tokens = inputs["input_ids"].shape[1]
+        logits = self._one_token(inputs, cache) if num_tokens == 1 else self._prompt.run(inputs, cache)
+        cache.grew_by(num_tokens)
+        return self._output_class(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def _one_token(self, inputs: dict[str, Any], cache: KVCache) -> Tensor:
         shape = self._decoder.shape
         num_tokens = cache.get_seq_length()
         position_ids = inputs.get("position_ids")
         position = num_tokens if position_ids is None else int(position_ids)
         self._step.begin(int(inputs["input_ids"]), *self._decoder.rotary.addresses(position))
-        cached = [layer.addresses(shape.num_kv_heads, shape.head_dim, self._dtype) for layer in cache.layers]
+        cached = self._decoder.cached(cache)
         tables = self._tables()
         if tables is not None:
             self._run_residents(cached, cache.capacity_tokens, num_tokens, tables)
@@ -106,8 +77,7 @@ class NativeStep:
             self._run_layers(cached, cache.capacity_tokens, num_tokens)
         logits = torch.empty(1, 1, shape.vocab_size)
         self._step.logits(logits.data_ptr())
-        cache.grew_by_one()
-        return self._output_class(logits=logits.to(self._dtype), past_key_values=cache)
+        return logits
 
     def _tables(self) -> list[int] | None:
         """Return the addresses of the layers' expert tables, 0 for a dense layer.
@@ -300,34 +270,3 @@ class OneTokenRows:
         """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""
         if positions:
             self._step.expert_rows(self._layer_idx, positions, addresses)
-
-
-class _Parts:
-    """The modules, parameters and hooks that the native step goes past: all must be as they were."""
-
-    def __init__(self, model: Any) -> None:
-        modules: list[nn.Module] = [module for module in model.modules() if module is not model]
-        registries: list[dict[str, Any]] = [model._modules]
-        registries += [registry for m in modules for registry in (m._modules, m._parameters)]
-        self._places = [(registry.get, name) for registry in registries for name in registry]
-        self._contents = self._current()
-        self._hooks = [*GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in HOOKS)]
-
-    def are_untouched(self) -> bool:
-        """Whether no module or parameter was replaced and no hook waits for a forward."""
-        if any(self._hooks):
-            return False
-        return all(map(operator.is_, self._current(), self._contents))
-
-    def _current(self) -> list[Any]:
-        return [get(name) for get, name in self._places]
-
-
-def _sees_all(mask: Any, num_tokens: int) -> bool:
-    if mask is None:
-        return True
-    return isinstance(mask, Tensor) and mask.shape == (1, num_tokens) and bool(mask.all())
-
-
-def _is_one_position(position_ids: Any) -> bool:
-    return position_ids is None or (isinstance(position_ids, Tensor) and position_ids.numel() == 1)

@@ -69,14 +69,20 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     handle.begin_chunk(0, num_tokens, num_tokens)
     is_new_text = cache is None or cache.get_seq_length() == 0
     with handle.step(batch_size * num_tokens, inputs.get("input_ids"), is_new_text=is_new_text):
-        if handle.native_step is not None and handle.native_step.serves(inputs):
-            return handle.native_step.run(inputs)
+        compute = functools.partial(_natively_or_in_layers, handle, forward)
         if not in_chunks:
-            return forward(**inputs)
-        output = run_in_chunks(forward, inputs, cache, handle.begin_chunk)
+            return compute(**inputs)
+        output = run_in_chunks(compute, inputs, cache, handle.begin_chunk)
     if not keep_cache:
         output.past_key_values = None
     return output
+
+
+def _natively_or_in_layers(handle: OffloadHandle, forward: Any, **inputs: Any) -> Any:
+    """Compute a chunk in native code where it serves it, else by transformers' layers."""
+    if handle.native_step is not None and handle.native_step.serves(inputs):
+        return handle.native_step.run(inputs)
+    return forward(**inputs)
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:

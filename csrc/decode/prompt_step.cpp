@@ -1,0 +1,136 @@
+#include "decode/prompt_step.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+#include "common/errors.h"
+#include "cpu/thread_pool.h"
+#include "decode/prompt_attention.h"
+#include "decode/token_kernels.h"
+#include "decode/token_parts.h"
+
+namespace moe {
+
+namespace {
+
+constexpr int64_t kTokensPerChunk = 8;
+
+// Calls ``work`` for each token, on any thread.
+template <class Work>
+void for_each_token(int64_t num_tokens, const Work& work) {
+    ThreadPool::instance().run((num_tokens + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk) {
+        const int64_t end = std::min(num_tokens, (chunk + 1) * kTokensPerChunk);
+        for (int64_t token = chunk * kTokensPerChunk; token < end; ++token) work(token);
+    });
+}
+
+float* at_least(std::vector<float>& buffer, int64_t size) {
+    if (int64_t(buffer.size()) < size) buffer.resize(size);
+    return buffer.data();
+}
+
+}  // namespace
+
+void PromptStep::begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states) {
+    ThreadPool::Operation operation(ThreadPool::instance());
+    num_tokens_ = num_tokens;
+    states_ = states;
+    const int64_t hidden_size = decoder_.shape().hidden_size;
+    for_each_token(num_tokens, [&](int64_t token) {
+        decoder_.embed(token_ids[token], states.residual + token * hidden_size);
+    });
+}
+
+void PromptStep::multiply(const float* x, int64_t num_tokens, std::initializer_list<Place> products) const {
+    LinearPart parts[3];
+    int64_t num_parts = 0;
+    for (const auto& [linear, out] : products)
+        parts[num_parts++] = {linear->weight, linear->weight_bytes, linear->matrix, linear->bias, out};
+    linears(x, num_tokens, parts, num_parts);
+}
+
+void PromptStep::attend(int64_t index, const CachedTokens& cached) {
+    const DecoderLayer& layer = decoder_.layer(index);
+    const DecoderShape& shape = decoder_.shape();
+    check(cached.num_tokens >= 0 && cached.num_tokens + num_tokens_ <= cached.capacity, "PromptStep",
+          "the key/value cache has no room for " + std::to_string(num_tokens_) + " tokens behind " +
+              std::to_string(cached.num_tokens));
+    ThreadPool::Operation operation(ThreadPool::instance());
+    const TokenKernels& ops = token_kernels();
+    const int64_t hidden_size = shape.hidden_size;
+    for_each_token(num_tokens_, [&](int64_t token) {
+        const int64_t at = token * hidden_size;
+        ops.rms_norm(states_.residual + at, layer.attention.norm, shape.eps, hidden_size,
+                     states_.normed + at);
+    });
+    project(layer.attention, cached);
+    float* context = at_least(product_, num_tokens_ * std::max(hidden_size, decoder_.query_size()));
+    attend_prompt(shape, layer.attention, cached, num_tokens_, query_.data(), context);
+    float* product = query_.data();  // as large, and read
+    multiply(context, num_tokens_, {{&layer.attention.out, product}});
+    for_each_token(num_tokens_, [&](int64_t token) {
+        float* residual = states_.residual + token * hidden_size;
+        const float* added = product + token * hidden_size;
+        for (int64_t i = 0; i < hidden_size; ++i) residual[i] = residual[i] + added[i];
+        ops.rms_norm(residual, layer.attention.feed_forward_norm, shape.eps, hidden_size,
+                     states_.normed + token * hidden_size);
+    });
+    layer.router.top_k ? choose(layer.router) : feed_forward(layer);
+}
+
+void PromptStep::project(const AttentionLayer& attention, const CachedTokens& cached) {
+    const DecoderShape& shape = decoder_.shape();
+    const int64_t query_size = decoder_.query_size(), key_size = decoder_.key_size();
+    float* query = at_least(query_, num_tokens_ * std::max(shape.hidden_size, query_size));
+    float *key = at_least(key_, num_tokens_ * key_size), *value = at_least(value_, num_tokens_ * key_size);
+    multiply(states_.normed, num_tokens_,
+             {{&attention.query, query}, {&attention.key, key}, {&attention.value, value}});
+    const int64_t half = shape.rotary_dim / 2;
+    for_each_token(num_tokens_, [&](int64_t token) {
+        finish_heads(shape, attention, states_.cos + token * half, states_.sin + token * half,
+                     query + token * query_size, key + token * key_size, value + token * key_size);
+        store_token(shape, cached, cached.num_tokens + token, key + token * key_size,
+                    value + token * key_size);
+    });
+}
+
+void PromptStep::choose(const Router& router) {
+    const int64_t num_experts = router.gate.matrix.rows, top_k = router.top_k;
+    float* scores = at_least(scores_, num_tokens_ * num_experts);
+    multiply(states_.normed, num_tokens_, {{&router.gate, scores}});
+    for_each_token(num_tokens_, [&](int64_t token) {
+        thread_local std::vector<float> padded;
+        thread_local Choice choice;
+        padded.assign(scores + token * num_experts, scores + (token + 1) * num_experts);
+        padded.resize((num_experts + 7) / 8 * 8);
+        choose_experts(router, padded.data(), choice);
+        std::copy_n(choice.ids.data(), top_k, states_.ids + token * top_k);
+        std::copy_n(choice.weights.data(), top_k, states_.weights + token * top_k);
+    });
+}
+
+// A kernel of one expert that every token goes to.
+void PromptStep::feed_forward(const DecoderLayer& layer) {
+    tokens_.resize(num_tokens_);
+    std::iota(tokens_.begin(), tokens_.end(), 0);
+    ones_.assign(num_tokens_, 1.0f);
+    const int32_t id = 0, offsets[] = {0, int32_t(num_tokens_)};
+    const ExpertPairs pairs{&id, layer.addresses.data(), offsets, tokens_.data(), 1, num_tokens_};
+    layer.kernel->sum(states_.normed, num_tokens_, pairs, ones_.data(), states_.residual);
+}
+
+void PromptStep::logits(int64_t first, float* out) {
+    ThreadPool::Operation operation(ThreadPool::instance());
+    const DecoderShape& shape = decoder_.shape();
+    check(first >= 0 && first <= num_tokens_, "PromptStep",
+          "there are no tokens from " + std::to_string(first));
+    for_each_token(num_tokens_ - first, [&](int64_t token) {
+        const int64_t at = (first + token) * shape.hidden_size;
+        token_kernels().rms_norm(states_.residual + at, decoder_.final_norm(), shape.eps, shape.hidden_size,
+                                 states_.normed + at);
+    });
+    multiply(states_.normed + first * shape.hidden_size, num_tokens_ - first, {{&decoder_.head(), out}});
+}
+
+}  // namespace moe

@@ -1,0 +1,59 @@
+// A chunk of a prompt through a decoder, layer by layer: DecodeStep for many tokens of one sequence.
+//
+//   begin ─► attend(0) ─► experts by the caller ─► attend(1) ... ─► logits
+//
+// Every token gets the bits that DecodeStep would give it after the tokens before it, so neither the size
+// of a chunk nor what is computed beside a token changes it. The caller serializes calls.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "decode/decoder.h"
+
+namespace moe {
+
+// Where a chunk's states are; the caller's memory, until logits().
+struct PromptStates {
+    float* residual;  // (num_tokens, hidden_size)
+    float* normed;    // (num_tokens, hidden_size): what the last router saw
+    int32_t* ids;     // (num_tokens, max_top_k), filled as (num_tokens, top_k): chosen experts, ascending
+    float* weights;   // likewise
+    const float *cos, *sin;  // (num_tokens, rotary_dim / 2)
+};
+
+class PromptStep {
+  public:
+    // ``decoder`` lives as long as this.
+    explicit PromptStep(const Decoder& decoder) : decoder_(decoder) {}
+
+    // The tokens' embeddings.
+    void begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states);
+
+    // Attention and its residual, then the router's choices, whose weighted experts the caller adds to the
+    // residual, or the whole dense feed-forward network. Keys and values go behind ``cached.num_tokens``.
+    void attend(int64_t layer, const CachedTokens& cached);
+
+    // Of the tokens from ``first`` on, (num_tokens - first, vocab_size).
+    void logits(int64_t first, float* out);
+
+  private:
+    struct Place {
+        const Linear* linear;
+        float* out;
+    };
+    void multiply(const float* x, int64_t num_tokens, std::initializer_list<Place> products) const;
+    void project(const AttentionLayer& attention, const CachedTokens& cached);
+    void choose(const Router& router);
+    void feed_forward(const DecoderLayer& layer);
+
+    const Decoder& decoder_;
+    int64_t num_tokens_ = 0;
+    PromptStates states_{};
+    std::vector<float> query_, key_, value_, product_;  // (num_tokens, ...)
+    std::vector<float> scores_;                         // (num_tokens, num_experts)
+    std::vector<int32_t> tokens_;                       // 0, 1, ... of a dense network's pairs
+    std::vector<float> ones_;
+};
+
+}  // namespace moe

@@ -1,0 +1,81 @@
+"""A prompt's chunk in native code, layer by layer, instead of transformers' layers.
+
+The bits of a token are those of NativeStep after the tokens before it, whatever else is in its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_offload._native import PromptStep
+from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.native_decoder import NativeDecoder
+
+
+class NativePrompt:
+    """Several new tokens of one sequence.
+
+    Args:
+        decoder: the model.
+        executors: of every layer, None where it has no experts.
+    """
+
+    def __init__(self, decoder: NativeDecoder, executors: Sequence[ExpertExecutor | None]) -> None:
+        self._decoder, self._executors = decoder, executors
+        self._step = PromptStep(decoder.step)
+
+    def run(self, inputs: dict[str, Any], cache: KVCache) -> Tensor:
+        """Compute a forward of several tokens and return (1, kept tokens, vocab_size) float32 logits.
+
+        Keys and values are written behind the cache's; it does not count them.
+        """
+        ids = inputs["input_ids"].contiguous()
+        num_tokens, past_tokens = ids.shape[1], cache.get_seq_length()
+        position_ids = inputs.get("position_ids")
+        first = past_tokens if position_ids is None else int(position_ids.flatten()[0])
+        cos, sin = self._decoder.rotary.rows(first, num_tokens)
+        states = ChunkStates(
+            num_tokens, self._decoder.shape.hidden_size, max(self._decoder.top_k.values(), default=0)
+        )
+        self._step.begin(ids.data_ptr(), num_tokens, (*states.addresses(), cos.data_ptr(), sin.data_ptr()))
+        cached = self._decoder.cached(cache)
+        for layer_idx, executor in enumerate(self._executors):
+            self._step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens)
+            if executor is not None:
+                routed = states.routed(self._decoder.top_k[layer_idx])
+                executor.add_experts(*routed, states.residual, self._decoder.dtype)
+        num_kept = min(inputs.get("logits_to_keep") or num_tokens, num_tokens)
+        logits = torch.empty(1, num_kept, self._decoder.shape.vocab_size)
+        self._step.logits(num_tokens - num_kept, logits.data_ptr())
+        return logits
+
+
+class ChunkStates:
+    """What goes between native code and the experts of a layer.
+
+    Attributes:
+        residual: (T, H) float32, which experts are added to.
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int, top_k: int) -> None:
+        self.residual = torch.empty(num_tokens, hidden_size)
+        self._normed = torch.empty(num_tokens, hidden_size)
+        self._top_k_index = torch.empty(num_tokens * top_k, dtype=torch.int32)
+        self._top_k_weights = torch.empty(num_tokens * top_k)
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Return where native code writes: residual, router input, choices, weights."""
+        tensors = self.residual, self._normed, self._top_k_index, self._top_k_weights
+        return tuple(tensor.data_ptr() for tensor in tensors)  # type: ignore[return-value]
+
+    def routed(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the last router saw and chose: (T, H), (T, K) int32, (T, K), all float32 but ids."""
+        num_tokens = len(self.residual)
+        chosen = (part[: num_tokens * top_k] for part in (self._top_k_index, self._top_k_weights))
+        top_k_index, top_k_weights = (part.view(num_tokens, top_k) for part in chosen)
+        return self._normed, top_k_index, top_k_weights

@@ -1,0 +1,106 @@
+"""Which forwards native code computes, instead of transformers' layers.
+
+By shapes and by what is asked for, never by placement: one sequence of a chunk's tokens at most, our
+key/value cache with room, nothing masked, no output but logits, no hooks, no replaced module.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from moe_offload.config import PREFILL_CHUNK_TOKENS
+from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.packed_kv import layer_class
+
+SERVED_KEYS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "cache_position", "return_dict",
+}  # fmt: skip
+OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+PLAIN_ATTENTION = ("eager", "sdpa")  # another one was asked for by name, and computes something of its own
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+
+class ServedForwards:
+    """Tells the forwards of ``model`` that go past its modules.
+
+    Args:
+        model: loaded. Not kept, only its parts.
+        kv: how keys and values are kept (planning.kv_format).
+    """
+
+    def __init__(self, model: Any, kv: str | None) -> None:
+        self._cache_layer = layer_class(kv)
+        self._config, self._dtype = model.config, model.config.dtype
+        self._parts = _Parts(model)
+        self._attention_is_plain = model.config._attn_implementation in PLAIN_ATTENTION
+
+    def accepts(self, inputs: dict[str, Any]) -> bool:
+        """Whether native code computes this forward."""
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
+            return False
+        num_tokens = ids.shape[1]
+        return (
+            0 < num_tokens <= PREFILL_CHUNK_TOKENS
+            and isinstance(cache, KVCache)
+            and cache.make_layer is self._cache_layer
+            and self._attention_is_plain
+            and self._wants_only_logits(inputs)
+            and cache.has_room_for(num_tokens, self._dtype)
+            and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + num_tokens)
+            and _are_consecutive(inputs.get("position_ids"), num_tokens)
+            and self._parts.are_untouched()
+        )
+
+    def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
+        asked = {key for key, value in inputs.items() if value is not None and value is not False}
+        use_cache = inputs.get("use_cache")
+        return (
+            asked <= SERVED_KEYS
+            and (self._config.use_cache if use_cache is None else use_cache)
+            and inputs.get("return_dict") is not False
+            and isinstance(inputs.get("logits_to_keep", 0), int)
+            and not any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
+        )
+
+
+class _Parts:
+    """The modules, parameters and hooks that native code goes past: all must be as they were."""
+
+    def __init__(self, model: Any) -> None:
+        modules: list[nn.Module] = [module for module in model.modules() if module is not model]
+        registries: list[dict[str, Any]] = [model._modules]
+        registries += [registry for m in modules for registry in (m._modules, m._parameters)]
+        self._places = [(registry.get, name) for registry in registries for name in registry]
+        self._contents = self._current()
+        self._hooks = [*GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in HOOKS)]
+
+    def are_untouched(self) -> bool:
+        """Whether no module or parameter was replaced and no hook waits for a forward."""
+        if any(self._hooks):
+            return False
+        return all(map(operator.is_, self._current(), self._contents))
+
+    def _current(self) -> list[Any]:
+        return [get(name) for get, name in self._places]
+
+
+def _sees_all(mask: Any, num_tokens: int) -> bool:
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.shape == (1, num_tokens) and bool(mask.all())
+
+
+def _are_consecutive(position_ids: Any, num_tokens: int) -> bool:
+    """Whether positions count up by one: others would hide tokens from each other (packed sequences)."""
+    if position_ids is None:
+        return True
+    if not isinstance(position_ids, Tensor) or position_ids.numel() != num_tokens:
+        return False
+    return num_tokens == 1 or bool((position_ids.diff() == 1).all())

@@ -1,0 +1,148 @@
+"""Prompts in native code: to the bit what decoding them token by token gives, and near float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_native_step import LAYERS, VOCAB, OneLayer, address, decode, load
+from toy_models import plain_model, save_toy_model
+
+import moe_offload
+from moe_offload import _native, ops
+
+HEADS = {
+    **LAYERS,
+    "packed cache": {"cache_dtype": None, "heads": 4, "kv_heads": 2, "head_dim": 32, "window": 33},
+    "one head and a half of a vector": {"heads": 1, "kv_heads": 1, "head_dim": 24},
+    "more heads than a block has rows": {"heads": 130, "kv_heads": 1, "head_dim": 8, "rotary_dim": 8},
+    "narrow window": {"window": 3, "sinks": True, "heads": 9, "kv_heads": 3},
+}
+CHUNKS = [(0, 2), (0, 7), (5, 70), (253, 4), (300, 230)]  # tokens before, tokens of the chunk
+
+
+class Prompt:
+    """A chunk of random tokens behind random keys and values, through one layer."""
+
+    def __init__(self, traits, num_past, num_tokens):
+        self.layer = OneLayer(**traits)
+        self.num_past, self.num_tokens = num_past, num_tokens
+        self.tokens = torch.randint(VOCAB, (num_tokens,))
+        self.cos, self.sin = torch.randn(2, num_tokens, self.layer.half)
+        shape = (2, self.layer.kv_heads, num_past + num_tokens, self.layer.head_dim)
+        if self.layer.cache_dtype is None:
+            from moe_offload.runtime.packed_kv import pack
+
+            self.cached = pack(torch.randn(shape))
+        else:
+            self.cached = torch.randn(shape).to(self.layer.cache_dtype)
+
+    def in_chunks(self, sizes):
+        """Logits (num_tokens, VOCAB) of chunks one after the other, and what the cache has then."""
+        keys, values = self.cached.clone()
+        decoder = self.layer.step()
+        step, logits, start = _native.PromptStep(decoder), [], 0
+        for size in sizes:
+            part = slice(start, start + size)
+            states = torch.empty(2, size, self.layer.hidden)
+            tokens, cos, sin = (x[part].contiguous() for x in (self.tokens, self.cos, self.sin))
+            addresses = (address(states[0]), address(states[1]), 0, 0, address(cos), address(sin))
+            step.begin(address(tokens), size, addresses)
+            step.attend(0, address(keys), address(values), keys.shape[1], self.num_past + start)
+            logits.append(torch.empty(size, VOCAB))
+            step.logits(0, address(logits[-1]))
+            start += size
+        return torch.cat(logits), keys, values
+
+    def one_by_one(self):
+        """The same by DecodeStep."""
+        keys, values = self.cached.clone()
+        step, logits = self.layer.step(), torch.empty(self.num_tokens, VOCAB)
+        for i in range(self.num_tokens):
+            step.begin(int(self.tokens[i]), address(self.cos[i]), address(self.sin[i]))
+            step.attend(0, address(keys), address(values), keys.shape[1], self.num_past + i)
+            step.logits(address(logits[i]))
+        return logits, keys, values
+
+
+@pytest.mark.parametrize(("num_past", "num_tokens"), CHUNKS)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_prompt_has_the_bits_of_its_tokens_decoded(name, num_past, num_tokens):
+    prompt = Prompt(HEADS[name], num_past, num_tokens)
+    for one, other in zip(prompt.in_chunks([num_tokens]), prompt.one_by_one(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chunks_may_have_any_size():
+    prompt = Prompt({"window": 40, "qk_norm": True}, 3, 100)
+    expected = prompt.in_chunks([100])
+    for sizes in ([1] * 100, [31, 69], [64, 32, 4]):
+        for one, other in zip(prompt.in_chunks(sizes), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["seven heads per key", "window", "bias and sinks", "norms of all heads"])
+def test_the_last_token_of_a_prompt_equals_float64(name):
+    prompt = Prompt(LAYERS[name], 20, 50)
+    logits, keys, values = prompt.in_chunks([50])
+    layer = prompt.layer
+    layer.cos, layer.sin = prompt.cos[-1], prompt.sin[-1]
+    expected = layer.reference(int(prompt.tokens[-1]), keys, values, 69)
+    tolerance = 2e-6 * expected.abs().max()
+    torch.testing.assert_close(logits[-1].double(), expected, rtol=2e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_and_instruction_sets_give_a_prompt_the_same_bits(num_threads, isa):
+    prompt = Prompt({"heads": 6, "kv_heads": 2, "head_dim": 40, "sinks": True, "window": 90}, 200, 130)
+    before = ops.num_threads()
+    try:
+        ops.set_num_threads(1)
+        _native.force_isa("baseline")
+        expected = prompt.in_chunks([130])
+        ops.set_num_threads(num_threads)
+        _native.force_isa(isa)
+        actual = prompt.in_chunks([130])
+    finally:
+        ops.set_num_threads(before)
+        _native.force_isa("")
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_room_for_a_chunk_is_refused():
+    prompt = Prompt({}, 0, 4)
+    prompt.num_past = 1
+    with pytest.raises(moe_offload.ConfigError, match="no room for 4 tokens behind 1"):
+        prompt.in_chunks([4])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_long_prompt_equals_transformers_and_its_tokens_decoded(family, tmp_path):
+    """More than a chunk and more than a range of keys; gpt-oss with sinks, every other layer in a window."""
+    folder = save_toy_model(family, tmp_path)
+    model = load(folder, context=600)
+    ids = torch.randint(3, 97, (1, 530), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = plain_model(folder)(ids).logits
+    actual = model(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(decode(model, ids, 500), actual[0, 500:])
+    model.offload.close()
+
+
+def test_an_interrupted_prompt_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    model = load(save_toy_model("qwen3_moe", tmp_path))
+    ids, cache = torch.arange(3, 40)[None], model.offload.new_cache(40)
+    expected = model(ids).logits
+    executor = model.offload.native_step._moe_executors[-1]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(executor, "add_experts", interrupt)
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    model.offload.close()
