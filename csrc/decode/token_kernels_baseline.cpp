@@ -12,7 +12,8 @@ namespace moe {
 const TokenKernels& token_kernels() {
 #if defined(__x86_64__)
     const char* isa = kernels().name;
-    if (std::strcmp(isa, kernels_avx512vnni.name) == 0) return token_kernels_avx512;
+    for (const Kernels* table : {&kernels_avx512vnni, &kernels_amx})
+        if (std::strcmp(isa, table->name) == 0) return token_kernels_avx512;
     if (std::strcmp(isa, kernels_baseline.name) != 0) return token_kernels_avx2;
 #endif
     return token_kernels_baseline;
