@@ -179,7 +179,7 @@ def test_plan_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def tuned_profile(disk_bytes_per_s: float) -> Any:
     """What tune would have kept for this machine."""
     profile = profile_store.quick_profile(MachineSpeed(20e9, disk_bytes_per_s, 1e11), num_threads=2)
-    notes = {**profile.notes, "evidence": {"rounds": 3}, "settings": {"policy": "lru"}}
+    notes = {**profile.notes, "evidence": {"tokens": 64}, "settings": {"policy": "lru"}}
     return replace(profile, notes=notes)
 
 
