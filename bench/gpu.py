@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "on_demand": {"scheduler": "on_demand", "prefetch": False},
     "static_split": {"scheduler": "static_split", "prefetch": False},
     "hybrimoe_greedy": {"scheduler": "hybrimoe_greedy", "policy": "mrs"},
+    "fiddler": {"scheduler": "fiddler", "prefetch": False},
     "fate_like": {"scheduler": "on_demand", "policy": "fate", "predictor": "cross_layer_gate"},
 }
 RUN_LIMIT_S = 150.0

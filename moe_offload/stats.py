@@ -17,6 +17,7 @@ class DeviceStats:
     copied_experts: int = 0  # for the step or prompt at hand
     redone_experts: int = 0  # on the CPU, after the device failed
     prefetched_bytes: int = 0  # copied ahead of a step, admissions among them, and then used
+    prefetch_late_device_bytes: int = 0  # of these, those that a step had to wait for
     prefetch_wasted_device_bytes: int = 0
     link_bytes: int = 0
     link_busy_s: float = 0.0

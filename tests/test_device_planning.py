@@ -15,9 +15,11 @@ from moe_offload.planning.correction import MOST_CORRECTION, RunningCorrection
 from moe_offload.planning.cost_model import device_workspace_bytes
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
+from moe_offload.planning.impact import by_impact
 from moe_offload.planning.placement import plan_device
-from moe_offload.planning.scheduler import SCHEDULERS, LayerWork
-from moe_offload.planning.token_moves import TokenMoves, moves_of
+from moe_offload.planning.prefetch_plan import Guess, plan_reads
+from moe_offload.planning.scheduler import SCHEDULERS, LayerWork, finish_s
+from moe_offload.planning.token_moves import TokenMoves, moves_of, savings_of
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.hybrid_stream import alternate
 from moe_offload.stats import OffloadStats
@@ -216,3 +218,37 @@ def test_the_scheduler_is_asked_again_when_costs_have_changed() -> None:
 def test_copies_for_later_take_half_of_the_links_idle_time() -> None:
     assert most_under_way(idle_s=0.0, copy_s=1e-3) == 2 == most_under_way(idle_s=1.0, copy_s=0.0)
     assert most_under_way(idle_s=20e-3, copy_s=1e-3) == 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.floats(0.01, 5.0)] * 3), st.integers(1, 8))
+def test_savings_are_the_difference_that_one_more_on_the_device_makes(costs, count) -> None:
+    savings = savings_of(SCHEDULERS["hybrid"], count, *costs)
+    for residents in range(count):
+        fewer, more = (
+            finish_s(work, SCHEDULERS["hybrid"](work).on_gpu)
+            for work in (token_work(costs, count, residents), token_work(costs, count, residents + 1))
+        )
+        assert savings[residents] == pytest.approx(fewer - more, abs=1e-12)
+
+
+def token_work(costs: tuple[float, float, float], count: int, residents: int) -> LayerWork:
+    cpu_s, gpu_s, copy_s = costs
+    there, in_ram = np.arange(count) < residents, np.ones(count, np.bool_)
+    return LayerWork(np.full(count, cpu_s), np.full(count, gpu_s), there, in_ram, copy_s)
+
+
+def guess(layer_idx: int, expert_id: int, probability: float) -> Guess:
+    return Guess(ExpertKey(layer_idx, expert_id), probability, 1000, windows=1 + layer_idx)
+
+
+def test_the_copy_that_saves_most_goes_first_and_leaves_less_to_the_next() -> None:
+    """Layer 0 has all it can use, so even its likely guess saves nothing; layer 1 lacks everything."""
+    savings = {0: [4.0, 3.0, 0.0, 0.0], 1: [4.0, 3.0, 0.0, 0.0]}
+    guesses = [guess(0, 1, 0.99), guess(1, 2, 0.5), guess(1, 3, 0.9), guess(1, 4, 0.4)]
+    ranked = by_impact(guesses, {0: 2.0, 1: 0.0}, savings)
+    assert [g.key for g in ranked] == [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 4)]
+    assert by_impact(guesses, {0: 1.9, 1: 4.0}, savings)[0].key == ExpertKey(0, 1), "a little is left there"
+    assert by_impact(guesses, {0: 9.0, 1: 4.0}, savings) == []
+    keys = plan_reads(ranked, queued_bytes=0, window_bytes=600, threshold=0.5, ranked=True)
+    assert keys == [ExpertKey(1, 3)], "in that order, and no more than the link brings in time"

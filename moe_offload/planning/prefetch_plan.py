@@ -35,9 +35,14 @@ class Guess(NamedTuple):
 
 
 def plan_reads(
-    guesses: Iterable[Guess], *, queued_bytes: float, window_bytes: float, threshold: float
+    guesses: Iterable[Guess],
+    *,
+    queued_bytes: float,
+    window_bytes: float,
+    threshold: float,
+    ranked: bool = False,
 ) -> list[ExpertKey]:
-    """Return what to read, in order: by deadline, then the more probable first.
+    """Return what to read, in order: by deadline, then the more probable first; or as they come, ``ranked``.
 
     Args:
         queued_bytes: guesses that go before. Demands do too, but the step waits for those: they put off the
@@ -46,7 +51,8 @@ def plan_reads(
         threshold: least probability.
     """
     likely = [guess for guess in guesses if guess.probability >= threshold]
-    likely.sort(key=lambda guess: (guess.windows, -guess.probability))
+    if not ranked:
+        likely.sort(key=lambda guess: (guess.windows, -guess.probability))
     admitted: list[ExpertKey] = []
     for guess in likely:
         if queued_bytes + 0.5 * guess.num_bytes <= guess.windows * window_bytes:

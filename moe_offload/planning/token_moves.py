@@ -7,6 +7,7 @@ which: a table of one number for each such number says the same. Pure.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,13 +26,23 @@ def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_
     """
     moves = []
     for residents in range(count + 1):
-        on_gpu = np.arange(count) < residents
-        everywhere = np.ones(count, np.bool_)
-        work = LayerWork(np.full(count, cpu_s), np.full(count, gpu_s), on_gpu, everywhere, copy_s)
-        choice = scheduler(work).on_gpu
+        choice = scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).on_gpu
         copied, left = int(choice[residents:].sum()), residents - int(choice[:residents].sum())
         moves.append(copied or -left)
     return moves
+
+
+def savings_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[float]:
+    """Return, for 0 to ``count`` - 1 of a token's experts on the device, the seconds that one more saves."""
+    finish_s = [
+        scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).finish_s for residents in range(count + 1)
+    ]
+    return [max(0.0, before - after) for before, after in pairwise(finish_s)]
+
+
+def _work(residents: int, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> LayerWork:
+    on_gpu, in_ram = np.arange(count) < residents, np.ones(count, np.bool_)
+    return LayerWork(np.full(count, cpu_s), np.full(count, gpu_s), on_gpu, in_ram, copy_s)
 
 
 class TokenMoves:
@@ -42,13 +53,25 @@ class TokenMoves:
         self._scheduler: Scheduler | None = None
         self._asked_at = (0.0, 0.0, 0.0)
         self._moves: dict[int, list[int]] = {}  # by number of experts
+        self._savings: dict[int, list[float]] = {}
 
     def of(self, scheduler: Scheduler, count: int) -> list[int]:
         """Return ``moves_of``; the same list as long as it holds."""
-        now = self._costs.of_one_token()
-        changed = any(abs(a - b) > CHANGE * b for a, b in zip(now, self._asked_at, strict=True))
-        if changed or scheduler is not self._scheduler:
-            self._scheduler, self._asked_at, self._moves = scheduler, now, {}
+        self._ask_again_where_changed(scheduler)
         if count not in self._moves:
             self._moves[count] = moves_of(scheduler, count, *self._asked_at)
         return self._moves[count]
+
+    def savings(self, scheduler: Scheduler, count: int) -> list[float]:
+        """Return ``savings_of``."""
+        self._ask_again_where_changed(scheduler)
+        if count not in self._savings:
+            self._savings[count] = savings_of(scheduler, count, *self._asked_at)
+        return self._savings[count]
+
+    def _ask_again_where_changed(self, scheduler: Scheduler) -> None:
+        now = self._costs.of_one_token()
+        changed = any(abs(a - b) > CHANGE * b for a, b in zip(now, self._asked_at, strict=True))
+        if changed or scheduler is not self._scheduler:
+            self._scheduler, self._asked_at = scheduler, now
+            self._moves, self._savings = {}, {}

@@ -42,6 +42,8 @@ PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same
 FIRST = -1  # stands for the layer that has routed, before any has
 
 LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
+Likely = tuple[int, int, int, float]  # layers ahead, layer_idx, expert_id, probability
+Rank = Callable[[Sequence[Likely], Sequence[Guess]], list[Guess]]
 
 
 class Prefetcher:
@@ -91,6 +93,7 @@ class Prefetcher:
         self._predict_s = 0.0  # a prediction's time and that of planning its reads, smoothed
         self._submit_s = SUBMIT_S  # and that of asking for one, which takes the processor from computing
         self._submitting_s = 0.0  # in the prediction under way
+        self._rank: Rank | None = None
         self._set_depth_limit()
 
     @property
@@ -135,9 +138,13 @@ class Prefetcher:
         self._link, self._bytes_per_s = link, self._speeds.get(self._rate)
         self._set_depth_limit()
 
-    def turn_to(self, cache: ExpertCache, link: LinkCounters) -> None:
-        """Fill another tier from now on: before any step, where the one below has every expert."""
-        self._cache, self._link, self._rate = cache, link, LINK_RATE
+    def turn_to(self, cache: ExpertCache, link: LinkCounters, rank: Rank | None = None) -> None:
+        """Fill another tier from now on: before any step, where the one below has every expert.
+
+        Args:
+            rank: puts guesses in the order of their worth there, and leaves out what has none.
+        """
+        self._cache, self._link, self._rank, self._rate = cache, link, rank, LINK_RATE
         self._bytes_per_s = self._speeds.get(self._rate)
 
     def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
@@ -253,6 +260,7 @@ class Prefetcher:
             queued_bytes=queued_bytes,
             window_bytes=self._window_s * self._bytes_per_s,
             threshold=self.threshold.value,
+            ranked=self._rank is not None,
         )
         if keys:
             started = self._clock()
@@ -270,14 +278,16 @@ class Prefetcher:
         ]
         return self._absent_of(likely)
 
-    def _absent_of(self, likely: Iterable[tuple[int, int, int, float]]) -> list[Guess]:
+    def _absent_of(self, likely: Iterable[Likely]) -> list[Guess]:
         """Return those of (layers ahead, layer_idx, expert_id, probability) that have no slot."""
         cache = self._cache
-        return [
+        likely = list(likely)
+        guesses = [
             Guess(ExpertKey(layer_idx, expert_id), probability, cache.expert_bytes(layer_idx), windows)
             for windows, layer_idx, expert_id, probability in likely
             if cache.absent(layer_idx, (expert_id,))
         ]
+        return guesses if self._rank is None else self._rank(likely, guesses)
 
     def _is_link_full(self, queued_bytes: int) -> bool:
         """Whether guesses keep the link busy for as long as a prediction reaches."""

@@ -93,7 +93,7 @@ def attach_device(
             costs |= dict.fromkeys(pool.layers, shared)
             vram_address += pool.num_bytes
         tier.start_counting()
-        layers = HybridLayers(tier, ram, config.scheduler, costs)
+        layers = HybridLayers(tier, ram, config.scheduler, costs, checkpoint.spec.top_k)
         layers.left_to_cpu = _say_left_to_cpu(device.name, lacking)
         for layer_idx, executor in served.items():
             executor.hybrid = HybridLayer(layers, layer_idx, executor.kernel, kernels[layer_idx])

@@ -22,11 +22,15 @@ from moe_offload.errors import DeviceError
 from moe_offload.ops import ExpertKernel
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.impact import by_impact
+from moe_offload.planning.prefetch_plan import Guess
 from moe_offload.planning.scheduler import SCHEDULERS, Choice
 from moe_offload.planning.token_moves import Scheduler, TokenMoves
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.prefetch import Likely
+from moe_offload.residency.slot_reads import ON_ITS_WAY
 from moe_offload.stats import DeviceStats
 
 
@@ -70,9 +74,9 @@ class HybridLayers:
     """What the layers share: the tiers, the scheduler, what experts cost, counters."""
 
     def __init__(
-        self, tier: DeviceTier, ram: ExpertCache, scheduler: str, costs: dict[int, RunningCosts]
+        self, tier: DeviceTier, ram: ExpertCache, scheduler: str, costs: dict[int, RunningCosts], top_k: int
     ) -> None:
-        self.tier, self.ram, self.scheduler_name = tier, ram, scheduler
+        self.tier, self.ram, self.scheduler_name, self.top_k = tier, ram, scheduler, top_k
         self.costs = costs  # by layer index; layers of one size share theirs
         self._moves = {id(shared): TokenMoves(shared) for shared in costs.values()}
         self.counters = HybridCounters()
@@ -96,6 +100,20 @@ class HybridLayers:
     def moves(self, layer_idx: int, count: int) -> list[int]:
         """Return what the scheduler does with ``count`` experts of one token (token_moves.py)."""
         return self._moves[id(self.costs[layer_idx])].of(self.scheduler, count)
+
+    def rank(self, likely: Sequence[Likely], guesses: Sequence[Guess]) -> list[Guess]:
+        """Return guesses in the order of the time that they save on the device (impact.py).
+
+        Args:
+            likely: what the next layers will probably use, the guesses among them.
+        """
+        expected = {layer_idx: 0.0 for _, layer_idx, _, _ in likely}
+        for _, layer_idx, expert_id, probability in likely:
+            if self.tier.cache.resident_table(layer_idx)[expert_id, 0] > ON_ITS_WAY:
+                expected[layer_idx] += probability
+        moves = {i: self._moves[id(self.costs[i])] for i in expected}
+        savings = {i: moves[i].savings(self.scheduler, self.top_k) for i in expected}
+        return by_impact(guesses, expected, savings)
 
     def use(self, scheduler: str, switch: GainSwitch) -> None:
         """Go on with another scheduler, between steps; ``switch``: for "hybrid", what it has learned."""
@@ -124,6 +142,7 @@ class HybridLayers:
             copied_experts=counters.copied_experts,
             redone_experts=counters.redone_experts,
             prefetched_bytes=tier.stats.prefetch_useful_bytes + tier.stats.prefetch_late_bytes,
+            prefetch_late_device_bytes=tier.stats.prefetch_late_bytes,
             prefetch_wasted_device_bytes=tier.stats.prefetch_wasted_bytes,
             link_bytes=int(native["bytes_copied"]),
             link_busy_s=native["busy_seconds"],
