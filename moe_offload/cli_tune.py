@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_offload.cli_session import import_libraries
 from moe_offload.config import DEMO_MODEL, DeviceChoice, DevicePlan, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
+from moe_offload.header_costs import element_bytes
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile
@@ -97,7 +98,7 @@ def _device(
     if choice is None:
         return None, None
     check_device(choice)
-    plan = plan_vram(checkpoint, RuntimeConfig(device=choice))
+    plan = plan_vram(checkpoint, RuntimeConfig(device=choice), element_bytes(checkpoint))
     if plan is None:
         raise ConfigError("--device: the model has no experts, and nothing else runs there; tune without it")
     return choice, plan

@@ -49,7 +49,8 @@ def parse_bytes(text: str | int) -> int:
     return num_bytes
 
 
-DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,to_host=12GB/s][,latency=10us][,pinned=1GiB]"
+DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,to_host=12GB/s][,latency=10us][,pinned=1GiB][,dense=on]"
+DENSE_CHOICES = ("auto", "on", "off")
 
 
 def parse_device(text: str | None, vram: str | int | None) -> DeviceChoice | None:
@@ -66,21 +67,23 @@ def parse_device(text: str | None, vram: str | int | None) -> DeviceChoice | Non
     vram_bytes = None if vram in (None, "auto") else parse_bytes(str(vram))
     if kind == "emulated":
         return _emulated(settings, vram_bytes)
-    if kind == "cuda" and re.fullmatch(r"[0-9]{0,3}", settings):
-        return DeviceChoice(str(text).strip(), vram_bytes)
+    cuda = re.fullmatch(r"([0-9]{0,3})(?:,?dense=(auto|on|off))?", settings)
+    if kind == "cuda" and cuda:
+        return DeviceChoice(f"cuda:{cuda[1]}" if cuda[1] else "cuda", vram_bytes, dense=cuda[2] or "auto")
     raise ConfigError(f'device={text!r} is unknown; known are "cpu", "cuda", "cuda:1" and "{DEVICE_FORM}"')
 
 
 def _emulated(settings: str, vram_bytes: int | None) -> DeviceChoice:
     """Read what follows ``emulated:``."""
     given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
-    unknown = sorted(given.keys() - {"vram", "link", "to_host", "latency", "pinned"})
-    if unknown or "" in given.values():
+    unknown = sorted(given.keys() - {"vram", "link", "to_host", "latency", "pinned", "dense"})
+    if unknown or "" in given.values() or given.get("dense", "on") not in DENSE_CHOICES:
         raise ConfigError(f'device="emulated:{settings}" is not understood; the form is "{DEVICE_FORM}"')
     own_bytes = parse_bytes(given["vram"]) if "vram" in given else None
     if own_bytes is None and vram_bytes is None:
         raise ConfigError(f'an emulated device has the memory that it is given: "{DEVICE_FORM}", or vram=')
-    choice = DeviceChoice("emulated", min(filter(None, (own_bytes, vram_bytes))))
+    vram_bytes = min(filter(None, (own_bytes, vram_bytes)))
+    choice = DeviceChoice("emulated", vram_bytes, dense=given.get("dense", "auto"))
     if "link" in given:
         choice = replace(choice, link_bytes_per_s=_bytes_per_s(given["link"]))
     if "to_host" in given:
@@ -154,6 +157,7 @@ class DeviceChoice:
         vram_bytes: None: what is free there, less a reserve.
         link_bytes_per_s, latency_s, pinnable_bytes: of an emulated one.
         to_host_bytes_per_s: of its way back; None: as the way there.
+        dense: whether dense layers, keys and values go there, too: "auto" where that is expected to pay.
     """
 
     kind: str
@@ -162,6 +166,7 @@ class DeviceChoice:
     latency_s: float = 10e-6
     pinnable_bytes: int | None = None  # None: all
     to_host_bytes_per_s: float | None = None
+    dense: str = "auto"
 
     @property
     def key(self) -> str:
@@ -219,18 +224,59 @@ def _is_count(value: object, high: int | None = None) -> bool:
 
 
 @dataclass(frozen=True)
+class DensePlan:
+    """Which dense layers run on an accelerator, and what they take there, in bytes.
+
+    The last layers of the model, so that a token crosses to the device once; the head if it fits.
+    """
+
+    num_layers: int  # of the model
+    first_layer: int  # this one and all behind it; num_layers: none
+    has_head: bool
+    weight_bytes: int
+    kv_bytes: int  # of context_tokens
+    workspace_bytes: int
+    context_tokens: int
+    reason: str = ""  # why it is not all of the model
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it runs there."""
+        return self.first_layer == self.num_layers
+
+    @property
+    def held_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+    def describe(self) -> str:
+        """Return which layers, and why not more."""
+        why = f" ({self.reason})" if self.reason else ""
+        if self.is_empty:
+            return f"dense layers on the CPU{why}"
+        head = " and the head" if self.has_head else ""
+        layers = f"{self.num_layers - self.first_layer} of {self.num_layers} dense layers"
+        return f"{layers}{head} on the device{why}"
+
+
+@dataclass(frozen=True)
 class DevicePlan:
-    """Where an accelerator's memory goes, in bytes; dense weights and key/value cache stay in RAM."""
+    """Where an accelerator's memory goes, in bytes. RAM holds dense weights and key/value cache as well."""
 
     vram_bytes: int
     context_bytes: int  # the driver's own
     workspace_bytes: int  # inputs, intermediates and rows of one prefill chunk
     pools: tuple[PoolPlan, ...]
     exclusive: bool = True  # what is here leaves RAM first
+    dense: DensePlan | None = None  # None: nothing but experts
 
     @property
     def expert_bytes(self) -> int:
         return sum(pool.num_bytes for pool in self.pools)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Return what dense weights, keys and values take."""
+        return 0 if self.dense is None else self.dense.held_bytes
 
     def describe(self) -> str:
         """Return where the memory goes, in one line."""
@@ -241,6 +287,9 @@ class DevicePlan:
             f"workspace {gib(self.workspace_bytes)}",
             f"experts {gib(self.expert_bytes)} ({slots} of {experts})",
         ]
+        if self.dense is not None:
+            sizes = f"{gib(self.dense.weight_bytes)}, keys and values {gib(self.dense.kv_bytes)}: "
+            parts.append(("" if self.dense.is_empty else sizes) + self.dense.describe())
         return f"{gib(self.vram_bytes)} at most: {', '.join(parts)}"
 
 

@@ -6,6 +6,7 @@ process can measure (its libraries) is an estimate here, and says so where it is
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from moe_offload.config import (
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.planning.cost_model import (
     TokenBytes,
+    aligned,
+    dense_workspace_bytes,
     device_host_bytes,
     kv_bytes,
     scale_copies_bytes,
@@ -27,6 +30,7 @@ from moe_offload.planning.cost_model import (
     tokenizer_bytes,
     workspace_bytes,
 )
+from moe_offload.planning.dense_placement import DenseSizes
 from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
 from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes, with_staging
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
@@ -194,17 +198,40 @@ def context_bytes(checkpoint: Checkpoint, num_tokens: int, kv: str | None = None
 
 def dense_resident_bytes(checkpoint: Checkpoint, bytes_per_element: int) -> int:
     """Return what the dense tensors will occupy: packed bytes in a GGUF, numbers of that size elsewhere."""
-    total = 0
+    is_gguf = checkpoint.source == "gguf"
+    return sum(_resident_bytes(info, is_gguf, bytes_per_element) for info in checkpoint.dense.values())
+
+
+def _resident_bytes(info: TensorInfo, is_gguf: bool, bytes_per_element: int) -> int:
+    is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in info.name and ".gate.weight" not in info.name
+    is_unpacked = info.recipe is not None and info.ggml_type is GgmlType.F32
+    if info.scales is not None:
+        return info.shape[0] * row_bytes(info.ggml_type, info.shape[1])
+    if info.packed or (is_gguf and is_matrix and not is_unpacked):
+        return info.span.num_bytes
+    return info.num_elements * bytes_per_element
+
+
+def dense_sizes(checkpoint: Checkpoint, bytes_per_element: int, context_tokens: int) -> DenseSizes:
+    """Return what the dense parts would take on a device: vectors as float32, each tensor aligned."""
+    spec, is_gguf = checkpoint.spec, checkpoint.source == "gguf"
+    layers, others = [0] * spec.num_hidden_layers, dict[str, int]()
     for name, info in checkpoint.dense.items():
-        is_matrix = len(info.shape) == 2 and "ffn_gate_inp" not in name and ".gate.weight" not in name
-        is_unpacked = info.recipe is not None and info.ggml_type is GgmlType.F32
-        if info.scales is not None:
-            total += info.shape[0] * row_bytes(info.ggml_type, info.shape[1])
-        elif info.packed or (checkpoint.source == "gguf" and is_matrix and not is_unpacked):
-            total += info.span.num_bytes
-        else:
-            total += info.num_elements * bytes_per_element
-    return total
+        layer = re.search(r"\blayers\.([0-9]+)\.", name)
+        num_bytes = aligned(_resident_bytes(info, is_gguf, 4 if len(info.shape) == 1 else bytes_per_element))
+        if layer is None:
+            others[name] = num_bytes
+        elif int(layer[1]) < len(layers) and ".experts." not in name:
+            layers[int(layer[1])] += num_bytes
+    is_tied = not any("lm_head" in name for name in others)
+    num_heads = int(checkpoint.config["num_attention_heads"])
+    head_dim = int(checkpoint.config.get("head_dim") or spec.hidden_size // num_heads)
+    return DenseSizes(
+        tuple(layers),
+        sum(size for name, size in others.items() if is_tied or "embed_tokens" not in name),
+        tuple(elements * bytes_per_element for elements in spec.kv_elements_per_token),
+        dense_workspace_bytes(spec, num_heads, head_dim, context_tokens),
+    )
 
 
 def element_bytes(checkpoint: Checkpoint) -> int:

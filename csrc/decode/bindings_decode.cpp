@@ -9,6 +9,7 @@
 #include "decode/cached_addresses.h"
 #include "decode/decode_step.h"
 #include "decode/prompt_step.h"
+#include "device/engine.h"
 
 namespace py = pybind11;
 using namespace moe;
@@ -39,19 +40,51 @@ AttentionLayer attention_of(const py::dict& d) {
             vector("sinks"),         vector("feed_forward_norm")};
 }
 
+DecoderShape shape_of(const py::dict& shape) {
+    const auto integer = [&](const char* name) { return shape[name].cast<int64_t>(); };
+    return {integer("hidden_size"),
+            integer("num_heads"),
+            integer("num_kv_heads"),
+            integer("head_dim"),
+            integer("rotary_dim"),
+            shape["eps"].cast<float>(),
+            shape["scaling"].cast<float>(),
+            shape["cache_type"].cast<int>(),
+            integer("max_top_k")};
+}
+
 std::unique_ptr<DecodeStep> make_decode_step(const py::dict& shape, const LinearTuple& embedding,
                                              uint64_t final_norm, const LinearTuple& head) {
-    const auto integer = [&](const char* name) { return shape[name].cast<int64_t>(); };
-    const DecoderShape converted{integer("hidden_size"),
-                                 integer("num_heads"),
-                                 integer("num_kv_heads"),
-                                 integer("head_dim"),
-                                 integer("rotary_dim"),
-                                 shape["eps"].cast<float>(),
-                                 shape["scaling"].cast<float>(),
-                                 shape["cache_type"].cast<int>(),
-                                 integer("max_top_k")};
-    return std::make_unique<DecodeStep>(converted, linear_of(embedding), floats(final_norm), linear_of(head));
+    return std::make_unique<DecodeStep>(shape_of(shape), linear_of(embedding), floats(final_norm),
+                                        linear_of(head));
+}
+
+Router router_of(const py::tuple& router) {
+    const auto& [gate, top_k, softmax_of_chosen, normalize] =
+        router.cast<std::tuple<LinearTuple, int64_t, bool, bool>>();
+    return {linear_of(gate), top_k, softmax_of_chosen, normalize};
+}
+
+// Of each layer: attention, router (or an empty tuple), kernel, addresses of a dense network's matrices,
+// and where its keys and values begin.
+DenseLayer dense_layer_of(const py::tuple& layer) {
+    const auto router = layer[1].cast<py::tuple>();
+    const auto address = [&](int i) { return reinterpret_cast<uint8_t*>(layer[i].cast<uint64_t>()); };
+    return {attention_of(layer[0].cast<py::dict>()),
+            router.empty() ? Router{} : router_of(router),
+            layer[2].cast<const ExpertKernel*>(),
+            layer[3].cast<Addresses>(),
+            address(4),
+            address(5)};
+}
+
+std::unique_ptr<DenseStep> make_dense_step(DeviceEngine& engine, const py::dict& shape, int64_t first_layer,
+                                           int64_t capacity, const py::list& layers, uint64_t final_norm,
+                                           const std::optional<LinearTuple>& head) {
+    DenseParts parts{shape_of(shape), first_layer, capacity, {}, floats(final_norm), {}};
+    for (const py::handle layer : layers) parts.layers.push_back(dense_layer_of(layer.cast<py::tuple>()));
+    if (head) parts.head = linear_of(*head);
+    return engine.device().make_dense(parts);
 }
 
 void add_moe_layer(DecodeStep& step, const py::dict& attention, const LinearTuple& gate, int64_t top_k,
@@ -142,10 +175,16 @@ void prompt_logits(PromptStep& step, int64_t first, uint64_t out) {
 }  // namespace
 
 void register_decode(py::module_& m) {
+    py::class_<DenseStep>(m, "DenseStep", "The dense part of decode steps on a device")
+        .def(py::init(&make_dense_step), py::arg("device"), py::arg("shape"), py::arg("first_layer"),
+             py::arg("capacity"), py::arg("layers"), py::arg("final_norm"), py::arg("head"),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 6>());
     py::class_<DecodeStep>(m, "DecodeStep", "One token through a decoder, layer by layer")
         .def(py::init(&make_decode_step))
         .def("add_moe_layer", add_moe_layer, py::keep_alive<1, 7>())
         .def("add_dense_layer", add_dense_layer, py::keep_alive<1, 3>())
+        .def("use_device", &DecodeStep::use_device, py::arg("device").none(true), py::arg("first_layer"),
+             py::arg("has_head"), py::keep_alive<1, 2>(), "Run the last layers, and the head, there")
         .def("begin", begin, "Embed a token")
         .def("attend", attend, "Attention and the router's choice, or a whole dense layer")
         .def(

@@ -9,6 +9,7 @@
 #include "cpu/matrix_checks.h"
 #include "cpu/thread_pool.h"
 #include "decode/cached_attention.h"
+#include "decode/packed_cache.h"
 #include "decode/resident_table.h"
 #include "decode/token_kernels.h"
 
@@ -43,6 +44,41 @@ void DecodeStep::begin(int64_t token_id, const float* cos, const float* sin) {
     decoder_.embed(token_id, residual_.data());
     cos_ = cos;
     sin_ = sin;
+    residual_is_away_ = false;
+}
+
+void DecodeStep::begin(const float* residual, const float* cos, const float* sin) {
+    cos_ = cos;
+    sin_ = sin;
+    residual_is_away_ = false;
+    std::copy_n(residual, residual_.size(), residual_.begin());
+}
+
+void DecodeStep::use_device(DenseStep* device, int64_t first_layer, bool has_head) {
+    device_ = device;
+    first_on_device_ = device ? first_layer : num_layers();
+    head_on_device_ = device && has_head;
+    residual_is_away_ = false;
+}
+
+void DecodeStep::attend_on_device(int64_t index, const CachedTokens& cached) {
+    if (!residual_is_away_) device_->begin(residual_.data(), cos_, sin_, cached.num_tokens);
+    residual_is_away_ = true;
+    const Attended attended = device_->attend(index);
+    const int64_t row_bytes = cached_row_bytes(decoder_.shape().cache_type, decoder_.shape().head_dim);
+    for (int64_t head = 0; head < decoder_.shape().num_kv_heads; ++head) {
+        const int64_t offset = (head * cached.capacity + cached.num_tokens) * row_bytes;
+        std::copy_n(attended.key + head * row_bytes, row_bytes, cached.keys + offset);
+        std::copy_n(attended.value + head * row_bytes, row_bytes, cached.values + offset);
+    }
+    if (!decoder_.layer(index).router.top_k) return;
+    choice_ = *attended.choice;
+    std::copy_n(attended.normed, normed_.size(), normed_.begin());
+}
+
+void DecodeStep::bring_residual_home() {
+    if (residual_is_away_) device_->residual(residual_.data());
+    residual_is_away_ = false;
 }
 
 void DecodeStep::attend(int64_t index, const CachedTokens& cached) {
@@ -50,6 +86,7 @@ void DecodeStep::attend(int64_t index, const CachedTokens& cached) {
     const DecoderShape& shape = decoder_.shape();
     check(cached.num_tokens >= 0 && cached.num_tokens < cached.capacity, kOp,
           "the key/value cache is full: " + std::to_string(cached.num_tokens) + " tokens");
+    if (device_ && index >= first_on_device_) return attend_on_device(index, cached);
     {
         ThreadPool::Operation operation(ThreadPool::instance());
         const TokenKernels& ops = token_kernels();
@@ -151,8 +188,11 @@ struct DecodeStep::TokenPairs {
 
 void DecodeStep::experts(int64_t layer, const uint64_t* addresses) {
     const TokenPairs token(choice_.ids, addresses);
-    decoder_.layer(layer).kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(),
-                                      residual_.data());
+    if (residual_is_away_) {
+        decoder_.layer(layer).kernel->rows(normed_.data(), 1, token.pairs, rows_.data());
+        return device_->add_rows(rows_.data(), choice_.weights.data(), int64_t(choice_.ids.size()));
+    }
+    decoder_.layer(layer).kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(), residual_.data());
 }
 
 int64_t DecodeStep::run(int64_t first, const std::vector<CachedTokens>& cached,
@@ -203,12 +243,19 @@ void DecodeStep::expert_rows(int64_t layer, const std::vector<int32_t>& position
 
 void DecodeStep::add_expert_rows(int64_t layer) {
     decoder_.layer(layer);  // checks it
-    const std::vector<int32_t> tokens(choice_.ids.size(), 0);
-    weighted_sum(residual_.data(), 1, decoder_.shape().hidden_size, rows_.data(), tokens.data(),
-                 choice_.weights.data(), int64_t(tokens.size()));
+    const int64_t num_rows = int64_t(choice_.ids.size());
+    if (residual_is_away_) return device_->add_rows(rows_.data(), choice_.weights.data(), num_rows);
+    add_rows(rows_.data(), choice_.weights.data(), num_rows);
+}
+
+void DecodeStep::add_rows(const float* rows, const float* weights, int64_t num_rows) {
+    const std::vector<int32_t> tokens(num_rows, 0);
+    weighted_sum(residual_.data(), 1, decoder_.shape().hidden_size, rows, tokens.data(), weights, num_rows);
 }
 
 void DecodeStep::logits(float* out) {
+    if (residual_is_away_ && head_on_device_) return device_->logits(out);
+    bring_residual_home();
     ThreadPool::Operation operation(ThreadPool::instance());
     const DecoderShape& shape = decoder_.shape();
     token_kernels().rms_norm(residual_.data(), decoder_.final_norm(), shape.eps, shape.hidden_size,

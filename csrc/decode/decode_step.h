@@ -15,6 +15,7 @@
 #include "cpu/ops.h"
 #include "decode/decoder.h"
 #include "decode/token_parts.h"
+#include "device/dense_step.h"
 
 namespace moe {
 
@@ -25,8 +26,15 @@ class DecodeStep {
 
     Decoder& decoder() { return decoder_; }
 
+    // From now on the layers from ``first_layer`` on, and the head where ``has_head``, run on a device, which
+    // holds the tokens that the host's caches hold; nullptr: nothing does. Between tokens.
+    void use_device(DenseStep* device, int64_t first_layer, bool has_head);
+
     // The token's embedding; cos and sin (rotary_dim / 2,) of its position stay until logits().
     void begin(int64_t token_id, const float* cos, const float* sin);
+
+    // The same from what the layers before have made of it, (hidden_size,).
+    void begin(const float* residual, const float* cos, const float* sin);
 
     // Attention and its residual, then the router's choice, or the whole dense feed-forward network.
     void attend(int64_t layer, const CachedTokens& cached);
@@ -40,6 +48,7 @@ class DecodeStep {
     // The same in parts: rows of some of them, by position in choice(), then their weighted sum.
     void expert_rows(int64_t layer, const std::vector<int32_t>& positions, const uint64_t* addresses);
     void add_expert_rows(int64_t layer);
+    void add_rows(const float* rows, const float* weights, int64_t num_rows);
     float* expert_rows_data() { return rows_.data(); }  // (max_top_k, hidden_size)
 
     // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
@@ -54,6 +63,8 @@ class DecodeStep {
 
     void logits(float* out);  // (vocab_size,)
 
+    const std::vector<float>& residual() const { return residual_; }
+
     int64_t num_layers() const { return decoder_.num_layers(); }
     int64_t num_matrices(int64_t layer) const { return decoder_.layer(layer).kernel->num_matrices(); }
 
@@ -65,6 +76,8 @@ class DecodeStep {
         float* out;
     };
 
+    void attend_on_device(int64_t layer, const CachedTokens& cached);
+    void bring_residual_home();
     void multiply(const float* x, std::initializer_list<Product> products);
     void project(const AttentionLayer& attention);
     void attend_cached(const AttentionLayer& attention, const CachedTokens& cached);
@@ -72,6 +85,9 @@ class DecodeStep {
 
     Decoder decoder_;
     const float *cos_ = nullptr, *sin_ = nullptr;
+    DenseStep* device_ = nullptr;
+    int64_t first_on_device_ = 0;
+    bool head_on_device_ = false, residual_is_away_ = false;
 
     ActivationBuffer inputs_;
     std::vector<float> residual_, normed_, query_, key_, value_, context_, product_;

@@ -33,8 +33,8 @@ Decoder::Decoder(const DecoderShape& shape, const Linear& embedding, const float
           "rotary_dim must be even and at most head_dim");
     check(is_float(shape.cache_type) || (shape.cache_type == Q8_0 && shape.head_dim % 32 == 0), kOp,
           "the cache must be F32, F16 or BF16, or Q8_0 with a head_dim that is a multiple of 32");
-    check_linear("embedding", embedding, embedding.matrix.rows, shape.hidden_size);
-    check_linear("head", head, head.matrix.rows, shape.hidden_size);
+    if (embedding.weight) check_linear("embedding", embedding, embedding.matrix.rows, shape.hidden_size);
+    if (head.weight) check_linear("head", head, head.matrix.rows, shape.hidden_size);
 }
 
 void Decoder::add_layer(DecoderLayer layer) {

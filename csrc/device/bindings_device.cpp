@@ -183,6 +183,7 @@ void register_device(py::module_& m) {
             py::arg("ticket"), py::arg("timeout_s"))
         .def("error", [](DeviceEngine& e, int64_t ticket) { return e.copies().error(ticket); })
         .def("forget", [](DeviceEngine& e, int64_t ticket) { return e.copies().forget(ticket); })
+        .def("has_matrix", [](DeviceEngine& e, int ggml_type) { return e.device().has_matrix(ggml_type); })
         .def("has_kernel", [](DeviceEngine& e, const ExpertKernel& of) { return e.device().has_kernel(of); })
         .def(
             "make_kernel", [](DeviceEngine& e, const ExpertKernel& of) { return e.device().make_kernel(of); },

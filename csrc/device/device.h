@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/ops.h"
+#include "device/dense_step.h"
 #include "device/link.h"
 
 namespace moe {
@@ -50,6 +51,13 @@ class Device {
     virtual bool has_kernel(const ExpertKernel& kernel) const = 0;
     // `kernel` and its biases (on the host) outlive what is returned.
     virtual std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) = 0;
+
+    // Whether the device can multiply by matrices of this type.
+    virtual bool has_matrix(int) const { return false; }
+    // The dense part of decode steps; what `parts` points to on the device stays there, kernels outlive it.
+    virtual std::unique_ptr<DenseStep> make_dense(const DenseParts&) {
+        throw DeviceError("the device has no kernels for dense layers", DeviceFault::kFailed);
+    }
 
     // The caller's thread: `hidden` (num_tokens, hidden_size) may change as soon as this returns. Any
     // number of them may be alive; of destroyed ones the memory is used again.

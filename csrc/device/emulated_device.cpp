@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "device/emulated_dense.h"
+
 namespace moe {
 
 namespace {
@@ -30,6 +32,10 @@ int64_t EmulatedDevice::pin(std::byte* begin, int64_t num_bytes) {
 
 std::unique_ptr<DeviceKernel> EmulatedDevice::make_kernel(const ExpertKernel& kernel) {
     return std::make_unique<HostKernel>(kernel);
+}
+
+std::unique_ptr<DenseStep> EmulatedDevice::make_dense(const DenseParts& parts) {
+    return std::make_unique<EmulatedDense>(parts, to_device_, to_host_);
 }
 
 std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_t num_tokens,

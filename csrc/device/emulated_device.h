@@ -30,6 +30,8 @@ class EmulatedDevice : public Device {
     int64_t pin(std::byte* begin, int64_t num_bytes) override;
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
+    bool has_matrix(int) const override { return true; }
+    std::unique_ptr<DenseStep> make_dense(const DenseParts& parts) override;
     std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
                                          int64_t hidden_size) override;
     void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,

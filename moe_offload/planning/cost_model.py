@@ -22,6 +22,8 @@ RESIDUAL_WIDTH_IN_HIDDEN_SIZES = 6  # residual, normed, router input, float32 co
 MLP_INTERMEDIATES = 3  # gate, up, their product
 DELTA_NET_CHUNK_TOKENS = 64  # of transformers' gated delta rule
 READER_THREADS = 4  # storage.io.DEFAULT_NUM_IO_THREADS
+DEVICE_ALIGNMENT = 256
+RANGE_TOKENS = 256  # csrc/decode/token_kernels.h: kRangeTokens
 LOGITS_COPIES = 3  # as computed, float32 for sampling, sorted or softmaxed
 
 
@@ -54,6 +56,23 @@ def device_workspace_bytes(spec: ModelSpec, num_tokens: int = PREFILL_CHUNK_TOKE
     num_pairs = num_tokens * spec.top_k
     width = 2 * spec.moe_intermediate_size + spec.hidden_size
     return FLOAT32_BYTES * (num_tokens * spec.hidden_size + num_pairs * width)
+
+
+def aligned(num_bytes: int) -> int:
+    """Round up to what every tensor on a device is aligned to."""
+    return -(-num_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+
+
+def dense_workspace_bytes(spec: ModelSpec, num_heads: int, head_dim: int, context_tokens: int) -> int:
+    """Return what a token's dense part takes on a device beside weights, keys and values.
+
+    By range of cached tokens and head: maximum, sum and weighted values (head_dim); twice the projections
+    and hidden states, float and quantized; the logits; rows of experts; tables.
+    """
+    ranges = num_heads * (-(-context_tokens // RANGE_TOKENS) + 1)
+    rows = 4 * num_heads * head_dim + (4 + 2 * spec.top_k) * spec.hidden_size
+    elements = ranges * (head_dim + 2) + 4 * rows + 2 * spec.vocab_size + 4 * spec.num_experts
+    return FLOAT32_BYTES * elements + MIB
 
 
 def device_host_bytes(spec: ModelSpec, num_tokens: int = PREFILL_CHUNK_TOKENS) -> int:

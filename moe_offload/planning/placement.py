@@ -7,10 +7,19 @@ of its experts), so more memory never means fewer slots anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_offload.config import GIB, STAGING_PER_TOP_K, DevicePlan, ModelSpec, PlacementPlan, PoolPlan, gib
+from moe_offload.config import (
+    GIB,
+    STAGING_PER_TOP_K,
+    DensePlan,
+    DevicePlan,
+    ModelSpec,
+    PlacementPlan,
+    PoolPlan,
+    gib,
+)
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import (
     device_workspace_bytes,
@@ -124,12 +133,18 @@ def divide(
 
 
 def plan_device(
-    spec: ModelSpec, layouts: Mapping[int, ExpertLayout], *, vram_bytes: int, context_bytes: int
+    spec: ModelSpec,
+    layouts: Mapping[int, ExpertLayout],
+    *,
+    vram_bytes: int,
+    context_bytes: int,
+    choose_dense: Callable[[int], DensePlan] | None = None,
 ) -> DevicePlan:
-    """Divide an accelerator's memory among driver, workspace and expert slots.
+    """Divide an accelerator's memory among driver, workspace, dense layers and expert slots.
 
     Args:
         context_bytes: the driver's own.
+        choose_dense: which dense layers go there, given what one token's experts leave of the memory.
 
     Raises:
         BudgetError: not even one token's experts have room; names the least that would do.
@@ -144,8 +159,15 @@ def plan_device(
             f"{gib(_least_expert_bytes(pools))} = {gib(smallest)}; the smallest vram that would do is "
             f"{smallest} bytes, or run without device="
         )
-    slots = _grant_slots(pools, vram_bytes - context_bytes - workspace_bytes, None)
-    return DevicePlan(vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k))
+    dense = None if choose_dense is None else choose_dense(vram_bytes - smallest)
+    room_bytes = vram_bytes - context_bytes - workspace_bytes
+    if dense is not None:
+        room_bytes -= dense.held_bytes + dense.workspace_bytes
+        workspace_bytes += dense.workspace_bytes
+    slots = _grant_slots(pools, room_bytes, None)
+    return DevicePlan(
+        vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k), dense
+    )
 
 
 def _pool_plans(pools: Sequence[_Pool], slots: Sequence[int], top_k: int) -> tuple[PoolPlan, ...]:

@@ -81,6 +81,7 @@ class HybridLayers:
         self._moves = {id(shared): TokenMoves(shared) for shared in costs.values()}
         self.counters = HybridCounters()
         self.left_to_cpu = ""  # which layers the device has no kernel for
+        self.describe_dense: Callable[[], str] | None = None  # of dense layers that run there, too
         self.switch = GainSwitch() if scheduler == "hybrid" else None
         # What timeline.py watches: the CPU's spans (layer, experts, begin, end), and the launches' layers
         # and experts by ticket.
@@ -159,6 +160,8 @@ class HybridLayers:
     def describe(self) -> str:
         """Return which device, which scheduler, and whether it pays."""
         state = f"{self.tier.device.name}, {self.scheduler_name}"
+        if self.describe_dense is not None:
+            state = f"{state}, {self.describe_dense()}"
         if not self.tier.is_on:
             state += f": off: {self.tier.off_reason}"
         elif self.switch is not None:

@@ -35,6 +35,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.capacity_tokens = capacity_tokens
         self.num_tokens = 0
+        self.mirrored_tokens = 0  # that device_dense.py's copy on a device has as they are here
 
     @property
     def keys(self) -> Any:
@@ -90,6 +91,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.mirrored_tokens = min(self.mirrored_tokens, self.num_tokens)
         end = self.num_tokens + key_states.shape[-2]
         if end > self._key_storage.shape[-2]:
             raise BudgetError(_too_many(self._key_storage.shape[-2], key_states.shape[0], end))
@@ -103,6 +105,10 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             nothing = torch.empty(1, num_heads, 0, head_dim, dtype=dtype)
             self.lazy_initialization(nothing, nothing)
+        return self._addresses
+
+    def storage_addresses(self) -> tuple[int, int]:
+        """Return where keys and values begin; something is cached."""
         return self._addresses
 
     def has_room_for(self, num_new: int, num_tokens: int, dtype: torch.dtype) -> bool:
@@ -122,7 +128,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         """Forget every token; the memory goes back with the storage."""
         if not self.is_initialized:
             return
-        self.num_tokens = 0
+        self.num_tokens = self.mirrored_tokens = 0
         del self._key_storage, self._value_storage
         self.is_initialized = False
 
@@ -132,9 +138,11 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if self.is_initialized:
             self.num_tokens = max(0, self.num_tokens + tokens_to_remove)
+            self.mirrored_tokens = min(self.mirrored_tokens, self.num_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row b hold what row ``beam_idx[b]`` held (beam search)."""
+        self.mirrored_tokens = 0
         if self.num_tokens:
             for states in self.stored():
                 states.copy_(states.index_select(0, beam_idx))
@@ -149,6 +157,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def _rebuild(self, change: Callable[[Tensor], Tensor]) -> None:
         """Make the storage anew from what ``change`` makes of the used part."""
+        self.mirrored_tokens = 0
         if not self.num_tokens:
             return
         keys, values = (change(states) for states in self.stored())

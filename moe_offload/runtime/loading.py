@@ -187,7 +187,15 @@ def _attach_device(
     arena: Arena,
 ) -> None:
     handle.hybrid = attach_device(
-        executors, decided.checkpoint, decided.config, vram_plan, cache, store, arena, handle.speeds
+        executors,
+        decided.checkpoint,
+        decided.config,
+        vram_plan,
+        cache,
+        store,
+        arena,
+        handle.speeds,
+        handle.native_step,
     )
     ram_lacks_nothing = all(pool.num_staging == 0 for pool in decided.plan.pools)
     serves_all_layers = not handle.hybrid.left_to_cpu

@@ -143,7 +143,7 @@ def from_pretrained(
     if quant is not None:
         checkpoint = _quantize(model, checkpoint, config, check_quant(quant), quant_progress)
     plan = _plan(model, checkpoint, config)
-    vram_plan = plan_vram(checkpoint, config)
+    vram_plan = plan_vram(checkpoint, config, model.config.dtype.itemsize)
     _say_plans(config, plan, vram_plan)
     found = machine_profile.choose(found, profile, checkpoint, plan, _say)
     load(model, Decided(checkpoint, config, plan, vram_plan, choice, found), progress)

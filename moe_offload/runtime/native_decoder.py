@@ -31,6 +31,16 @@ LinearTuple = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
+class DescribedLayer:
+    """A layer in the terms of ``_native.DecodeStep``; addresses are the host's."""
+
+    attention: dict[str, Any]
+    router: tuple[LinearTuple, int, bool, bool] | None  # None: the network is dense
+    kernel: Any  # _native.ExpertKernel
+    matrices: tuple[LinearTuple, ...]  # of a dense network
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """What the layers of a decoder have in common."""
 
@@ -51,6 +61,8 @@ class NativeDecoder:
 
     def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
         self._kept: list[Tensor] = []
+        self.bytes_at: dict[int, int] = {}  # of every tensor described, by address
+        self.described: list[DescribedLayer] = []
         config, decoder = model.config, model.get_decoder()
         layers: list[Any] = list(decoder_layers(model))[: config.num_hidden_layers]
         attention = layers[0].self_attn
@@ -64,21 +76,20 @@ class NativeDecoder:
         )
         routers = {layer_idx: router_of(model, layer_idx) for layer_idx in executors}
         self.top_k: dict[int, int] = {layer_idx: router.top_k for layer_idx, router in routers.items()}
+        self.native_shape: dict[str, float] = {
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": attention.head_dim,
+            "rotary_dim": 2 * self.rotary.half_dim,
+            "eps": decoder.norm.variance_epsilon,
+            "scaling": attention.scaling,
+            "cache_type": int(GgmlType.Q8_0 if kv else GGML_TYPES[config.dtype]),
+            "max_top_k": max((router.top_k for router in routers.values()), default=0),
+        }
+        self.final_norm, self.head = self._vector(decoder.norm.weight), self._linear(model.lm_head)
         self.step = _native.DecodeStep(
-            {
-                "hidden_size": config.hidden_size,
-                "num_heads": config.num_attention_heads,
-                "num_kv_heads": config.num_key_value_heads,
-                "head_dim": attention.head_dim,
-                "rotary_dim": 2 * self.rotary.half_dim,
-                "eps": decoder.norm.variance_epsilon,
-                "scaling": attention.scaling,
-                "cache_type": int(GgmlType.Q8_0 if kv else GGML_TYPES[config.dtype]),
-                "max_top_k": max(self.top_k.values(), default=0),
-            },
-            self._linear(decoder.embed_tokens),
-            self._vector(decoder.norm.weight),
-            self._linear(model.lm_head),
+            self.native_shape, self._linear(decoder.embed_tokens), self.final_norm, self.head
         )
         floats = (ctypes.c_float * config.hidden_size).from_address(self.step.router_input)
         self._router_input = torch.frombuffer(floats, dtype=torch.float32)[None]
@@ -102,14 +113,10 @@ class NativeDecoder:
         self, attention: dict[str, Any], router: Any, executor: ExpertExecutor, model_type: str
     ) -> None:
         weighing = NATIVE_FAMILIES[model_type]
-        self.step.add_moe_layer(
-            attention,
-            self._linear(router),
-            router.top_k,
-            weighing == "chosen",
-            weighing == "all_normalized" or (weighing == "all" and bool(router.norm_topk_prob)),
-            executor.kernel.native,
-        )
+        normalizes = weighing == "all_normalized" or (weighing == "all" and bool(router.norm_topk_prob))
+        described = self._linear(router), router.top_k, weighing == "chosen", normalizes
+        self.step.add_moe_layer(attention, *described, executor.kernel.native)
+        self.described.append(DescribedLayer(attention, described, executor.kernel.native, ()))
 
     def _add_feed_forward(self, attention: dict[str, Any], mlp: Any, config: Any) -> None:
         """Describe a dense gated network as the only expert of its layer."""
@@ -131,6 +138,7 @@ class NativeDecoder:
             self._vector(biases[2]),
         )
         self.step.add_dense_layer(attention, kernel, [address for _, _, _, address, _, _ in linears])
+        self.described.append(DescribedLayer(attention, None, kernel, tuple(linears)))
 
     def _attention(self, layer: Any, config: Any) -> dict[str, Any]:
         attention = layer.self_attn
@@ -167,6 +175,7 @@ class NativeDecoder:
         assert weight.is_contiguous(), "weights are read row by row"
         ops.set_codebook(ggml_type)
         self._kept.append(weight.detach())
+        self.bytes_at[weight.data_ptr()] = weight.nbytes
         bias = self._vector(getattr(module, "bias", None))
         return int(ggml_type), weight.shape[0], cols, weight.data_ptr(), weight.nbytes, bias
 
@@ -174,8 +183,10 @@ class NativeDecoder:
         """Return the address of a float32 copy (or of the tensor itself), 0 for None."""
         if tensor is None:
             return 0
-        self._kept.append(tensor.detach().float().contiguous())
-        return self._kept[-1].data_ptr()
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        self.bytes_at[kept.data_ptr()] = kept.nbytes
+        return kept.data_ptr()
 
 
 class RotaryTable:

@@ -15,7 +15,11 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from moe_offload._native import DecodeStep
+from moe_offload.config import DensePlan
+from moe_offload.errors import DeviceError
+from moe_offload.residency.accelerator import Device
 from moe_offload.residency.expert_cache import Step
+from moe_offload.runtime.device_dense import DeviceDense
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.hybrid_run import HybridRun
 from moe_offload.runtime.hybrid_step import run_step
@@ -38,6 +42,7 @@ class NativeStep:
 
     def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
         self._decoder = NativeDecoder(model, executors, kv)
+        self.dense: DeviceDense | None = None  # layers that run on a device
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
         self._moe_executors = [executor for executor in self._executors if executor is not None]
@@ -48,6 +53,10 @@ class NativeStep:
         self._served = ServedForwards(model, kv)
         self._prompt = NativePrompt(self._decoder, self._executors)
 
+    def use_device(self, device: Device, plan: DensePlan, address: int) -> None:
+        """Run the plan's layers on a device from now on, in its memory from ``address`` on."""
+        self.dense = DeviceDense(device, plan, self._decoder, address)
+
     def serves(self, inputs: dict[str, Any]) -> bool:
         """Whether this forward is one that native code computes; depends on no placement."""
         return self._served.accepts(inputs)
@@ -55,6 +64,19 @@ class NativeStep:
     @torch.no_grad()
     def run(self, inputs: dict[str, Any]) -> Any:
         """Compute a forward that ``serves`` accepted; the cache grows only when all of it is done."""
+        dense = self.dense
+        if dense is None or not dense.is_on or inputs["input_ids"].shape[1] > 1:
+            return self._run_token(inputs)
+        try:
+            dense.begin(self._step, inputs["past_key_values"])
+            out = self._run_token(inputs)
+        except DeviceError as error:  # the cache has not grown: the CPU begins the token anew
+            dense.failed(self._step, error)
+            return self._run_token(inputs)
+        dense.done(inputs["past_key_values"])
+        return out
+
+    def _run_token(self, inputs: dict[str, Any]) -> Any:
         cache: KVCache = inputs["past_key_values"]
         num_tokens = inputs["input_ids"].shape[1]
         logits = self._one_token(inputs, cache) if num_tokens == 1 else self._prompt.run(inputs, cache)

@@ -1,0 +1,190 @@
+"""Dense layers, keys and values on a device: the CPU's bits, whatever fits, whatever fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_hybrid import loaded
+from toy_models import save_toy_model
+
+from moe_offload.header_costs import dense_sizes
+from moe_offload.planning.dense_placement import DenseCosts, DenseSizes, place_dense
+from moe_offload.planning.placement import plan_device
+from moe_offload.storage.checkpoint import open_checkpoint
+
+DENSE = "dense=on"
+
+
+def decode(model: Any, ids: torch.Tensor, num_prompt_tokens: int, cache: Any = None) -> torch.Tensor:
+    """The logits of every token after the prompt, one forward each."""
+    logits = []
+    with torch.no_grad():
+        for start, end in [
+            (0, num_prompt_tokens),
+            *((i, i + 1) for i in range(num_prompt_tokens, len(ids[0]))),
+        ]:
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[0, -1])
+    return torch.stack(logits)
+
+
+def on_device(model: Any) -> Any:
+    dense = model.offload.native_step.dense
+    assert dense is not None and dense.is_on, model.offload.hybrid.tier.plan.describe()
+    return dense
+
+
+def ids_of(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+FAMILIES = {
+    "qwen3_moe": ("qwen3_moe", torch.bfloat16, {}),
+    "dense layers between": ("qwen3_moe_with_dense_layers", torch.float16, {}),
+    "a window": ("mixtral", torch.float32, {"sliding_window": 7}),
+    "clipped": ("olmoe", torch.float32, {"clip_qkv": 0.3, "norm_topk_prob": True}),
+    "sinks": ("gpt_oss", torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_cpus_bits(name: str, tmp_path: Path) -> None:
+    family, dtype, overrides = FAMILIES[name]
+    path, ids = save_toy_model(family, tmp_path, dtype, **overrides), ids_of(24)
+    with loaded(None, path=path) as model:
+        expected = decode(model, ids, 18)
+    with loaded(f"8MiB,{DENSE}", path=path, scheduler="on_demand") as model:
+        dense, plan = on_device(model), model.offload.hybrid.tier.plan
+        assert dense.plan.first_layer == 0 and dense.plan.has_head and not dense.plan.reason
+        assert torch.equal(decode(model, ids, 18), expected)
+        assert dense.copied_tokens == 18 * dense.plan.num_layers, "the prompt's, once"
+        assert model.offload.hybrid.counters.device_experts > 0
+        used = plan.expert_bytes + plan.dense_bytes + plan.workspace_bytes
+        assert used <= plan.vram_bytes and plan.dense_bytes > 0
+        assert "3 dense layers" in plan.describe() or "4 dense layers" in plan.describe()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_model("qwen3_moe", tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def alone(toy: Path) -> torch.Tensor:
+    """The CPU's logits of ``ids_of(40)`` after 5 tokens."""
+    with loaded(None, path=toy) as model:
+        return decode(model, ids_of(40), 5)
+
+
+def sized(path: Path, room: Callable[[DenseSizes], int]) -> str:
+    """Return the memory that leaves ``room`` bytes for dense parts."""
+    checkpoint = open_checkpoint(path)
+    sizes = dense_sizes(checkpoint, 4, 256)
+    least = plan_device(checkpoint.spec, checkpoint.experts.layouts, vram_bytes=1 << 40, context_bytes=0)
+    slots = 2 * sum(pool.slot_bytes for pool in least.pools)  # a token's experts
+    return str(least.workspace_bytes + slots + sizes.workspace_bytes + room(sizes))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("head", [True, False])
+def test_what_fits_of_it_runs_there(layers: int, head: bool, toy: Path, alone: torch.Tensor) -> None:
+    def room(sizes: DenseSizes) -> int:
+        layer = sizes.layer_bytes[0] + 256 * sizes.kv_bytes_per_token[0]
+        return layers * layer + sizes.head_bytes if head else sizes.head_bytes - 1
+
+    with loaded(f"{sized(toy, room)},{DENSE}", path=toy) as model:
+        if not head:  # smaller than a layer with its keys and values: nothing fits
+            assert model.offload.native_step.dense is None
+            assert "no layer fits" in model.offload.hybrid.tier.plan.describe()
+        else:
+            plan = on_device(model).plan
+            assert (plan.first_layer, plan.has_head) == (3 - layers, True)
+            assert (
+                f"{layers} of 3 dense layers and the head on the device"
+                in model.offload.stats().device.device_state
+            )
+        assert torch.equal(decode(model, ids_of(40), 5), alone)
+
+
+def test_a_cache_may_go_on_anywhere(toy: Path, alone: torch.Tensor) -> None:
+    """Turns of a chat, tokens taken back, two conversations by turns, steps of many tokens."""
+    ids = ids_of(40)
+    with loaded(None, path=toy) as model:
+        other = decode(model, ids_of(30, seed=2), 4)
+    with loaded(f"8MiB,{DENSE}", path=toy) as model, torch.no_grad():
+        dense, cache, second = on_device(model), model.offload.new_cache(), model.offload.new_cache()
+        assert torch.equal(decode(model, ids[:, :20], 5, cache), alone[:16])
+        assert torch.equal(decode(model, ids_of(30, seed=2)[:, :12], 4, second), other[:9])
+        cache.crop_to(9)
+        model(ids[:, 9:17], past_key_values=cache, use_cache=True)  # a prompt that goes on
+        assert cache.layers[0].mirrored_tokens == 9
+        for i in range(17, 30):
+            out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(out.logits[0, -1], alone[25], rtol=0, atol=1e-4)
+        copied = dense.copied_tokens
+        rest = decode(model, ids_of(30, seed=2)[:, 12:], 1, second)
+        assert torch.equal(rest, other[9:]) and dense.copied_tokens == copied + 12 * 3
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("after", [0, 3, 40, 171])
+def test_a_fault_costs_a_token_and_no_bit(
+    lost: bool, after: int, toy: Path, alone: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Anywhere: while a prompt's keys and values are copied, in attention, at the head."""
+    with loaded(f"8MiB,{DENSE}", path=toy, scheduler="static_split") as model:
+        dense, device = on_device(model), model.offload.hybrid.tier.device
+        device.inject(after, lost=lost)
+        assert torch.equal(decode(model, ids_of(40), 5), alone)
+        assert dense.is_on is not lost
+        state = model.offload.stats().device.device_state
+        assert ("dense layers off: the emulated device" in state) is lost
+    assert ("dense layers go on on the CPU" in capsys.readouterr().err) is lost
+
+
+@pytest.mark.parametrize(
+    ("vram", "options", "reason"),
+    [
+        ("8MiB", {}, "an emulated device is no faster"),
+        ("8MiB,dense=off", {}, "dense=off"),
+        ("8MiB,dense=on", {"kv": "q8_0"}, "no kernel reads keys and values of kv=q8_0"),
+    ],
+)
+def test_why_dense_layers_stay_is_said(
+    vram: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = save_toy_model("qwen3_moe", tmp_path, head_dim=32)
+    with loaded(vram, path=path, **options) as model:
+        assert model.offload.native_step.dense is None
+        assert f"dense layers on the CPU ({reason}" in model.offload.hybrid.tier.plan.describe()
+
+
+SIZES = DenseSizes((100, 200, 300), 50, (1, 1, 2), 10)
+
+
+@given(st.integers(0, 900))
+def test_dense_layers_are_placed_from_the_last_one_on(room_bytes: int) -> None:
+    plan = place_dense(SIZES, context_tokens=10, room_bytes=room_bytes)
+    assert plan.held_bytes + plan.workspace_bytes <= room_bytes
+    placed = range(plan.first_layer, 3)
+    assert plan.weight_bytes == sum(SIZES.layer_bytes[i] for i in placed) + (50 if plan.has_head else 0)
+    assert plan.kv_bytes == sum(10 * SIZES.kv_bytes_per_token[i] for i in placed)
+    assert bool(plan.reason) == (room_bytes < 10 + 50 + 600 + 40)
+    if 0 < plan.first_layer < 3:
+        more = SIZES.layer_bytes[plan.first_layer - 1] + 10 * SIZES.kv_bytes_per_token[plan.first_layer - 1]
+        assert plan.held_bytes + 10 + more > room_bytes
+
+
+def test_dense_layers_stay_where_it_does_not_pay() -> None:
+    quick = DenseCosts(cpu_bytes_per_s=1e3, device_bytes_per_s=1e4, layer_s=0.1)  # 0.2 s against 0.02 + 0.1
+    assert place_dense(SIZES, context_tokens=1, room_bytes=10**6, costs=quick).first_layer == 0
+    slow = DenseCosts(cpu_bytes_per_s=1e3, device_bytes_per_s=1e4, layer_s=0.2)
+    plan = place_dense(SIZES, context_tokens=1, room_bytes=10**6, costs=slow)
+    assert plan.is_empty and plan.held_bytes == 0 and "as fast" in plan.describe()
