@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fate_like": {"scheduler": "on_demand", "policy": "fate", "predictor": "cross_layer_gate"},
 }
 RUN_LIMIT_S = 150.0
+PROMPT_TOKENS = 16
 
 
 def main() -> None:
@@ -66,6 +67,7 @@ def main() -> None:
     report.step("kernels", lambda: kernels(is_card, report), needs_s=20)
     report.step("model", lambda: make_model(args), needs_s=60)
     report.step("runs", lambda: runs(args, report), needs_s=30)
+    report.step("dense", lambda: dense(args, report), needs_s=30)
     report.step("laptop", lambda: laptop(args, report), needs_s=30)
     report.step("modelled", modelled)
     report.not_run("llama.cpp", "bench/peer_llama_cuda.py --source DIR builds and runs it")
@@ -218,19 +220,25 @@ def make_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         layers = [] if args.like == "toy" else ["--layers", str(args.layers)]
         command = [sys.executable, str(ROOT / "bench" / "make_synthetic.py"), "--like", args.like, *layers]
         subprocess.run([*command, "--out", str(args.model)], check=True, stdout=subprocess.DEVNULL)
-    yield {"model": args.model.name, "bytes": args.model.stat().st_size, **shape_of(args.model)}
+    context = max(args.prefill_tokens, PROMPT_TOKENS + args.decode_tokens) + 8  # as gpu_run.py
+    yield {"model": args.model.name, "bytes": args.model.stat().st_size, **shape_of(args.model, context)}
 
 
-def shape_of(path: Path) -> dict[str, int]:
+def shape_of(path: Path, context: int) -> dict[str, int]:
     """Return what vram_bytes needs of the model; bytes of experts as they lie in slots."""
+    from moe_offload.header_costs import dense_sizes, element_bytes
     from moe_offload.planning.cost_model import device_workspace_bytes
+    from moe_offload.planning.dense_placement import place_dense
     from moe_offload.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(path))
     layouts = checkpoint.experts.layouts.values()
+    sizes = dense_sizes(checkpoint, element_bytes(checkpoint), context)
+    dense = place_dense(sizes, context_tokens=context, room_bytes=1 << 60)
     return {
         "slots_bytes": sum(layout.num_experts * layout.slot_bytes for layout in layouts),
         "workspace_bytes": device_workspace_bytes(checkpoint.spec),
+        "dense_bytes": dense.held_bytes + dense.workspace_bytes,
         "vocab_size": checkpoint.spec.vocab_size,
     }
 
@@ -240,6 +248,12 @@ def runs(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     for share in args.shares:
         for method in args.methods:
             yield run(args, report, method, {"vram_percent": share})
+
+
+def dense(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
+    """Yield ours with dense layers there, too, in memory that comes on top: as many slots as without."""
+    for share in args.shares:
+        yield run(args, report, "ours", {"vram_percent": share, "dense": "on"})
 
 
 def laptop(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
@@ -257,15 +271,17 @@ def run(args: argparse.Namespace, report: Report, method: str, what: dict[str, A
     if limit_s < 10:
         return {**row, "status": "not run: no time left"}
     shape = report.content["steps"]["model"]["rows"][0]
+    where = what.get("dense", "off")
     vram = vram_bytes(shape, what["vram_percent"], report.context_bytes)
+    vram += shape["dense_bytes"] if where == "on" else 0
     spec = {
         "model": str(args.model),
         "vocab_size": shape["vocab_size"],
-        "prompt_tokens": 16,
+        "prompt_tokens": PROMPT_TOKENS,
         "decode_tokens": args.decode_tokens,
         "prefill_tokens": args.prefill_tokens,
         "threads": what.get("threads"),
-        "options": {"device": device_text(args.device, vram), "vram": vram, **METHODS[method]},
+        "options": {"device": device_text(args.device, vram, where), "vram": vram, **METHODS[method]},
     }
     command = [sys.executable, str(ROOT / "bench" / "gpu_run.py"), json.dumps(spec)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -289,11 +305,12 @@ def vram_bytes(shape: dict[str, int], percent: int, context_bytes: int) -> int:
     return shape["slots_bytes"] * percent // 100 + shape["workspace_bytes"] + context_bytes
 
 
-def device_text(device: str, vram: int) -> str:
+def device_text(device: str, vram: int, dense: str = "off") -> str:
+    """Return the device with this memory; ``dense``: whether dense layers go there."""
     if device.startswith("cuda"):
-        return device
+        return f"cuda:{device.partition(':')[2] or 0},dense={dense}"
     settings = [part for part in device.partition(":")[2].split(",") if part and not part.startswith("vram=")]
-    return "emulated:" + ",".join([f"vram={vram}", *settings])
+    return "emulated:" + ",".join([f"vram={vram}", *settings, f"dense={dense}"])
 
 
 def modelled() -> Iterator[dict[str, Any]]:

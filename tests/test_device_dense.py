@@ -134,14 +134,14 @@ def test_a_cache_may_go_on_anywhere(toy: Path, alone: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize("after", [0, 3, 40, 171])
+@pytest.mark.parametrize(("after", "to_host"), [(0, False), (40, False), (3, True), (171, True)])
 def test_a_fault_costs_a_token_and_no_bit(
-    lost: bool, after: int, toy: Path, alone: torch.Tensor, capsys: pytest.CaptureFixture[str]
+    lost: bool, after: int, to_host: bool, toy: Path, alone: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Anywhere: while a prompt's keys and values are copied, in attention, at the head."""
     with loaded(f"8MiB,{DENSE}", path=toy, scheduler="static_split") as model:
         dense, device = on_device(model), model.offload.hybrid.tier.device
-        device.inject(after, lost=lost)
+        device.inject(after, lost=lost, to_host=to_host)
         assert torch.equal(decode(model, ids_of(40), 5), alone)
         assert dense.is_on is not lost
         state = model.offload.stats().device.device_state

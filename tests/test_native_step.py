@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -30,11 +32,13 @@ def linear(weight, bias=None):
 class OneLayer:
     """A dense layer of chosen shape around random weights, in float64 by PyTorch and natively."""
 
-    def __init__(self, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, cache_dtype=torch.float32, **traits):
+    def __init__(
+        self, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, cache_dtype=torch.float32, hidden=24, **traits
+    ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.cache_dtype, self.traits = cache_dtype, traits
         torch.manual_seed(4)
-        hidden = self.hidden = 24
+        self.hidden = hidden
         size, kv_size = heads * head_dim, kv_heads * head_dim
         shapes = {
             "embedding": (VOCAB, hidden), "head": (VOCAB, hidden), "query": (size, hidden),
@@ -52,16 +56,11 @@ class OneLayer:
     def has(self, name):
         return self.traits.get(name, False)
 
-    def native(self, token, keys, values, num_tokens):
-        """Append to (kv_heads, capacity, head_dim) keys and values; return the logits."""
-        step = self.step()
-        step.begin(token, address(self.cos), address(self.sin))
-        step.attend(0, address(keys), address(values), keys.shape[1], num_tokens)
-        logits = torch.empty(VOCAB)
-        step.logits(address(logits))
-        return logits
+    def linear(self, name, bias=None):
+        return linear(self.w[name], bias)
 
-    def step(self):
+    def described(self):
+        """The shape, final norm and head, attention, and the dense network: kernel and addresses."""
         w = self.w
         shape = {
             "hidden_size": self.hidden, "num_heads": self.heads, "num_kv_heads": self.kv_heads,
@@ -69,13 +68,12 @@ class OneLayer:
             "scaling": self.head_dim**-0.5, "max_top_k": 0,
             "cache_type": {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30, None: 8}[self.cache_dtype],
         }  # fmt: skip
-        step = _native.DecodeStep(shape, linear(w["embedding"]), address(w["final_norm"]), linear(w["head"]))
         attention = {
             "norm": address(w["norm"]),
-            "query": linear(w["query"], w["query_bias"] if self.has("bias") else None),
-            "key": linear(w["key"]),
-            "value": linear(w["value"], w.get("value_bias")),
-            "out": linear(w["out"], w["out_bias"] if self.has("bias") else None),
+            "query": self.linear("query", w["query_bias"] if self.has("bias") else None),
+            "key": self.linear("key"),
+            "value": self.linear("value", w.get("value_bias")),
+            "out": self.linear("out", w["out_bias"] if self.has("bias") else None),
             "q_norm": address(w["q_norm"]) if self.has("qk_norm") else 0,
             "k_norm": address(w["k_norm"]) if self.has("qk_norm") else 0,
             "norms_heads": self.traits.get("norms_heads", True),
@@ -84,10 +82,28 @@ class OneLayer:
             "sinks": address(w["sinks"]) if self.has("sinks") else 0,
             "feed_forward_norm": address(w["feed_forward_norm"]),
         }
-        matrices = [w["gate"], w["up"], w["down"]]
-        kernel = _native.ExpertKernel([(0, *m.shape, False) for m in matrices], 2, 1, 0, 0.0, 0.0, 0, 0)
-        step.add_dense_layer(attention, kernel, [address(m) for m in matrices])
+        matrices = [self.linear(name) for name in ("gate", "up", "down")]
+        formats = [(*matrix[:3], False) for matrix in matrices]
+        kernel = _native.ExpertKernel(formats, 2, 1, 0, 0.0, 0.0, 0, 0)
+        return SimpleNamespace(
+            shape=shape, final_norm=address(w["final_norm"]), head=self.linear("head"), attention=attention,
+            kernel=kernel, addresses=[matrix[3] for matrix in matrices],
+        )  # fmt: skip
+
+    def step(self):
+        layer = self.described()
+        step = _native.DecodeStep(layer.shape, self.linear("embedding"), layer.final_norm, layer.head)
+        step.add_dense_layer(layer.attention, layer.kernel, layer.addresses)
         return step
+
+    def native(self, token, keys, values, num_tokens):
+        """Append to (kv_heads, capacity, head_dim) keys and values; return the logits."""
+        step = self.step()
+        step.begin(token, address(self.cos), address(self.sin))
+        step.attend(0, address(keys), address(values), keys.shape[1], num_tokens)
+        logits = torch.empty(VOCAB)
+        step.logits(address(logits))
+        return logits
 
     def norm(self, x, name):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * self.w[name].double()

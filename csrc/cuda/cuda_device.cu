@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/cuda_dense.h"
 #include "cuda/cuda_device.h"
 #include "cuda/library.h"
 
@@ -117,6 +118,14 @@ std::unique_ptr<DeviceKernel> CudaDevice::make_kernel(const ExpertKernel& kernel
     made->gate_up_bias = gate_up ? biases : nullptr;
     made->down_bias = down ? biases + gate_up : nullptr;
     return made;
+}
+
+bool CudaDevice::has_matrix(int ggml_type) const {
+    return cuda::has_kernel(ggml_type, false);
+}
+
+std::unique_ptr<DenseStep> CudaDevice::make_dense(const DenseParts& parts) {
+    return std::make_unique<CudaDense>(index_, parts);
 }
 
 std::shared_ptr<DeviceInputs> CudaDevice::upload(const float* hidden, int64_t num_tokens,

@@ -69,6 +69,8 @@ class CudaDevice : public Device {
     int64_t pin(std::byte* begin, int64_t num_bytes) override { return pinned_->pin(begin, num_bytes); }
     bool has_kernel(const ExpertKernel& kernel) const override;
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
+    bool has_matrix(int ggml_type) const override;
+    std::unique_ptr<DenseStep> make_dense(const DenseParts& parts) override;
     std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
                                          int64_t hidden_size) override;
     void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,

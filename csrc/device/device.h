@@ -53,11 +53,9 @@ class Device {
     virtual std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) = 0;
 
     // Whether the device can multiply by matrices of this type.
-    virtual bool has_matrix(int) const { return false; }
+    virtual bool has_matrix(int ggml_type) const = 0;
     // The dense part of decode steps; what `parts` points to on the device stays there, kernels outlive it.
-    virtual std::unique_ptr<DenseStep> make_dense(const DenseParts&) {
-        throw DeviceError("the device has no kernels for dense layers", DeviceFault::kFailed);
-    }
+    virtual std::unique_ptr<DenseStep> make_dense(const DenseParts& parts) = 0;
 
     // The caller's thread: `hidden` (num_tokens, hidden_size) may change as soon as this returns. Any
     // number of them may be alive; of destroyed ones the memory is used again.

@@ -166,7 +166,7 @@ def plan_device(
         workspace_bytes += dense.workspace_bytes
     slots = _grant_slots(pools, room_bytes, None)
     return DevicePlan(
-        vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k), dense
+        vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k), dense=dense
     )
 
 

@@ -73,8 +73,6 @@ def _why_no_dense(checkpoint: Checkpoint, config: RuntimeConfig) -> str:
         return "dense=off"
     if config.device.kind == "emulated" and config.device.dense != "on":
         return "an emulated device is no faster; dense=on takes it all the same"
-    if config.device.kind != "emulated":
-        return "this device's kernels are for experts"
     if config.kv is not None:
         return f"no kernel reads keys and values of kv={config.kv}"
     types = {info.ggml_type for info in checkpoint.dense.values() if len(info.shape) == 2}

@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 
+#include "graph_stand_in.h"
+
 struct CUstream_st {};
 struct CUevent_st {};
 using cudaStream_t = CUstream_st*;
@@ -165,4 +167,29 @@ inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEv
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t num_bytes) {
     return std::memset(to, value, num_bytes), cudaSuccess;
+}
+
+using cudaGraph_t = stand_in::Launches*;
+using cudaGraphExec_t = stand_in::Launches*;
+enum { cudaStreamCaptureModeThreadLocal = 1 };
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+    return stand_in::capturing = new stand_in::Launches, cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    *graph = stand_in::capturing;
+    return stand_in::capturing = nullptr, cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* to, cudaGraph_t graph, unsigned long long) {
+    return *to = new stand_in::Launches(*graph), cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    for (const auto& launch : *graph) launch();
+    return ++stand_in::graphs_launched, cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    return delete graph, cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+    return delete graph, cudaSuccess;
 }

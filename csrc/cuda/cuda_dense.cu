@@ -1,0 +1,349 @@
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/cuda_dense.h"
+
+namespace moe::cuda {
+
+namespace {
+
+constexpr const char* kWhat = "dense layers";
+
+int64_t whole_words(int64_t num_bytes) {
+    return (num_bytes + 15) / 16 * 16;
+}
+
+int64_t cache_bytes(int type) {
+    return type == F32 ? 4 : 2;
+}
+
+bool graphs_are_on() {
+    const char* setting = std::getenv("MOE_OFFLOAD_CUDA_GRAPHS");
+    return !setting || std::strcmp(setting, "off") != 0;
+}
+
+}  // namespace
+
+// One piece of memory, cut into parts that begin at 256 bytes.
+class Pieces {
+  public:
+    explicit Pieces(bool on_host) : memory_(on_host) {}
+    void reserve(int64_t num_bytes) { begin_ = memory_.at_least<std::byte>(num_bytes); }
+    template <class T>
+    T* take(int64_t count) {
+        T* part = reinterpret_cast<T*>(begin_ + used_);  // of nothing yet, while sizes are counted
+        used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+        return part;
+    }
+    int64_t used() const { return used_; }
+    void start_over() { used_ = 0; }
+
+  private:
+    GrowingMemory memory_;
+    std::byte* begin_ = nullptr;
+    int64_t used_ = 0;
+};
+
+// Everything but weights, keys and values.
+struct CudaDense::Memory {
+    explicit Memory(const DenseParts& parts) {
+        cut(parts);  // to count
+        device.reserve(device.used()), host.reserve(host.used());
+        cut(parts);
+    }
+
+    void cut(const DenseParts& parts) {
+        device.start_over(), host.start_over();
+        const DecoderShape& s = parts.shape;
+        const int64_t query_size = s.num_heads * s.head_dim, kv_size = s.num_kv_heads * s.head_dim;
+        int64_t widest = std::max(s.hidden_size, query_size), units = 1, experts = 1;
+        for (const DenseLayer& layer : parts.layers) {
+            experts = std::max(experts, layer.router.gate.matrix.rows);
+            if (!layer.router.top_k) units = std::max(units, layer.kernel->intermediate_size());
+        }
+        widest = std::max(widest, units);
+        const int64_t top_k = std::max<int64_t>(1, s.max_top_k);
+
+        token_bytes = whole_words(sizeof(TokenState) + 4 * (s.hidden_size + s.rotary_dim));
+        host_token = host.take<std::byte>(token_bytes);
+        token = device.take<TokenState>(token_bytes / int64_t(sizeof(TokenState)) + 1);
+        residual = reinterpret_cast<float*>(token + 1);
+        rotary = residual + s.hidden_size;
+
+        result_bytes = whole_words(4 * (2 * top_k + s.hidden_size));
+        const int64_t row_bytes = whole_words(kv_size * cache_bytes(s.cache_type));
+        host_result = host.take<std::byte>(result_bytes + 2 * row_bytes);
+        result = device.take<std::byte>(result_bytes + 2 * row_bytes);
+        normed = reinterpret_cast<float*>(result);
+        weights = normed + s.hidden_size;
+        ids = reinterpret_cast<int32_t*>(weights + top_k);
+        token_key = reinterpret_cast<uint8_t*>(result + result_bytes);
+        token_value = token_key + row_bytes;
+        result_bytes += 2 * row_bytes;
+
+        host_rows = host.take<float>(top_k * (s.hidden_size + 1));
+        query = device.take<float>(query_size);
+        key = device.take<float>(kv_size), value = device.take<float>(kv_size);
+        context = device.take<float>(query_size);
+        product = device.take<float>(s.hidden_size);
+        scores = device.take<float>((experts + 7) / 8 * 8);
+        units_gate = device.take<float>(units), units_up = device.take<float>(units);
+        intermediate = device.take<float>(units);
+        one = device.take<float>(1);
+        packed = device.take<float>(packed_input_bytes(widest) / 4 + 1);
+        max_ranges = (parts.capacity + kRangeTokens - 1) / kRangeTokens + 1;
+        range_max = device.take<float>(s.num_heads * max_ranges);
+        range_sum = device.take<float>(s.num_heads * max_ranges);
+        range_parts = device.take<float>(s.num_heads * max_ranges * s.head_dim);
+        logits_bytes = parts.head.weight ? whole_words(4 * parts.head.matrix.rows) : 0;
+        logits = device.take<float>(std::max(logits_bytes, 4 * s.hidden_size) / 4);
+        host_logits = host.take<float>(std::max(logits_bytes, 4 * whole_words(s.hidden_size)) / 4);
+        tiles = device.take<Tile>(int64_t(parts.layers.size()) * 8 + 1);
+    }
+
+    Pieces device{false}, host{true};
+    int64_t token_bytes, result_bytes, logits_bytes, max_ranges;
+    std::byte *host_token, *host_result, *result;
+    TokenState* token;
+    float *residual, *rotary, *normed, *weights, *host_rows, *query, *key, *value, *context, *product,
+        *scores;
+    float *units_gate, *units_up, *intermediate, *one, *packed, *range_max, *range_sum, *range_parts, *logits;
+    float* host_logits;
+    int32_t* ids;
+    uint8_t *token_key, *token_value;
+    Tile* tiles;
+};
+
+CudaDense::CudaDense(int device, const DenseParts& parts)
+    : device_(device), parts_(parts), may_capture_(graphs_are_on()) {
+    use();
+    if (parts.shape.max_top_k > kMostTopK)
+        throw DeviceError("no kernel chooses more than " + std::to_string(kMostTopK) + " experts",
+                          DeviceFault::kFailed);
+    for (const DenseLayer& layer : parts.layers)
+        if (!layer.router.top_k && (layer.kernel->gate_up_bias() || layer.kernel->down_bias()))
+            throw DeviceError("no kernel adds biases of a dense network", DeviceFault::kFailed);
+    memory_ = std::make_unique<Memory>(parts);
+    make_tiles();
+    const float one = 1.0f;
+    must(cudaMemcpy(memory_->one, &one, sizeof one, cudaMemcpyHostToDevice), kWhat);
+    graphs_.resize(parts.layers.size() + 1);
+    choice_.ids.resize(size_t(parts.shape.max_top_k));
+    choice_.weights.resize(size_t(parts.shape.max_top_k));
+}
+
+CudaDense::~CudaDense() = default;
+
+void CudaDense::use() const {
+    must(cudaSetDevice(device_), "the GPU");
+}
+
+const Tile* CudaDense::tile_of(const uint8_t* weight, const float* bias, const uint8_t* up,
+                               const float* up_bias) {
+    tiles_.push_back({weight, up, bias, up_bias, 0, 1});
+    return memory_->tiles + tiles_.size() - 1;
+}
+
+void CudaDense::make_tiles() {
+    for (const DenseLayer& layer : parts_.layers) {
+        LayerTiles t{};
+        const auto of = [&](const Linear& linear) { return tile_of(linear.weight, linear.bias); };
+        t.query = of(layer.attention.query), t.key = of(layer.attention.key);
+        t.value = of(layer.attention.value), t.out = of(layer.attention.out);
+        if (layer.router.top_k) {
+            t.router = of(layer.router.gate);
+        } else {
+            const auto at = [&](int i) {
+                return reinterpret_cast<const uint8_t*>(layer.addresses[size_t(i)]);
+            };
+            t.gate = tile_of(at(0), nullptr), t.up = tile_of(at(1), nullptr),
+            t.down = tile_of(at(2), nullptr);
+        }
+        layers_.push_back(t);
+    }
+    if (parts_.head.weight) head_ = tile_of(parts_.head.weight, parts_.head.bias);
+    must(cudaMemcpy(memory_->tiles, tiles_.data(), tiles_.size() * sizeof(Tile), cudaMemcpyHostToDevice),
+         kWhat);
+}
+
+void CudaDense::wait() {
+    must(cudaStreamSynchronize(stream_), kWhat);
+}
+
+void CudaDense::begin(const float* residual, const float* cos, const float* sin, int64_t num_tokens) {
+    use();
+    wait();  // a token that was given up may still be computed
+    if (num_tokens < 0 || num_tokens >= parts_.capacity)
+        throw DeviceError("the device's key/value cache is full", DeviceFault::kFailed);
+    const int64_t hidden_size = parts_.shape.hidden_size, half = parts_.shape.rotary_dim / 2;
+    const TokenState state{num_tokens, 0};
+    std::memcpy(memory_->host_token, &state, sizeof state);
+    auto* floats = reinterpret_cast<float*>(memory_->host_token + sizeof state);
+    std::copy_n(residual, hidden_size, floats);
+    std::copy_n(cos, half, floats + hidden_size);
+    std::copy_n(sin, half, floats + hidden_size + half);
+    pending_ = Pending::kToken;
+}
+
+void CudaDense::add_rows(const float* rows, const float* weights, int64_t num_rows) {
+    // Nobody reads the memory: attend() has waited since.
+    std::copy_n(weights, num_rows, memory_->host_rows);
+    std::copy_n(rows, num_rows * parts_.shape.hidden_size, memory_->host_rows + parts_.shape.max_top_k);
+    pending_ = Pending::kRows, pending_rows_ = num_rows;
+}
+
+void CudaDense::launch_pending() {
+    const Memory& m = *memory_;
+    if (pending_ == Pending::kToken) must(launch_fetch(m.token, m.host_token, m.token_bytes, stream_), kWhat);
+    if (pending_ == Pending::kRows)
+        must(launch_add_rows({m.residual, m.host_rows + parts_.shape.max_top_k, m.host_rows, pending_rows_,
+                              parts_.shape.hidden_size},
+                             stream_),
+             kWhat);
+}
+
+Attended CudaDense::attend(int64_t layer) {
+    use();
+    const auto index = size_t(layer - parts_.first_layer);
+    const Router& router = parts_.layers.at(index).router;
+    Memory& m = *memory_;
+    graphs_[index].run(stream_, &may_capture_, [&] { launch_layer(index); });
+    pending_ = Pending::kNothing;
+    wait();
+    const auto there = [&](const void* on_device) {
+        return m.host_result + (static_cast<const std::byte*>(on_device) - m.result);
+    };
+    choice_.ids.resize(size_t(router.top_k)), choice_.weights.resize(size_t(router.top_k));
+    std::memcpy(choice_.ids.data(), there(m.ids), choice_.ids.size() * sizeof(int32_t));
+    std::memcpy(choice_.weights.data(), there(m.weights), choice_.weights.size() * sizeof(float));
+    return {&choice_, reinterpret_cast<const float*>(there(m.normed)),
+            reinterpret_cast<const uint8_t*>(there(m.token_key)),
+            reinterpret_cast<const uint8_t*>(there(m.token_value))};
+}
+
+void CudaDense::norm(float* x, const float* added, const float* weight, float* y, int64_t rows,
+                     int64_t width) {
+    must(launch_norm({x, added, weight, y, rows, width, parts_.shape.eps}, stream_), kWhat);
+}
+
+Inputs CudaDense::quantized(const float* x, int64_t cols, bool is_packed) {
+    float* d = memory_->packed;
+    auto* sums = reinterpret_cast<int16_t*>(d + padded_cols(cols) / 32);
+    const Inputs inputs{x, reinterpret_cast<int8_t*>(sums + padded_cols(cols) / 16), d, sums, cols};
+    if (is_packed) must(launch_quantize(inputs, 1, stream_), kWhat);
+    return inputs;
+}
+
+void CudaDense::multiply(const Linear& linear, const Inputs& inputs, const Tile* tile, float* out) {
+    const Matrix& m = linear.matrix;
+    must(launch_rows({m.type,
+                      m.transposed,
+                      false,
+                      m.rows,
+                      inputs,
+                      nullptr,
+                      out,
+                      RowOrder::GATE_UP,
+                      {ActivationKind::SILU, 0, 0},
+                      tile,
+                      1,
+                      1},
+                     stream_),
+         kWhat);
+}
+
+// All of a layer up to the next wait.
+void CudaDense::launch_layer(size_t index) {
+    const DenseLayer& layer = parts_.layers[index];
+    const AttentionLayer& a = layer.attention;
+    const LayerTiles& tiles = layers_[index];
+    const DecoderShape& s = parts_.shape;
+    const Memory& m = *memory_;
+    launch_pending();
+    norm(m.residual, nullptr, a.norm, m.normed, 1, s.hidden_size);
+    const bool packed =
+        !is_float(a.query.matrix.type) || !is_float(a.key.matrix.type) || !is_float(a.value.matrix.type);
+    const Inputs inputs = quantized(m.normed, s.hidden_size, packed);
+    multiply(a.query, inputs, tiles.query, m.query);
+    multiply(a.key, inputs, tiles.key, m.key);
+    multiply(a.value, inputs, tiles.value, m.value);
+    for (auto [x, weight, heads] :
+         {std::tuple(m.query, a.q_norm, s.num_heads), std::tuple(m.key, a.k_norm, s.num_kv_heads)}) {
+        const int64_t rows = a.norms_heads ? heads : 1;
+        if (weight) norm(x, nullptr, weight, x, rows, heads * s.head_dim / rows);
+    }
+    must(launch_place({m.token, m.rotary, m.rotary + s.rotary_dim / 2, m.query, m.key, m.value, layer.keys,
+                       layer.values, m.token_key, m.token_value, s.cache_type, s.num_heads, s.num_kv_heads,
+                       s.head_dim, s.rotary_dim, parts_.capacity, a.clip, s.scaling},
+                      stream_),
+         kWhat);
+    const int64_t seen = a.window ? std::min(a.window, parts_.capacity) : parts_.capacity;
+    must(launch_attend({m.token, m.query, layer.keys, layer.values, s.cache_type, s.num_heads, s.num_kv_heads,
+                        s.head_dim, parts_.capacity, a.window, (seen + kRangeTokens - 1) / kRangeTokens,
+                        m.range_max, m.range_sum, m.range_parts, a.sinks, m.context},
+                       stream_),
+         kWhat);
+    multiply(a.out, quantized(m.context, s.num_heads * s.head_dim, !is_float(a.out.matrix.type)), tiles.out,
+             m.product);
+    norm(m.residual, m.product, a.feed_forward_norm, m.normed, 1, s.hidden_size);
+    const Router& router = layer.router;
+    if (router.top_k) {
+        multiply(router.gate, quantized(m.normed, s.hidden_size, !is_float(router.gate.matrix.type)),
+                 tiles.router, m.scores);
+        must(launch_choose({m.scores, router.gate.matrix.rows, router.top_k, router.softmax_of_chosen,
+                            router.normalize, m.ids, m.weights},
+                           stream_),
+             kWhat);
+    } else {
+        launch_dense_network(index);
+    }
+    must(launch_fetch(m.host_result, m.result, m.result_bytes, stream_), kWhat);
+}
+
+// A feed-forward network of gate, up and down; its residual's sum has a weight of 1.
+void CudaDense::launch_dense_network(size_t index) {
+    const ExpertKernel& kernel = *parts_.layers[index].kernel;
+    const std::vector<Matrix>& matrices = kernel.matrices();
+    const Memory& m = *memory_;
+    const int64_t units = kernel.intermediate_size(), hidden_size = parts_.shape.hidden_size;
+    const Inputs inputs =
+        quantized(m.normed, hidden_size, !is_float(matrices[0].type) || !is_float(matrices[1].type));
+    multiply({matrices[0], nullptr, 0, nullptr}, inputs, layers_[index].gate, m.units_gate);
+    multiply({matrices[1], nullptr, 0, nullptr}, inputs, layers_[index].up, m.units_up);
+    const moe::Activation& a = kernel.activation();
+    const Activation activation{ActivationKind(int(a.kind)), a.alpha, a.limit};
+    must(launch_activate(activation, m.units_gate, m.units_up, units, m.intermediate, stream_), kWhat);
+    multiply({matrices[2], nullptr, 0, nullptr},
+             quantized(m.intermediate, units, !is_float(matrices[2].type)), layers_[index].down, m.product);
+    must(launch_add_rows({m.residual, m.product, m.one, 1, hidden_size}, stream_), kWhat);
+}
+
+void CudaDense::residual(float* out) {
+    use();
+    const Memory& m = *memory_;
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    launch_pending();
+    pending_ = Pending::kNothing;
+    must(launch_fetch(m.host_logits, m.residual, 4 * hidden_size, stream_), kWhat);
+    wait();
+    std::copy_n(m.host_logits, hidden_size, out);
+}
+
+void CudaDense::logits(float* out) {
+    use();
+    const Memory& m = *memory_;
+    const Linear& head = parts_.head;
+    graphs_.back().run(stream_, &may_capture_, [&] {
+        launch_pending();
+        norm(m.residual, nullptr, parts_.final_norm, m.normed, 1, parts_.shape.hidden_size);
+        const Inputs inputs = quantized(m.normed, parts_.shape.hidden_size, !is_float(head.matrix.type));
+        multiply(head, inputs, head_, m.logits);
+        must(launch_fetch(m.host_logits, m.logits, m.logits_bytes, stream_), kWhat);
+    });
+    pending_ = Pending::kNothing;
+    wait();
+    std::copy_n(m.host_logits, head.matrix.rows, out);
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,101 @@
+// Dense layers on a card. What a layer launches between two waits of the host is captured once in a graph:
+// it reads the token's position from the device's memory, so that no token needs another one.
+// MOE_OFFLOAD_CUDA_GRAPHS=off launches one by one, with the same bits.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cuda/dense_kernels.h"
+#include "cuda/runtime.h"
+#include "device/dense_step.h"
+
+namespace moe::cuda {
+
+// Launches that are always the same.
+class Graph {
+  public:
+    Graph() = default;
+    Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
+    ~Graph() {
+        if (graph_) cudaGraphExecDestroy(graph_);
+    }
+    // Runs `launches` on the stream: the first time it captures them, if the driver does that.
+    template <class Launches>
+    void run(cudaStream_t stream, bool* may_capture, const Launches& launches) {
+        if (!graph_ && *may_capture && !capture(stream, launches)) *may_capture = false;
+        if (graph_)
+            must(cudaGraphLaunch(graph_, stream), "dense layers");
+        else
+            launches();
+    }
+
+  private:
+    template <class Launches>
+    bool capture(cudaStream_t stream, const Launches& launches) {
+        cudaGraph_t captured = nullptr;
+        if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return false;
+        try {
+            launches();
+        } catch (const DeviceError&) {  // of which the launches one by one will tell
+            cudaStreamEndCapture(stream, &captured);
+            if (captured) cudaGraphDestroy(captured);
+            cudaGetLastError();
+            return false;
+        }
+        bool done = cudaStreamEndCapture(stream, &captured) == cudaSuccess && captured;
+        done = done && cudaGraphInstantiate(&graph_, captured, 0) == cudaSuccess;
+        if (captured) cudaGraphDestroy(captured);
+        if (!done) cudaGetLastError(), graph_ = nullptr;
+        return done;
+    }
+
+    cudaGraphExec_t graph_ = nullptr;
+};
+
+class CudaDense : public DenseStep {
+  public:
+    CudaDense(int device, const DenseParts& parts);
+    ~CudaDense() override;
+
+    void begin(const float* residual, const float* cos, const float* sin, int64_t num_tokens) override;
+    Attended attend(int64_t layer) override;
+    void add_rows(const float* rows, const float* weights, int64_t num_rows) override;
+    void residual(float* out) override;
+    void logits(float* out) override;
+
+  private:
+    struct Memory;
+    const Tile* tile_of(const uint8_t* weight, const float* bias, const uint8_t* up = nullptr,
+                        const float* up_bias = nullptr);
+    void make_tiles();
+    void use() const;
+    void launch_layer(size_t index);
+    void launch_pending();
+    void launch_dense_network(size_t index);
+    void multiply(const Linear& linear, const Inputs& inputs, const Tile* tile, float* out);
+    Inputs quantized(const float* x, int64_t cols, bool is_packed);
+    void norm(float* x, const float* added, const float* weight, float* y, int64_t rows, int64_t width);
+    void wait();
+
+    // By layer, on the device.
+    struct LayerTiles {
+        const Tile *query, *key, *value, *out, *router, *gate, *up, *down;
+    };
+
+    const int device_;
+    const DenseParts parts_;
+    Stream stream_;
+    std::unique_ptr<Memory> memory_;
+    std::vector<Tile> tiles_;  // as they lie on the device
+    std::vector<LayerTiles> layers_;
+    const Tile* head_ = nullptr;
+    std::vector<Graph> graphs_;  // of the layers, then of the end
+    bool may_capture_ = true;
+    Choice choice_;
+    // What the next launches do first: bring the token, or add the rows of the layer before.
+    enum class Pending { kNothing, kToken, kRows } pending_ = Pending::kNothing;
+    int64_t pending_rows_ = 0;
+};
+
+}  // namespace moe::cuda

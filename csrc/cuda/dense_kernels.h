@@ -1,0 +1,79 @@
+// Launches of what a token needs besides matrices: csrc/decode/token_kernels.inc on a GPU, the same bits.
+// Everything that changes from token to token lies in the device's memory (TokenState), so that a layer's
+// launches are always the same and can be captured in a graph.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels.h"
+
+namespace moe::cuda {
+
+constexpr int kRangeTokens = 256;  // csrc/decode/token_kernels.h
+
+// Of the token under way; written by the host in one piece, with the residual, cosines and sines behind it.
+struct TokenState {
+    int64_t num_tokens;  // before it
+    int64_t unused;      // to 16 bytes
+};
+
+// x = x + added (where there is one); then y = rms norm of each row of x.
+struct NormLaunch {
+    float* x;            // (rows, width); y may be x
+    const float* added;  // (width,) or null; then rows is 1
+    const float* weight;
+    float* y;
+    int64_t rows, width;
+    float eps;
+};
+
+// Query, key and value after their projections and norms: clip, rotary, scale, append to the cache.
+struct PlaceLaunch {
+    const TokenState* token;
+    const float *cos, *sin;  // (rotary_dim / 2,)
+    float *query, *key, *value;
+    uint8_t *keys, *values;            // (num_kv_heads, capacity, head_dim) of the cache's type
+    uint8_t *token_key, *token_value;  // (num_kv_heads, head_dim): the same rows once more, for the host
+    int cache_type;                    // ggml's F32, F16 or BF16
+    int64_t num_heads, num_kv_heads, head_dim, rotary_dim, capacity;
+    float clip, scaling;
+};
+
+// The scores of each head in ranges of cached tokens, and their weighted values.
+struct AttendLaunch {
+    const TokenState* token;
+    const float* query;  // (num_heads, head_dim), scaled
+    const uint8_t *keys, *values;
+    int cache_type;
+    int64_t num_heads, num_kv_heads, head_dim, capacity, window;
+    int64_t max_ranges;  // of any token
+    float *max, *sum;    // (num_heads, max_ranges)
+    float* parts;        // (num_heads, max_ranges, head_dim)
+    const float* sinks;  // (num_heads,) or null
+    float* out;          // (num_heads, head_dim)
+};
+
+struct ChooseLaunch {
+    float* scores;  // (num_experts,), padded to 8
+    int64_t num_experts, top_k;
+    bool softmax_of_chosen, normalize;
+    int32_t* ids;    // (top_k,) ascending
+    float* weights;  // (top_k,)
+};
+
+// residual += weights[p] * rows[p], p ascending. Rows and weights may be pinned memory of the host.
+struct AddRowsLaunch {
+    float* residual;
+    const float *rows, *weights;
+    int64_t num_rows, width;
+};
+
+constexpr int64_t kMostTopK = 64;
+
+int launch_norm(const NormLaunch& launch, CUstream_st* stream);
+int launch_place(const PlaceLaunch& launch, CUstream_st* stream);
+int launch_attend(const AttendLaunch& launch, CUstream_st* stream);  // two kernels
+int launch_choose(const ChooseLaunch& launch, CUstream_st* stream);
+int launch_add_rows(const AddRowsLaunch& launch, CUstream_st* stream);
+
+}  // namespace moe::cuda
