@@ -71,7 +71,18 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 def give_up(report: Report, reason: str) -> None:
     """Mark what follows as not run and exit."""
-    for name in ("bits", "ceilings", "link", "kernels", "model", "runs", "laptop", "modelled", "llama.cpp"):
+    for name in (
+        "bits",
+        "ceilings",
+        "link",
+        "kernels",
+        "model",
+        "runs",
+        "dense",
+        "laptop",
+        "modelled",
+        "llama.cpp",
+    ):
         report.not_run(name, reason)
     print(reason, file=sys.stderr)
     sys.exit(1)

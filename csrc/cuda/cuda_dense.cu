@@ -279,9 +279,10 @@ void CudaDense::launch_layer(size_t index) {
                       stream_),
          kWhat);
     const int64_t seen = a.window ? std::min(a.window, parts_.capacity) : parts_.capacity;
+    const int64_t most_ranges = (seen + kRangeTokens - 1) / kRangeTokens + (a.window ? 1 : 0);
     must(launch_attend({m.token, m.query, layer.keys, layer.values, s.cache_type, s.num_heads, s.num_kv_heads,
-                        s.head_dim, parts_.capacity, a.window, (seen + kRangeTokens - 1) / kRangeTokens,
-                        m.range_max, m.range_sum, m.range_parts, a.sinks, m.context},
+                        s.head_dim, parts_.capacity, a.window, most_ranges, m.range_max, m.range_sum,
+                        m.range_parts, a.sinks, m.context},
                        stream_),
          kWhat);
     multiply(a.out, quantized(m.context, s.num_heads * s.head_dim, !is_float(a.out.matrix.type)), tiles.out,

@@ -113,21 +113,17 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const PlaceLaunch launc
     }
 }
 
-// The cached tokens that the token under way sees, itself included, and their ranges.
+// The cached tokens that the token under way sees, itself included, and their ranges, which begin at
+// multiples of kRangeTokens (csrc/decode/cached_attention.cpp).
 struct Seen {
-    int64_t first, end, ranges;
+    int64_t first, end, first_range, ranges;
 };
 
 MOE_HD Seen seen_by(const AttendLaunch& launch) {
     const int64_t end = launch.token->num_tokens + 1;
     const int64_t first = launch.window && end > launch.window ? end - launch.window : 0;
-    return {first, end, (end - first + kRangeTokens - 1) / kRangeTokens};
-}
-
-// How many heads the CPU computes together with this one of its group: it decides the order of the sum.
-MOE_HD int heads_at_once(int64_t in_group, int64_t group) {
-    if (in_group < group / 4 * 4) return 4;
-    return in_group < group / 2 * 2 ? 2 : 1;
+    const int64_t first_range = first / kRangeTokens;
+    return {first, end, first_range, (end - 1) / kRangeTokens - first_range + 1};
 }
 
 // Lane 8 * t + c runs chain c of one token's score.
@@ -165,27 +161,24 @@ template <int kType>
 __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch launch) {
     __shared__ float scores[kRangeTokens];
     __shared__ float of_warps[kWarps];
-    __shared__ float chains[8];
     const Seen seen = seen_by(launch);
     const int64_t range = blockIdx.x, head = blockIdx.y, head_dim = launch.head_dim;
     if (range >= seen.ranges) return;  // the whole block
     const int64_t group = launch.num_heads / launch.num_kv_heads, kv_head = head / group;
-    const int64_t first = seen.first + range * kRangeTokens, left = seen.end - first;
-    const int tokens = int(left < kRangeTokens ? left : kRangeTokens);
+    const int64_t begin = (seen.first_range + range) * kRangeTokens, seen_eight = seen.first / 8 * 8;
+    const int64_t first = begin > seen_eight ? begin : seen_eight;
+    const int64_t end = begin + kRangeTokens < seen.end ? begin + kRangeTokens : seen.end;
+    const int tokens = int(end - first);
     const int64_t row_bytes = head_dim * element_bytes(kType);
     const int64_t offset = (kv_head * launch.capacity + first) * row_bytes;
     const uint8_t *keys = launch.keys + offset, *values = launch.values + offset;
     range_scores<kType>(launch, launch.query + head * head_dim, keys, tokens, scores);
     sync_block();
+    if (first + threadIdx.x < seen.first) scores[threadIdx.x] = kMinusInfinity;  // fewer than eight
+    sync_block();
     const float largest = largest_of(scores, tokens, of_warps);
     for (int t = threadIdx.x; t < tokens; t += kThreads) scores[t] = exp_f32(scores[t] - largest);
     sync_block();
-    const int num_chains = 8 / heads_at_once(head % group, group);
-    if (int(threadIdx.x) < num_chains) {
-        float chain = 0.0f;
-        for (int t = threadIdx.x; t < tokens; t += num_chains) chain = chain + scores[t];
-        chains[threadIdx.x] = chain;
-    }
     const int64_t part = head * launch.max_ranges + range;
     for (int64_t d = threadIdx.x; d < head_dim; d += kThreads) {
         float chain = 0.0f;
@@ -194,10 +187,11 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch lau
             chain = fma_rn(scores[t], load_element<kType>(values + t * row_bytes, d), chain);
         launch.parts[part * head_dim + d] = chain;
     }
-    sync_block();
+    if (threadIdx.x >= 32) return;
+    float chain = 0.0f;  // four times the same eight
+    for (int t = threadIdx.x % 8; t < tokens; t += 8) chain = chain + scores[t];
+    const float sum = tree_of_row(chain);
     if (threadIdx.x != 0) return;
-    float sum = chains[0];
-    for (int m = 1; m < num_chains; ++m) sum = sum + chains[m];
     launch.max[part] = largest;
     launch.sum[part] = sum;
 }
@@ -206,16 +200,16 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch lau
 template <int>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const AttendLaunch launch) {
     const int64_t head = blockIdx.x, ranges = seen_by(launch).ranges, first = head * launch.max_ranges;
-    const float *max = launch.max + first, *sums = launch.sum + first;
-    float largest = launch.sinks ? launch.sinks[head] : kMinusInfinity;
-    for (int64_t r = 0; r < ranges; ++r) largest = max[r] > largest ? max[r] : largest;
-    const float start = launch.sinks ? exp_f32(launch.sinks[head] - largest) : 0.0f;
+    const float *maxima = launch.max + first, *sums = launch.sum + first;
     for (int64_t i = threadIdx.x; i < launch.head_dim; i += kThreads) {
-        float sum = start, out = 0.0f;
+        float max = launch.sinks ? launch.sinks[head] : kMinusInfinity;
+        float sum = launch.sinks ? 1.0f : 0.0f, out = 0.0f;
         for (int64_t r = 0; r < ranges; ++r) {
-            const float weight = exp_f32(max[r] - largest);
-            sum = sum + weight * sums[r];
-            out = out + weight * launch.parts[(first + r) * launch.head_dim + i];
+            const float largest = maxima[r] > max ? maxima[r] : max;
+            const float before = exp_f32(max - largest), weight = exp_f32(maxima[r] - largest);
+            max = largest;
+            sum = before * sum + weight * sums[r];
+            out = before * out + weight * launch.parts[(first + r) * launch.head_dim + i];
         }
         launch.out[head * launch.head_dim + i] = out * divide_rn(1.0f, sum);
     }
