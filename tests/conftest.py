@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from moe_offload.planning.roofline import MachineSpeed
 from moe_offload.residency import warm_start
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch
+
+# A shell starts what runs in its background deaf to Ctrl-C, which children inherit; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What one run leaves behind for the next is not the next test's business; test_warm_start.py asks for it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moe_offload_tests_")
