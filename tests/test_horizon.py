@@ -171,6 +171,52 @@ def test_the_native_forecast_refuses_what_it_has_no_coefficients_for():
             forecast.observe(position, expert_ids, np.zeros(width, np.float32))
 
 
+def rounded_to_bfloat16(values):
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("num_experts", [7, 40, 128])  # rows of part of a block, of several, of whole ones
+def test_the_native_forecast_adds_one_by_one_in_a_fixed_order(num_experts):
+    """Bit by bit, since decisions must not depend on how wide the registers are."""
+    generator, layers, num_before = np.random.default_rng(num_experts), 3, 2
+    own = generator.normal(size=(layers, num_experts, len(RATES), num_experts)).astype(np.float32)
+    before = generator.normal(size=(layers, num_before, num_experts, num_experts)).astype(np.float32)
+    constant = generator.normal(size=(layers, num_experts)).astype(np.float32)
+    forecast = HorizonForecast(own, list(RATES), before, constant)
+    rates = np.array(RATES, np.float32)[:, None]
+    parts = np.zeros((layers, len(RATES), num_experts), np.float32)
+    said = np.zeros((layers, num_before, num_experts), np.float32)  # by a layer, of the one n + 1 after it
+    for event in range(12):
+        layer = event % layers
+        chosen = generator.choice(num_experts, 5, replace=False).tolist()
+        parts[layer] = parts[layer] * (1 - rates) + sum(
+            rounded_to_bfloat16(own[layer, i] * rates) for i in chosen
+        )
+        for n in range(num_before):
+            said[layer, n] = sum(rounded_to_bfloat16(before[(layer + 1 + n) % layers, n, i]) for i in chosen)
+        expected = constant[layer].copy()
+        for n in range(num_before):
+            expected += said[layer - 1 - n, n]
+        for part in parts[layer]:
+            expected += part
+        out = np.empty(num_experts, np.float32)
+        forecast.observe(layer, chosen, out)
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_ids_that_are_no_ints_are_refused():
+    policy = HorizonPolicy()
+    for expert_ids, error in (
+        ([], ValueError),
+        (["1"], TypeError),
+        ([1 << 70], OverflowError),
+        (3, TypeError),
+    ):
+        with pytest.raises(error):
+            policy.on_route(0, expert_ids, None)
+
+
 def test_traces_of_different_models_make_no_fit():
     with pytest.raises(ConfigError, match="one checkpoint"):
         fit_horizon([markov_trace(0, 20), make_trace(np.zeros((5, 2, 1), int), num_experts=2)])

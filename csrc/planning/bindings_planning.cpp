@@ -55,10 +55,21 @@ void observe(HorizonForecast& forecast, int64_t position, const ExpertIds& exper
     forecast.observe(position, expert_ids, out.mutable_data(), out.shape(0));
 }
 
-void observe_layer(HorizonTable& table, int64_t layer_idx, const ExpertIds& expert_ids) {
-    if (expert_ids.empty()) throw py::value_error("HorizonTable.observe: no expert ids");
-    for (const int64_t expert_id : expert_ids) check_expert_id("HorizonTable.observe", expert_id);
-    table.observe(layer_idx, expert_ids);
+// expert_ids: ints. Taken item by item: a list of 8 through pybind11's own conversion costs as much as half
+// of what is done with it.
+void observe_layer(HorizonTable& table, int64_t layer_idx, const py::object& expert_ids) {
+    const auto items = py::reinterpret_steal<py::object>(
+        PySequence_Fast(expert_ids.ptr(), "HorizonTable.observe: a sequence of expert ids wanted"));
+    if (!items) throw py::error_already_set();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+    if (count == 0) throw py::value_error("HorizonTable.observe: no expert ids");
+    ExpertIds ids(static_cast<std::size_t>(count));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        ids[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.ptr(), i));
+        if (ids[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+        check_expert_id("HorizonTable.observe", ids[i]);
+    }
+    table.observe(layer_idx, ids);
 }
 
 void reach(HorizonTable& table, int64_t layer_idx, int64_t expert_id) {

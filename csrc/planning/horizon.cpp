@@ -9,49 +9,51 @@ namespace moe {
 
 namespace {
 
-// Round to nearest even; the coefficients are finite.
-uint16_t to_bfloat16(float value) {
+// The bits of a bfloat16, rounded to nearest even; the coefficients are finite.
+uint32_t to_bfloat16(float value) {
     const auto bits = std::bit_cast<uint32_t>(value);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
 // One addition per element in any case: wider registers change the time only.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOE_WIDE __attribute__((target_clones("avx2", "default")))
+#define MOE_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MOE_WIDE
 #endif
 
-using Words = uint32_t __attribute__((vector_size(32)));
-using Halves = uint16_t __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 8, kParts = 8, kBlock = kLanes * kParts;  // sums that stay in registers
+constexpr int64_t kLanes = 16, kParts = 2;
+constexpr int64_t kPair = 2 * kLanes;       // values in a vector of words
+constexpr int64_t kBlock = kParts * kPair;  // sums that stay in registers
 
-MOE_WIDE void sum_block(float* sum, const uint16_t* const* rows, int64_t num_rows, int64_t first) {
-    using Floats = float __attribute__((vector_size(32)));
-    Floats acc[kParts] = {};
-    for (int64_t row = 0; row < num_rows; ++row) {
-        const uint16_t* from = rows[row] + first;
-#pragma GCC unroll 8
-        for (int64_t part = 0; part < kParts; ++part) {
-            Halves halves;
-            std::memcpy(&halves, from + part * kLanes, sizeof halves);
-            const Words words = __builtin_convertvector(halves, Words) << 16;
-            acc[part] += std::bit_cast<Floats>(words);
-        }
-    }
-    std::memcpy(sum, acc, sizeof acc);
+// A row's element j is one half of a word: two vectors of floats come of one of words by a shift and a mask,
+// where widening 16 bits to 32 costs more than adding.
+struct Half {
+    int64_t word;
+    int shift;
+};
+Half half_of(int64_t j) {
+    const int64_t within = j % kPair;
+    return {j / kPair * kLanes + within % kLanes, within < kLanes ? 0 : 16};
 }
 
-// sum[j] = the rows' elements j, in the rows' order.
-void sum_rows(float* sum, const std::vector<const uint16_t*>& rows, int64_t count) {
-    const auto num_rows = static_cast<int64_t>(rows.size());
-    int64_t first = 0;
-    for (; first + kBlock <= count; first += kBlock) {
-        sum_block(sum + first, rows.data(), num_rows, first);
-    }
-    std::fill(sum + first, sum + count, 0.0f);
-    for (const uint16_t* row : rows) {
-        for (int64_t j = first; j < count; ++j) sum[j] += std::bit_cast<float>(uint32_t{row[j]} << 16);
+// sum[j] = the rows' elements j, in the rows' order; count is a multiple of kBlock.
+MOE_WIDE void sum_rows(float* sum, const uint32_t* const* rows, int64_t num_rows, int64_t count) {
+    using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+    using Floats = float __attribute__((vector_size(4 * kLanes)));
+    for (int64_t first = 0; first < count; first += kBlock) {
+        Floats acc[2 * kParts] = {};
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const uint32_t* from = rows[row] + first / 2;
+#pragma GCC unroll 2
+            for (int64_t part = 0; part < kParts; ++part) {
+                Words words;
+                std::memcpy(&words, from + part * kLanes, sizeof words);
+                acc[2 * part] += std::bit_cast<Floats>(words << 16);
+                acc[2 * part + 1] += std::bit_cast<Floats>(words & 0xffff0000u);
+            }
+        }
+        std::memcpy(sum + first, acc, sizeof acc);
     }
 }
 
@@ -61,6 +63,26 @@ MOE_WIDE void add(float* to, const float* from, int64_t count) {
 
 MOE_WIDE void scale(float* values, float factor, int64_t count) {
     for (int64_t j = 0; j < count; ++j) values[j] *= factor;
+}
+
+// out[j] = the terms' elements j, in the terms' order, of at least one term.
+MOE_WIDE void sum_terms(float* out, const float* const* terms, int64_t num_terms, int64_t count) {
+    using Floats = float __attribute__((vector_size(4 * kLanes)));
+    int64_t first = 0;
+    for (; first + kLanes <= count; first += kLanes) {
+        Floats acc, term;
+        std::memcpy(&acc, terms[0] + first, sizeof acc);
+        for (int64_t i = 1; i < num_terms; ++i) {
+            std::memcpy(&term, terms[i] + first, sizeof term);
+            acc += term;
+        }
+        std::memcpy(out + first, &acc, sizeof acc);
+    }
+    for (; first < count; ++first) {
+        float acc = terms[0][first];
+        for (int64_t i = 1; i < num_terms; ++i) acc += terms[i][first];
+        out[first] = acc;
+    }
 }
 
 MOE_WIDE void scale_and_add(float* values, float factor, const float* from, int64_t count) {
@@ -96,12 +118,13 @@ HorizonForecast::HorizonForecast(int64_t num_layers, int64_t num_experts, std::v
       num_experts_(num_experts),
       num_rates_(static_cast<int64_t>(rates.size())),
       num_before_(num_before),
+      row_size_(((num_rates_ + num_before) * num_experts + kBlock - 1) / kBlock * kBlock),
       rates_(std::move(rates)),
-      table_(num_layers * num_experts * (num_rates_ + num_before) * num_experts),
+      table_(num_layers * num_experts * row_size_ / 2),
       constant_(constant, constant + num_layers * num_experts),
       parts_(num_layers * num_rates_ * num_experts, 0.0f),
       said_(num_layers * num_before * num_experts, 0.0f),
-      sum_((num_rates_ + num_before) * num_experts) {
+      sum_(row_size_) {
     for (int64_t position = 0; position < num_layers; ++position) {
         for (int64_t expert_id = 0; expert_id < num_experts; ++expert_id) {
             fill_row(position, expert_id, own, before);
@@ -110,24 +133,29 @@ HorizonForecast::HorizonForecast(int64_t num_layers, int64_t num_experts, std::v
 }
 
 void HorizonForecast::fill_row(int64_t position, int64_t expert_id, const float* own, const float* before) {
-    uint16_t* row = table_.data() + (position * num_experts_ + expert_id) * row_size();
+    uint32_t* row = table_.data() + (position * num_experts_ + expert_id) * row_size_ / 2;
+    int64_t j = 0;
+    const auto append = [&](float value) {
+        const Half half = half_of(j++);
+        row[half.word] |= to_bfloat16(value) << half.shift;
+    };
     const float* from = own + (position * num_experts_ + expert_id) * num_rates_ * num_experts_;
     for (int64_t rate = 0; rate < num_rates_; ++rate) {  // a choice raises a decayed frequency by its rate
-        for (int64_t j = 0; j < num_experts_; ++j) *row++ = to_bfloat16(*from++ * rates_[rate]);
+        for (int64_t i = 0; i < num_experts_; ++i) append(*from++ * rates_[rate]);
     }
     for (int64_t n = 0; n < num_before_; ++n) {
         const int64_t later = (position + 1 + n) % num_layers_;
         from = before + ((later * num_before_ + n) * num_experts_ + expert_id) * num_experts_;
-        for (int64_t j = 0; j < num_experts_; ++j) *row++ = to_bfloat16(*from++);
+        for (int64_t i = 0; i < num_experts_; ++i) append(*from++);
     }
 }
 
 void HorizonForecast::observe(int64_t position, const ExpertIds& expert_ids, float* out, int64_t num_out) {
     rows_.clear();
     for (const int64_t expert_id : expert_ids) {
-        rows_.push_back(table_.data() + (position * num_experts_ + expert_id) * row_size());
+        rows_.push_back(table_.data() + (position * num_experts_ + expert_id) * row_size_ / 2);
     }
-    sum_rows(sum_.data(), rows_, row_size());
+    sum_rows(sum_.data(), rows_.data(), static_cast<int64_t>(rows_.size()), row_size_);
     float* own = parts(position);
     const float* sum = sum_.data();
     for (int64_t rate = 0; rate < num_rates_; ++rate) {
@@ -135,18 +163,20 @@ void HorizonForecast::observe(int64_t position, const ExpertIds& expert_ids, flo
         sum += num_experts_;
     }
     std::copy_n(sum, num_before_ * num_experts_, said(position, 0));
-    std::copy_n(constant_.data() + position * num_experts_, num_out, out);
+    terms_.assign(1, constant_.data() + position * num_experts_);
     for (int64_t n = 0; n < num_before_; ++n) {
         const int64_t other = ((position - 1 - n) % num_layers_ + num_layers_) % num_layers_;
-        add(out, said(other, n), num_out);
+        terms_.push_back(said(other, n));
     }
-    for (int64_t rate = 0; rate < num_rates_; ++rate) add(out, own + rate * num_experts_, num_out);
+    for (int64_t rate = 0; rate < num_rates_; ++rate) terms_.push_back(own + rate * num_experts_);
+    sum_terms(out, terms_.data(), static_cast<int64_t>(terms_.size()), num_out);
 }
 
 void HorizonForecast::forecast(int64_t position, float* out, int64_t num_out) const {
-    std::copy_n(constant_.data() + position * num_experts_, num_out, out);
+    std::vector<const float*> terms = {constant_.data() + position * num_experts_};
     const float* own = parts_.data() + position * num_rates_ * num_experts_;
-    for (int64_t rate = 0; rate < num_rates_; ++rate) add(out, own + rate * num_experts_, num_out);
+    for (int64_t rate = 0; rate < num_rates_; ++rate) terms.push_back(own + rate * num_experts_);
+    sum_terms(out, terms.data(), static_cast<int64_t>(terms.size()), num_out);
 }
 
 HorizonTable::HorizonTable(std::vector<float> rates, std::vector<float> coefficients)

@@ -33,22 +33,24 @@ class HorizonForecast {
     int64_t num_rates() const { return num_rates_; }
 
   private:
-    int64_t row_size() const { return (num_rates_ + num_before_) * num_experts_; }
     void fill_row(int64_t position, int64_t expert_id, const float* own, const float* before);
     float* said(int64_t position, int64_t n) {
         return said_.data() + (position * num_before_ + n) * num_experts_;
     }
 
     int64_t num_layers_, num_experts_, num_rates_, num_before_;
+    int64_t row_size_;  // (R + N) * E, rounded up to what is summed at once
     std::vector<float> rates_;
-    // (L, E, R + N, E) bfloat16, memory traffic is what an event costs: all that a choice says, of its own
-    // layer by each rate and of the N layers after it, is one stretch of memory.
-    std::vector<uint16_t> table_;
+    // (L, E, row_size / 2), two bfloat16 a word (horizon.cpp's half_of); memory traffic is what an event
+    // costs: all that a choice says, of its own layer by each rate and of the N layers after it, is one
+    // stretch of memory.
+    std::vector<uint32_t> table_;
     std::vector<float> constant_;
     std::vector<float> parts_;           // (L, R, E): each rate's contribution to the forecast
     std::vector<float> said_;            // (L, N, E): by a layer's last choice, of the one n + 1 after it
     std::vector<float> sum_;             // (R + N, E): scratch
-    std::vector<const uint16_t*> rows_;  // scratch
+    std::vector<const uint32_t*> rows_;  // scratch
+    std::vector<const float*> terms_;    // scratch
 };
 
 // A pool's forecasts and residents. Layers are rows in ascending order and appear as they are used, and so do
