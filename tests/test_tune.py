@@ -179,7 +179,7 @@ DEVICE = "emulated:vram=8MiB,link=2GB/s"
 def test_a_scheduler_is_chosen_kept_and_used_with_a_device(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran = fake_runs(monkeypatch, lambda choice, number: 0.8 if choice.scheduler == "static_split" else 1.0)
+    ran = fake_runs(monkeypatch, lambda choice, number: 1.0 if choice.scheduler == "hybrid" else 0.8)
     monkeypatch.setattr(TuningRun, "write", short_text)
     monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.002)
     output, threads = tmp_path / "p.toml", ops.num_threads()
@@ -190,10 +190,13 @@ def test_a_scheduler_is_chosen_kept_and_used_with_a_device(
         assert len({choice.scheduler for choice in ran}) > 1 and None not in {c.scheduler for c in ran}
         assert not load_profile(cache / f"{machine_key()}.toml").has("gpu"), "the machine has none"
         profile = load_profile(output)
-        assert profile.settings["scheduler"] == "static_split" and profile.settings["vram_slots"] > 0
+        faster = str(profile.settings["scheduler"])  # which of them was tried is the cost model's choice
+        assert (
+            faster in {choice.scheduler for choice in ran} - {"hybrid"} and profile.settings["vram_slots"] > 0
+        )
         assert profile.has("link") and profile.value("gpu", "vram") == 8 * MIB
         for device, given, scheduler in [
-            (DEVICE, {}, "emulated, static_split"),
+            (DEVICE, {}, f"emulated, {faster}"),
             (DEVICE, {"scheduler": "hybrid"}, "emulated, hybrid"),
             (None, {}, None),
         ]:
