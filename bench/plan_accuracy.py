@@ -250,13 +250,15 @@ def predict(
     from moe_offload.header_costs import place
     from moe_offload.measure_steps import measure_steps
     from moe_offload.outlook import Hits, Planner, replayed_hits
+    from moe_offload.runtime.native_families import native_step_reason
     from moe_offload.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     overheads = replace(yardstick.overheads(), token_s=0.0)
     pace = Pace()
     pace.look(5)
-    machine = replace(measure_steps(checkpoint), overheads=overheads)
+    is_native = native_step_reason(checkpoint.config) is None
+    machine = replace(measure_steps(checkpoint, is_native=is_native), overheads=overheads)
     pace.look(5)
     process, config = process_of(checkpoint), choices(share, context)
     budget = ram_bytes(path, share, context)

@@ -191,6 +191,18 @@ class PromptStep:
     def attend(self, layer: int, keys: int, values: int, capacity: int, num_tokens: int) -> None: ...
     def logits(self, first: int, out: int) -> None: ...
 
+def attend_prompt(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cache_type: int,
+    keys: int,
+    values: int,
+    num_tokens: int,
+    query: int,
+    context: int,
+) -> None: ...
+
 # csrc/planning/bindings_planning.cpp
 
 def gate_chances(

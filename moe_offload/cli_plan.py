@@ -24,6 +24,7 @@ from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import MachineSpeed, Overheads, Speed
 from moe_offload.profile_store import CPU, GIVEN, TUNED_MACHINE, TUNED_MODEL, ProfileInUse, stored_profile
 from moe_offload.residency.memory import auto_ram_bytes
+from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.terminal import Progress
@@ -124,8 +125,9 @@ def _measured_overheads() -> Overheads:
 def _measured_speed(checkpoint: Checkpoint, overheads: Overheads) -> MachineSpeed:
     from moe_offload.measure_steps import measure_steps  # imports torch
 
+    is_native = native_step_reason(checkpoint.config) is None
     with Progress("measuring the model's experts", sys.stderr):
-        return replace(measure_steps(checkpoint), overheads=overheads)
+        return replace(measure_steps(checkpoint, is_native=is_native), overheads=overheads)
 
 
 def _ram_bytes(asked: str, found: ProfileInUse | None) -> int:

@@ -14,23 +14,35 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from moe_offload import ops
+from moe_offload._native import attend_prompt
 from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.expert_bench import expert_bench
-from moe_offload.header_costs import EAGER_FAMILIES, dense_read_bytes, multiplied_bytes_by_type, prompt_type
+from moe_offload.header_costs import (
+    EAGER_FAMILIES,
+    dense_read_bytes,
+    element_bytes,
+    multiplied_bytes_by_type,
+    prompt_type,
+)
 from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
 from moe_offload.measure_experts import LayerExperts
 from moe_offload.planning.roofline import Curve, MachineSpeed, PromptSpeed
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import WeightType, row_bytes
+from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 
 SHARE_S = 0.02  # for each round of a measurement
 LEAST_RUNS, ROUNDS = 3, 2
 LEAST_S = 1e-9  # of a difference between noisy times
+CACHED_AS = {4: (GgmlType.F32, torch.float32), 2: (GgmlType.BF16, torch.bfloat16)}  # by an element's bytes
 CHUNK_TOKENS, CHUNK_ROWS = (16, 64, PREFILL_CHUNK_TOKENS), 1024  # of a dense product
 
 
-def measure_steps(checkpoint: Checkpoint) -> MachineSpeed:
-    """Measure the machine at the checkpoint's formats, sizes and numbers of tokens; overheads are left 0."""
+def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
+    """Measure the machine at the checkpoint's formats, sizes and numbers of tokens; overheads are left 0.
+
+    Args:
+        is_native: native code attends, not transformers' layers (runtime/native_families.py).
+    """
     dense_type = next(iter(multiplied_bytes_by_type(checkpoint)))
     weights = random_weights(min(WEIGHTS_BYTES, dense_read_bytes(checkpoint)))
     ram_bytes_per_s = kernel_bytes_per_s(dense_type, weights)
@@ -38,7 +50,7 @@ def measure_steps(checkpoint: Checkpoint) -> MachineSpeed:
     del weights
     if not checkpoint.experts.layouts:
         return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, dense[-1][1])
-    score_s = _score_s(checkpoint)
+    score_s = _score_s(checkpoint, is_native)
     with expert_bench(checkpoint) as bench:
         layer = LayerExperts(bench, next(iter(checkpoint.experts.layouts)))
         expert_s = layer.at_hand_s() / layer.top_k
@@ -88,15 +100,19 @@ def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
     return tuple(rates)
 
 
-def _score_s(checkpoint: Checkpoint) -> float:
+def _score_s(checkpoint: Checkpoint, is_native: bool) -> float:
     """Return what a chunk's attention costs, by heads x tokens x tokens that they look at."""
     config, tokens = checkpoint.config, PREFILL_CHUNK_TOKENS
     heads = int(config["num_attention_heads"])
     dim = int(config.get("head_dim") or checkpoint.spec.hidden_size // heads)
+    pairs = heads * tokens * tokens
+    if is_native:
+        return _least_median_s(_native_attention(checkpoint, heads, dim)) / pairs
     query, key, value = (torch.randn(1, heads, tokens, dim) for _ in range(3))
     if checkpoint.spec.model_type not in EAGER_FAMILIES:
-        seconds = _least_median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
-        return seconds / (heads * tokens * tokens)
+        return (
+            _least_median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True)) / pairs
+        )
     mask = torch.zeros(1, 1, tokens, tokens)
 
     def with_scores() -> torch.Tensor:
@@ -105,7 +121,23 @@ def _score_s(checkpoint: Checkpoint) -> float:
         with_sink = with_sink - with_sink.max(dim=-1, keepdim=True).values
         return torch.softmax(with_sink, dim=-1)[..., :-1] @ value
 
-    return _least_median_s(with_scores) / (heads * tokens * tokens)
+    return _least_median_s(with_scores) / pairs
+
+
+def _native_attention(checkpoint: Checkpoint, heads: int, dim: int) -> Callable[[], object]:
+    """Return the attention of a prompt's first chunk, in a type of the cache's size."""
+    kv_heads = int(checkpoint.config.get("num_key_value_heads") or heads)
+    ggml_type, dtype = CACHED_AS[element_bytes(checkpoint)]
+    query = torch.randn(PREFILL_CHUNK_TOKENS, heads, dim) * dim**-0.5
+    keys, values = torch.randn(2, kv_heads, PREFILL_CHUNK_TOKENS, dim).to(dtype)
+    context = torch.empty_like(query)
+
+    def attend() -> None:
+        addresses = keys.data_ptr(), values.data_ptr()
+        shape = heads, kv_heads, dim, int(ggml_type)
+        attend_prompt(*shape, *addresses, len(query), query.data_ptr(), context.data_ptr())
+
+    return attend
 
 
 def _least_median_s(function: Callable[[], object]) -> float:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from test_native_step import LAYERS, VOCAB, OneLayer, address, decode, load
+from torch.nn.functional import scaled_dot_product_attention
 from toy_models import plain_model, save_toy_model
 
 import moe_offload
-from moe_offload import _native, ops
+from moe_offload import _native, measure_steps, ops
+from moe_offload.config import DEMO_MODEL
+from moe_offload.runtime.skeleton import TORCH_DTYPES
+from moe_offload.storage.checkpoint import open_checkpoint
+from moe_offload.storage.expert_format import GgmlType
 
 HEADS = {
     **LAYERS,
@@ -108,6 +113,29 @@ def test_threads_and_instruction_sets_give_a_prompt_the_same_bits(num_threads, i
         _native.force_isa("")
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("ggml_type", [GgmlType.F32, GgmlType.BF16])
+def test_attention_alone_equals_float64(ggml_type):
+    heads, kv_heads, dim, tokens = 6, 2, 24, 70
+    query, context = torch.randn(2, tokens, heads, dim)
+    keys, values = torch.randn(2, kv_heads, tokens, dim).to(TORCH_DTYPES[ggml_type])
+    shape = heads, kv_heads, dim, int(ggml_type)
+    _native.attend_prompt(*shape, address(keys), address(values), tokens, address(query), address(context))
+    repeated = (x.double().repeat_interleave(heads // kv_heads, 0) for x in (keys, values))
+    expected = scaled_dot_product_attention(
+        query.double().transpose(0, 1), *repeated, is_causal=True, scale=1
+    )
+    torch.testing.assert_close(context.double(), expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_plan_times_the_attention_that_prompts_run(monkeypatch):
+    checkpoint, calls = open_checkpoint(DEMO_MODEL), []
+    monkeypatch.setattr(measure_steps, "attend_prompt", lambda *args: calls.append(args))
+    measure_steps._score_s(checkpoint, is_native=False)
+    assert not calls
+    measure_steps._score_s(checkpoint, is_native=True)
+    assert len(calls) > measure_steps.LEAST_RUNS
 
 
 def test_no_room_for_a_chunk_is_refused():

@@ -6,8 +6,10 @@
 #include <memory>
 
 #include "common/without_gil.h"
+#include "cpu/thread_pool.h"
 #include "decode/cached_addresses.h"
 #include "decode/decode_step.h"
+#include "decode/prompt_attention.h"
 #include "decode/prompt_step.h"
 #include "device/engine.h"
 
@@ -168,6 +170,24 @@ void attend_prompt_layer(PromptStep& step, int64_t layer, uint64_t keys, uint64_
     without_gil([&] { step.attend(layer, cached); });
 }
 
+// A prompt from its beginning, apart from what is around attention: for those who time it.
+void attend_prompt_alone(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int cache_type,
+                         uint64_t keys, uint64_t values, int64_t num_tokens, uint64_t query,
+                         uint64_t context) {
+    DecoderShape shape{};
+    shape.num_heads = num_heads;
+    shape.num_kv_heads = num_kv_heads;
+    shape.head_dim = head_dim;
+    shape.cache_type = cache_type;
+    const CachedTokens cached{reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values),
+                              num_tokens, 0};
+    without_gil([&] {
+        ThreadPool::Operation operation(ThreadPool::instance());
+        attend_prompt(shape, AttentionLayer{}, cached, num_tokens, floats(query),
+                      reinterpret_cast<float*>(context));
+    });
+}
+
 void prompt_logits(PromptStep& step, int64_t first, uint64_t out) {
     without_gil([&] { step.logits(first, reinterpret_cast<float*>(out)); });
 }
@@ -211,4 +231,8 @@ void register_decode(py::module_& m) {
              "Embed tokens; states: addresses of residual, normed, ids, weights, cos, sin")
         .def("attend", attend_prompt_layer, "Attention and the routers' choices, or a whole dense layer")
         .def("logits", prompt_logits, "Logits of the tokens from one on");
+    m.def("attend_prompt", attend_prompt_alone,
+          "Causal attention of a prompt's scaled queries (num_tokens, num_heads, head_dim) over keys and "
+          "values "
+          "(num_kv_heads, num_tokens, head_dim), all by address");
 }

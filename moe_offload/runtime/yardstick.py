@@ -45,7 +45,7 @@ ROOM_BYTES = 512 * MIB  # more than the demo takes
 def measure_overheads() -> Overheads:
     """Return the seconds beside bytes; takes about two seconds once the libraries are loaded."""
     checkpoint = open_checkpoint(DEMO_MODEL)
-    demo = _Demo(checkpoint, measure_steps(checkpoint))
+    demo = _Demo(checkpoint, measure_steps(checkpoint, is_native=True))
     layers = checkpoint.spec.num_hidden_layers
     whole = _load("all")
     try:
