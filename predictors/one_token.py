@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -41,6 +43,15 @@ class OneToken:
         row = self._order.row_of[later] if self._remembers else 0
         self._lookahead.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
 
+    def leave_out(self, slot_tables: Mapping[int, NDArray[np.uint64]]) -> None:
+        """Return no expert from now on that has a slot.
+
+        Args:
+            slot_tables: by layer, (E, n), the first column 0 where an expert has none; looked at in every
+                call. Layers without one: all their experts are returned.
+        """
+        self._lookahead.leave_out(dict(slot_tables))
+
     def observe(self, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
         """Keep a layer's choice."""
         if self._remembers:
@@ -49,7 +60,7 @@ class OneToken:
     def likely(
         self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float], threshold: float
     ) -> Likely:
-        """Return what the next layers use with at least ``threshold``.
+        """Return what the next layers use with at least ``threshold`` and ``leave_out`` does not name.
 
         Args:
             hidden: address of (hidden_size,) float32, what the layer's router saw.

@@ -110,6 +110,25 @@ def test_the_depth_may_change_between_calls() -> None:
     assert {layer_idx for _, layer_idx, *_ in both} == {2, 4} and both[: len(near)] == near
 
 
+def test_who_has_a_slot_is_left_out_as_the_tables_say_at_each_call() -> None:
+    gate = make_gate(torch.float32)
+    hidden, ids, weights = some_token(0)
+    assert gate.one_token is not None
+    everyone = gate.one_token.likely(1, hidden.data_ptr(), ids, weights, 0.0)
+    tables = {2: np.zeros((NUM_EXPERTS, 3), np.uint64), 9: np.ones((NUM_EXPERTS, 3), np.uint64)}
+    gate.one_token.leave_out(tables)
+    assert gate.one_token.likely(1, hidden.data_ptr(), ids, weights, 0.0) == everyone
+    tables[2][[3, 5], 0] = 1 << 40  # only the first column counts
+    tables[2][7, 1:] = 1
+    left = [entry for entry in everyone if entry[1:3] not in [(2, 3), (2, 5)]]
+    assert gate.one_token.likely(1, hidden.data_ptr(), ids, weights, 0.0) == left != everyone
+    gate.one_token.leave_out({})
+    assert gate.one_token.likely(1, hidden.data_ptr(), ids, weights, 0.0) == everyone
+    for table in (np.zeros((NUM_EXPERTS, 3), np.int64), np.zeros(NUM_EXPERTS, np.uint64)):
+        with pytest.raises(ValueError, match="uint64"):
+            gate.one_token.leave_out({2: table})
+
+
 def test_what_does_not_fit_is_refused() -> None:
     history = np.zeros((3, NUM_EXPERTS), np.float32)
     lookahead = Lookahead(HIDDEN_SIZE, history, history.copy(), 0.9)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "planning/lookahead.h"
@@ -43,6 +44,7 @@ struct KeptLookahead {
     Lookahead lookahead;
     int64_t hidden_size;
     std::vector<py::object> kept;
+    std::map<int64_t, py::array> slot_tables;
 };
 
 void add(KeptLookahead& self, int64_t layer_idx, int64_t later, const py::array& weight,
@@ -77,6 +79,21 @@ void add(KeptLookahead& self, int64_t layer_idx, int64_t later, const py::array&
     if (bias) self.kept.push_back(*bias);
 }
 
+using SlotTable = py::array_t<uint64_t, py::array::c_style>;
+
+void leave_out(KeptLookahead& self, const std::map<int64_t, py::array>& slot_tables) {
+    for (const auto& [layer_idx, table] : slot_tables) {
+        if (!py::isinstance<SlotTable>(table) || table.ndim() != 2)
+            throw py::value_error("Lookahead.leave_out: tables (E, n) of uint64 in rows wanted");
+    }
+    self.lookahead.leave_out_none();
+    self.slot_tables = slot_tables;
+    for (const auto& [layer_idx, table] : slot_tables) {
+        self.lookahead.leave_out(layer_idx, static_cast<const uint64_t*>(table.data()), table.shape(0),
+                                 table.shape(1));
+    }
+}
+
 // hidden: the address of (hidden_size) floats.
 py::list likely(KeptLookahead& self, int64_t layer_idx, int64_t depth, uintptr_t hidden,
                 const std::vector<int64_t>& expert_ids, const std::vector<float>& weights, float threshold) {
@@ -107,6 +124,8 @@ void register_lookahead(py::module_& m) {
         .def("add", &add, py::arg("layer_idx"), py::arg("later"), py::arg("weight"), py::arg("bias"),
              py::arg("top_k"), py::arg("slope"), py::arg("offset"), py::arg("history_row"),
              "Forecast a later layer after layer_idx has routed; nearest first.")
+        .def("leave_out", &leave_out, py::arg("slot_tables"),
+             "Return no expert that has a slot: whose row of its layer's table does not begin with 0.")
         .def("likely", &likely, py::arg("layer_idx"), py::arg("depth"), py::arg("hidden"),
              py::arg("expert_ids"), py::arg("weights"), py::arg("threshold"),
              "(layers ahead, layer_idx, expert_id, probability), nearest layer and most probable first.")

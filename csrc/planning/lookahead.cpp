@@ -50,8 +50,11 @@ std::vector<Lookahead::Likely> Lookahead::likely(int64_t layer_idx, int64_t dept
                      target.num_experts, target.num_features, target.top_k, target.slope, target.offset,
                      chances_.data());
         const auto first = static_cast<std::ptrdiff_t>(likely.size());
+        const auto slots = slots_.find(target.layer_idx);
+        const Slots here = slots == slots_.end() ? Slots{} : slots->second;
         for (int64_t i = 0; i < target.num_experts; ++i) {
-            if (chances_[i] >= threshold) likely.push_back({windows, target.layer_idx, i, chances_[i]});
+            if (chances_[i] >= threshold && !here.has(i))
+                likely.push_back({windows, target.layer_idx, i, chances_[i]});
         }
         std::stable_sort(likely.begin() + first, likely.end(),
                          [](const Likely& a, const Likely& b) { return a.chance > b.chance; });

@@ -51,6 +51,13 @@ class Lookahead {
                                const std::vector<int64_t>& expert_ids, const std::vector<float>& weights,
                                float threshold);
 
+    // Experts of the layer whose word table[expert_id * stride] is not 0 are not returned; read in every
+    // call.
+    void leave_out(int64_t layer_idx, const uint64_t* table, int64_t num_experts, int64_t stride) {
+        slots_[layer_idx] = {table, num_experts, stride};
+    }
+    void leave_out_none() { slots_.clear(); }
+
     RouteHistory& history() { return history_; }
 
   private:
@@ -59,7 +66,17 @@ class Lookahead {
 
     int64_t hidden_size_;
     RouteHistory history_;
+    struct Slots {
+        const uint64_t* table = nullptr;
+        int64_t num_experts = 0, stride = 0;
+
+        bool has(int64_t expert_id) const {
+            return expert_id < num_experts && table[expert_id * stride] != 0;
+        }
+    };
+
     std::map<int64_t, std::vector<Target>> targets_;
+    std::map<int64_t, Slots> slots_;
     std::vector<float> features_, chances_;
 };
 

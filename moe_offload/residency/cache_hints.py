@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moe_offload.residency.cache_pools import CachePools
-from moe_offload.residency.slot_entry import SlotState
 from moe_offload.storage.expert_format import ExpertKey
 
 
@@ -34,11 +33,9 @@ class CacheHints(CachePools):
     def contradict(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """Cancel queued speculation of a layer whose router chose ``expert_ids`` instead."""
         pool = self._pool_of[layer_idx]
-        guesses = [
-            entry
-            for entry in pool.staged.values()
-            if entry.unclaimed and entry.state is SlotState.IN_FLIGHT and entry.key.layer_idx == layer_idx
-        ]
+        if not pool.guesses:
+            return
+        guesses = [entry for entry in pool.guesses.values() if entry.key.layer_idx == layer_idx]
         if guesses:
             chosen = {int(expert_id) for expert_id in expert_ids}
             for entry in guesses:

@@ -185,6 +185,10 @@ class CachePools:
             return None
         return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}
 
+    def slot_tables(self) -> dict[int, NDArray[np.uint64]]:
+        """Return ``resident_table`` of all layers, to see who has a slot: their first column is not 0."""
+        return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}
+
     def used_residents(
         self,
         layer_idx: int,

@@ -146,6 +146,7 @@ class Prefetcher:
         """
         self._cache, self._link, self._rank, self._rate = cache, link, rank, LINK_RATE
         self._bytes_per_s = self._speeds.get(self._rate)
+        self._tell_slots()
 
     def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
         """Start a forward pass: read what its tokens alone say of the first layers.
@@ -282,6 +283,8 @@ class Prefetcher:
         """Return those of (layers ahead, layer_idx, expert_id, probability) that have no slot."""
         cache = self._cache
         likely = list(likely)
+        if not likely:
+            return []
         guesses = [
             Guess(ExpertKey(layer_idx, expert_id), probability, cache.expert_bytes(layer_idx), windows)
             for windows, layer_idx, expert_id, probability in likely
@@ -341,6 +344,13 @@ class Prefetcher:
         self._one_token = getattr(self._predictor, "one_token", None)
         self._order = getattr(self._predictor, "order", None)
         self._most_depth = self._order.depth if self._order is not None else 1
+        self._tell_slots()
+
+    def _tell_slots(self) -> None:
+        """Let the native forecast leave out who has a slot already: most of what is likely."""
+        leave_out = getattr(self._one_token, "leave_out", None)
+        if leave_out is not None:  # a rank judges the residents with the others
+            leave_out(self._cache.slot_tables() if self._rank is None else {})
 
     def _set_depth(self) -> None:
         """Look as many layers ahead as it takes to read what a layer needs, and one more.

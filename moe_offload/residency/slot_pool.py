@@ -150,8 +150,9 @@ class SlotPool(SlotReads):
 
     def guessed_bytes(self) -> int:
         """Return the bytes of speculative reads that no step has claimed and that have not finished."""
-        entries = [e for e in self.staged.values() if e.unclaimed and e.state is SlotState.IN_FLIGHT]
-        return sum(entry.num_bytes for entry in entries if not self.store.done(entry.ticket))
+        if not self.guesses:
+            return 0
+        return sum(entry.num_bytes for entry in self.guesses.values() if not self.store.done(entry.ticket))
 
     def free_one(self) -> None:
         """Free a slot for a stream that has none: what nobody waits for is in the way."""
@@ -168,7 +169,7 @@ class SlotPool(SlotReads):
                 return
             if self.find(key) is None:
                 entry = self.read(key, speculative=True)
-                entry.unclaimed = False
+                self.no_guess(entry)
                 self.warming[key] = entry
                 room -= 1
 
@@ -195,6 +196,7 @@ class SlotPool(SlotReads):
         owners += [entry for row in self.table.values() for entry in row if entry is not None]
         entries = {entry.slot: entry for entry in owners}
         self.residents, self.staged, self.warming, self.held = {}, {}, {}, {}
+        self.guesses = {}
         for layer_idx, row in self.table.items():
             row[:] = [None] * len(row)
             self.resident_table[layer_idx][:] = 0

@@ -44,6 +44,8 @@ class SlotReads:
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
         self.residents: dict[ExpertKey, Entry] = {}
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
+        # Of the staged: speculation that no step has asked for, and that nobody has seen arrive.
+        self.guesses: dict[ExpertKey, Entry] = {}
         # Of the staged: read at the start for no step in particular.
         self.warming: dict[ExpertKey, Entry] = {}
         self.draining: list[tuple[int, int]] = []  # (ticket, slot) of abandoned reads that had begun
@@ -95,6 +97,8 @@ class SlotReads:
         self.table[key.layer_idx][key.expert_id] = entry
         self.resident_table[key.layer_idx][key.expert_id, 0] = ON_ITS_WAY
         self.staged[key] = entry
+        if speculative:
+            self.guesses[key] = entry
         return entry
 
     def finish(self, entry: Entry) -> None:
@@ -109,6 +113,7 @@ class SlotReads:
             self._remove(entry)
             raise
         entry.state = SlotState.STAGED
+        self.guesses.pop(entry.key, None)
 
     def wait(self, entry: Entry) -> None:
         """Block until an entry's bytes are there, counted as stall; raises as ``finish`` does."""
@@ -131,7 +136,7 @@ class SlotReads:
 
     def claim(self, entry: Entry) -> bool:
         """Take over a prefetch that is needed now; True when it was useful, False when it is late."""
-        entry.unclaimed = False
+        self.no_guess(entry)
         if self.warming.pop(entry.key, None) is not None:
             self.stats.warm_bytes += entry.num_bytes
             if entry.state is SlotState.STAGED:
@@ -144,6 +149,11 @@ class SlotReads:
         self.stats.prefetch_late_bytes += entry.num_bytes
         self.store.promote(entry.ticket)
         return False
+
+    def no_guess(self, entry: Entry) -> None:
+        """Take note that somebody wants an entry for certain."""
+        entry.unclaimed = False
+        self.guesses.pop(entry.key, None)
 
     def admit(self, entry: Entry) -> None:
         """Make a staged expert a resident: book-keeping only, its bytes stay where they are."""
@@ -197,6 +207,8 @@ class SlotReads:
         assert in_table == entries, "the table and the owners disagree"
         slots = [*self.free, *(slot for _, slot in self.draining), *(e.slot for e in entries.values())]
         assert len(slots) == len(set(slots)) == self.num_slots, f"slots {sorted(slots)} of {self.num_slots}"
+        under_way = {entry.key for entry in self.unclaimed() if entry.state is SlotState.IN_FLIGHT}
+        assert self.guesses.keys() == under_way, f"guesses {self.guesses.keys()}, under way {under_way}"
         for entry in entries.values():
             assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
             assert entry.pins == 0, f"{entry} is pinned by nobody"
@@ -222,7 +234,6 @@ class SlotReads:
         if entry.unclaimed:
             self.stats.prefetch_wasted_bytes += entry.num_bytes
         del self.staged[entry.key]
-        self.warming.pop(entry.key, None)
         self._forget(entry.key)
         self.draining.append((entry.ticket, entry.slot))
 
@@ -238,10 +249,11 @@ class SlotReads:
     def _remove(self, entry: Entry) -> None:
         owner = self.residents if entry.state is SlotState.RESIDENT else self.staged
         del owner[entry.key]
-        self.warming.pop(entry.key, None)
         self._forget(entry.key)
         self.free.append(entry.slot)
 
     def _forget(self, key: ExpertKey) -> None:
+        self.warming.pop(key, None)
+        self.guesses.pop(key, None)
         self.table[key.layer_idx][key.expert_id] = None
         self.resident_table[key.layer_idx][key.expert_id] = 0
