@@ -41,6 +41,8 @@ class TinyDevice : public Device {
     int64_t pin(std::byte*, int64_t num_bytes) override { return num_bytes; }
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel&) override { return nullptr; }
+    bool has_matrix(int) const override { return false; }
+    std::unique_ptr<DenseStep> make_dense(const DenseParts&) override { return nullptr; }
     std::shared_ptr<DeviceInputs> upload(const float* hidden, int64_t num_tokens,
                                          int64_t hidden_size) override {
         auto inputs = std::make_shared<Inputs>();
