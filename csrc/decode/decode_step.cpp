@@ -192,7 +192,8 @@ void DecodeStep::experts(int64_t layer, const uint64_t* addresses) {
         decoder_.layer(layer).kernel->rows(normed_.data(), 1, token.pairs, rows_.data());
         return device_->add_rows(rows_.data(), choice_.weights.data(), int64_t(choice_.ids.size()));
     }
-    decoder_.layer(layer).kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(), residual_.data());
+    decoder_.layer(layer).kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(),
+                                      residual_.data());
 }
 
 int64_t DecodeStep::run(int64_t first, const std::vector<CachedTokens>& cached,

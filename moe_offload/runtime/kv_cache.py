@@ -178,8 +178,8 @@ def _in_room_for(states: Tensor, tokens: int) -> Tensor:
 def _too_many(held_tokens: int, num_sequences: int, wanted_tokens: int) -> str:
     return (
         f"the key/value cache holds {held_tokens} tokens for each of {num_sequences} sequences, but "
-        f"{wanted_tokens} were asked for; load the model with context={wanted_tokens * num_sequences} or more, or "
-        "let go of caches that were made before this one and still count"
+        f"{wanted_tokens} were asked for; load the model with context={wanted_tokens * num_sequences} or "
+        "more, or let go of caches that were made before this one and still count"
     )
 
 
