@@ -50,7 +50,8 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
     del weights
     if not checkpoint.experts.layouts:
         return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, dense[-1][1])
-    score_s = _score_s(checkpoint, is_native)
+    own_share = 0.5 if is_native else 1.0
+    score_s = _score_s(checkpoint, is_native) / own_share
     with expert_bench(checkpoint) as bench:
         layer = LayerExperts(bench, next(iter(checkpoint.experts.layouts)))
         expert_s = layer.at_hand_s() / layer.top_k
@@ -69,6 +70,7 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
                 read_s=streamed_s,
                 handling_s=layer.handling_s(curve, streamed_s),
                 score_s=score_s,
+                own_share=own_share,
             ),
         )
 
@@ -101,7 +103,7 @@ def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
 
 
 def _score_s(checkpoint: Checkpoint, is_native: bool) -> float:
-    """Return what a chunk's attention costs, by heads x tokens x tokens that they look at."""
+    """Return what a first chunk's attention costs, by heads x tokens x tokens, those to come included."""
     config, tokens = checkpoint.config, PREFILL_CHUNK_TOKENS
     heads = int(config["num_attention_heads"])
     dim = int(config.get("head_dim") or checkpoint.spec.hidden_size // heads)

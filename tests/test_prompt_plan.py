@@ -59,6 +59,12 @@ def test_each_chunk_pays_for_its_layers_elements_and_attention() -> None:
     assert first_s == pytest.approx(plain_s + 2 * 7.0 + 2 * 16 * 10 * 0.5 + 3 * 16 * 16 * 0.01)
     both_s = seconds(machine, chunk, replace(chunk, cached_tokens=16))
     assert both_s == pytest.approx(2 * first_s - 2.0 + 3 * 16 * 16 * 0.01)  # the head once, more to look at
+    half = replace(machine, prompt=replace(PROMPT, score_s=0.02, own_share=0.5))
+    assert seconds(half, chunk) == pytest.approx(first_s)
+    later_s = seconds(half, chunk, replace(chunk, cached_tokens=16))
+    assert later_s == pytest.approx(2 * first_s - 2.0 + 3 * 16 * 16 * 0.02), (
+        "all of the cache, half of its own"
+    )
 
 
 def test_a_profile_tells_of_bandwidths_and_products_only() -> None:

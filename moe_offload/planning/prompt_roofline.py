@@ -82,7 +82,7 @@ def _before_experts_s(
     """Return what all the layers take but their experts: products, and what goes with layers and elements."""
     num_tokens, overheads = chunk.num_tokens, machine.overheads
     dense_s = num_tokens * work.dense_macs / value_at(prompt.dense_macs_per_s, num_tokens)
-    looked_at = num_tokens * (chunk.cached_tokens + num_tokens)
+    looked_at = num_tokens * (chunk.cached_tokens + prompt.own_share * num_tokens)
     attention_s = shape.attention_heads * looked_at * prompt.score_s
     elements_s = shape.num_layers * num_tokens * shape.hidden_size * overheads.chunk_element_s
     return {

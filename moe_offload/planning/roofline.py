@@ -68,6 +68,8 @@ class PromptSpeed:
         read_s: from one expert to the next where all come from disk and computing does not hold them up.
         handling_s: what reading an expert takes from those that compute.
         score_s: of attention, for one head, one token and one that it looks at.
+        own_share: of its own chunk's tokens, how many a token's attention computes: half where it skips those
+            that come later, all where it computes and masks them.
     """
 
     dense_macs_per_s: Curve
@@ -75,6 +77,7 @@ class PromptSpeed:
     read_s: float
     handling_s: float = 0.0
     score_s: float = 0.0
+    own_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
