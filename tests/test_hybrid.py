@@ -19,7 +19,7 @@ import moe_offload
 from moe_offload import BudgetError, ConfigError, cli
 from moe_offload.config import DEMO_MODEL
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.expert_costs import RunningCosts
+from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
 from moe_offload.replay import replay
 from moe_offload.residency.accelerator import wait_copy
@@ -41,6 +41,20 @@ PLACEMENTS = [
     (VRAM, "fiddler", "12%", "horizon", True),
     (SMALL_VRAM, "hybrimoe_greedy", "25%", "ewma", True),
 ]
+
+
+# Alike on both sides, a copy somewhat dearer: who computes what must not hang on how busy the machine is.
+MEASURE_COSTS, SAW_CPU = device_setup.measure_costs, RunningCosts.saw_cpu
+COSTS = MeasuredCosts(((1, 2e-5), (64, 4e-4)), ((1, 2e-5), (64, 4e-4)), copy_s=3e-5)
+
+
+@pytest.fixture(autouse=True)
+def steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_setup, "measure_costs", lambda *_: COSTS)
+    for name in ("saw_cpu", "saw_gpu", "saw_copies"):
+        saw = getattr(RunningCosts, name)
+        as_expected = lambda self, expected_s, seconds, saw=saw: saw(self, expected_s, expected_s)  # noqa: E731
+        monkeypatch.setattr(RunningCosts, name, as_expected)
 
 
 @contextmanager
@@ -157,6 +171,18 @@ def test_with_everything_at_hand_a_token_is_one_native_call(
         assert hybrid.counters.cpu_experts > before[1] or vram != VRAM
         hybrid.tier.cache.check()
         model.offload.cache.check()
+
+
+def test_costs_are_measured_at_load_and_corrected_by_steps(prompt_ids, monkeypatch) -> None:
+    monkeypatch.setattr(device_setup, "measure_costs", MEASURE_COSTS)
+    monkeypatch.setattr(RunningCosts, "saw_cpu", SAW_CPU)
+    with loaded(scheduler="static_split") as model:
+        (costs,) = set(model.offload.hybrid.costs.values())
+        measured = costs.measured
+        assert [tokens for tokens, _ in measured.cpu_curve] == [1, 4, 16, 64]
+        assert min(seconds for _, seconds in (*measured.cpu_curve, *measured.gpu_curve)) > 0 < measured.copy_s
+        generate(model, prompt_ids)
+        assert costs.cpu_factor != 1.0 == costs.gpu_factor, "the device's is not listened to here"
 
 
 def test_layers_that_need_a_read_or_a_copy_are_left_to_python(prompt_ids, expected) -> None:
