@@ -199,7 +199,7 @@ def settings_of(
     from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
 
     prefetcher = model.offload.prefetcher
-    link, default = prefetcher._link, prefetcher._predictor
+    link, default = prefetcher.link, prefetcher._predictor
     layers = sorted(skeleton.experts_modules(model))
     routers = {i: skeleton.router_of(model, i) for i in layers}
     history = make_predictor(PredictorChoice("previous_token"), model, layers)

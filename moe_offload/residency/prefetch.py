@@ -1,13 +1,11 @@
 """From predictions to speculative reads. Knows no torch: a predictor's answers are arrays.
 
-What is worth reading is planning/prefetch_plan.py's to say; here it is measured how fast the link reads, how
-long a layer computes, what it needs and a prediction costs, how much of what is read is wasted, and whether
-prefetching pays at all.
+What is worth reading is planning/prefetch_plan.py's to say; how fast everything is, prefetch_pace.py's; here
+it is measured how much of what is read is wasted, and whether prefetching pays at all.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,21 +25,13 @@ from moe_offload.planning.prefetch_plan import (
     plan_reads,
 )
 from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.prefetch_pace import LINK_RATE, LinkCounters, Pace
 from moe_offload.storage.expert_format import ExpertKey
 
-REST_AFTER_STEPS = 64  # a few tokens
-MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
-SMOOTHING = 0.2  # of measured windows
-BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 PARALLEL_BYTES = READERS * (64 << 10)  # small reads under way together take hardly longer than one
-DISK_RATE, LINK_RATE = "disk_bytes_per_s", "link_bytes_per_s"  # names in a RunningCorrection
-SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measured
-EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
-PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
 
 FIRST = -1  # stands for the layer that has routed, before any has
 
-LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
 Likely = tuple[int, int, int, float]  # layers ahead, layer_idx, expert_id, probability
 Rank = Callable[[Sequence[Likely], Sequence[Guess]], list[Guess]]
 
@@ -75,24 +65,8 @@ class Prefetcher:
         self.enabled = enabled and predictor is not None
         self.switch = switch
         self.threshold = Threshold()
-        self._link, self._clock = link, clock
-        self._steps_without_need = 0
-        self._needs_seen = -1
+        self._pace = Pace(link, speeds, clock)
         self._needs_before_step = 0
-        self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
-        self._speeds = speeds or RunningCorrection()
-        self._window_s = self._speeds.get("layer_s")  # a layer's compute time; inf: not known
-        self._rate = DISK_RATE  # the link's name in speeds
-        self._bytes_per_s = self._speeds.get(self._rate)
-        self._read_s = math.inf  # an expert's read, as they come
-        self._link_seen = (0, 0.0)
-        self._steps = 0
-        self._needs: dict[int, float] = {}  # by layer: experts of a step that are not resident, smoothed
-        self._next_layer: dict[int, int] = {}  # as steps have shown
-        self._last_layer = -1
-        self._predict_s = 0.0  # a prediction's time and that of planning its reads, smoothed
-        self._submit_s = SUBMIT_S  # and that of asking for one, which takes the processor from computing
-        self._submitting_s = 0.0  # in the prediction under way
         self._rank: Rank | None = None
         self._set_depth_limit()
 
@@ -109,7 +83,7 @@ class Prefetcher:
     @property
     def link(self) -> LinkCounters | None:
         """The counters of the reader that guesses are read by."""
-        return self._link
+        return self._pace.link
 
     def describe(self) -> str:
         """Return in a few words what it does and why, for stats."""
@@ -135,7 +109,7 @@ class Prefetcher:
         self._predictor, self.enabled = predictor, predictor is not None
         self.switch, self.threshold = switch, threshold or Threshold()
         self.threshold.skip(self._cache.stats.decode_bytes, self._cache.stats.prefetch_wasted_bytes)
-        self._link, self._bytes_per_s = link, self._speeds.get(self._rate)
+        self._pace.use(link)
         self._set_depth_limit()
 
     def turn_to(self, cache: ExpertCache, link: LinkCounters, rank: Rank | None = None) -> None:
@@ -144,8 +118,8 @@ class Prefetcher:
         Args:
             rank: puts guesses in the order of their worth there, and leaves out what has none.
         """
-        self._cache, self._link, self._rank, self._rate = cache, link, rank, LINK_RATE
-        self._bytes_per_s = self._speeds.get(self._rate)
+        self._cache, self._rank = cache, rank
+        self._pace.turn_to(link, LINK_RATE)
         self._tell_slots()
 
     def begin_step(self, token_ids: NDArray[np.int64] | None, *, is_new_text: bool = False) -> None:
@@ -158,10 +132,9 @@ class Prefetcher:
             return
         if is_new_text:
             self._predictor.new_sequence()
-        self._last_look = None
-        self._last_layer = -1
+        self._pace.begin_step()
         if not self.is_on:
-            self._needs_seen = -1
+            self._pace.rest()
         elif not self._cache.has_every_expert:
             self._read(self._first_guesses(token_ids))
 
@@ -242,16 +215,17 @@ class Prefetcher:
         self._look_ahead(layer_idx, ask)
 
     def _look_ahead(self, layer_idx: int, ask: Callable[[], list[Guess]]) -> None:
-        if not self.is_on or self._cache.has_every_expert or self._rests(layer_idx):
+        cache, pace = self._cache, self._pace
+        if not self.is_on or cache.has_every_expert or pace.rests(layer_idx, cache.needs_not_resident):
             return
-        started = self._measure()
-        queued_bytes = self._cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
-        if self._is_link_full(queued_bytes) or not self._is_worth_predicting(layer_idx):
+        if pace.look(cache.stats.stall_s) and pace.measure_link(cache.largest_expert_bytes):
+            self._settle()
+        queued_bytes = cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
+        if self._is_link_full(queued_bytes) or not pace.is_worth_predicting(layer_idx):
             return
-        self._submitting_s = 0.0
+        pace.predicting()
         self._read(ask(), queued_bytes)
-        predict_s = self._clock() - started - self._submitting_s
-        self._predict_s += SMOOTHING * (predict_s - self._predict_s)
+        pace.predicted()
 
     def _read(self, guesses: list[Guess], queued_bytes: int = -PARALLEL_BYTES) -> None:
         if not guesses:
@@ -259,16 +233,14 @@ class Prefetcher:
         keys = plan_reads(
             guesses,
             queued_bytes=queued_bytes,
-            window_bytes=self._window_s * self._bytes_per_s,
+            window_bytes=self._pace.window_bytes,
             threshold=self.threshold.value,
             ranked=self._rank is not None,
         )
         if keys:
-            started = self._clock()
+            started = self._pace.clock()
             self._cache.prefetch(keys)
-            submit_s = (self._clock() - started) / len(keys)
-            self._submit_s += SMOOTHING * (submit_s - self._submit_s)
-            self._submitting_s = submit_s * len(keys)
+            self._pace.submitted(started, len(keys))
 
     def _guesses(self, forecasts: Sequence[Forecast]) -> list[Guess]:
         """Return the likely experts of some layers that have no slot."""
@@ -294,49 +266,14 @@ class Prefetcher:
 
     def _is_link_full(self, queued_bytes: int) -> bool:
         """Whether guesses keep the link busy for as long as a prediction reaches."""
-        reach_bytes = self._most_depth * self._window_s * self._bytes_per_s
+        reach_bytes = self._most_depth * self._pace.window_bytes
         return queued_bytes + 0.5 * self._cache.largest_expert_bytes > reach_bytes
 
-    def _is_worth_predicting(self, layer_idx: int) -> bool:
-        """Whether the stall that a prediction may save is above the time that it takes."""
-        needs = self._needs.get(self._next_layer.get(layer_idx, -1))
-        if needs is None or self._steps % PROBE_EVERY == 0:
-            return True
-        saved_s = self._read_s - self._submit_s
-        return EXPECTED_RECALL * needs * saved_s > self._predict_s
-
-    def _measure(self) -> float:
-        """Bring the window's compute time up to date; now and then the link's speed and what follows.
-
-        Returns:
-            The time.
-        """
-        now, stall_s = self._clock(), self._cache.stats.stall_s
-        if self._last_look is not None:
-            window_s = max(1e-6, now - self._last_look[0] - (stall_s - self._last_look[1]))
-            known = self._window_s < math.inf
-            self._window_s = self._window_s + SMOOTHING * (window_s - self._window_s) if known else window_s
-            self._speeds.note("layer_s", self._window_s)
-        self._last_look = (now, stall_s)
-        self._steps += 1
-        if self._link is not None and self._steps % MEASURE_EVERY_STEPS == 0:
-            self._measure_link(*self._link())
-        return now
-
-    def _measure_link(self, bytes_read: int, busy_s: float) -> None:
-        new_bytes, new_s = bytes_read - self._link_seen[0], busy_s - self._link_seen[1]
-        self._link_seen = (bytes_read, busy_s)
-        if new_bytes <= 0 or new_s <= 0:
-            return
-        speed = new_bytes / new_s
-        best = self._bytes_per_s * BEST_SPEED_KEPT
-        self._bytes_per_s = speed if best == math.inf else max(speed, best)
-        self._speeds.note(self._rate, self._bytes_per_s)
-        stats = self._cache.stats
-        self._read_s = read_s = self._cache.largest_expert_bytes / speed
-        self.threshold.update(
-            stats.decode_bytes, stats.prefetch_wasted_bytes, break_even(read_s, self._submit_s)
-        )
+    def _settle(self) -> None:
+        """Adapt threshold and depth to the link's speed and to what was wasted."""
+        stats, pace = self._cache.stats, self._pace
+        worth = break_even(pace.read_s, pace.submit_s)
+        self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, worth)
         self._set_depth()
 
     def _set_depth_limit(self) -> None:
@@ -358,21 +295,7 @@ class Prefetcher:
         A read that begins with its own window is late more often than not: others go before, and it waits for
         the disk as long as it reads.
         """
-        if self._order is not None and self._needs:
-            needs = sum(self._needs.values()) / len(self._needs)
-            window_bytes = self._window_s * self._bytes_per_s
-            depth = lookahead_depth(needs * self._cache.largest_expert_bytes, window_bytes)
+        needs = self._pace.mean_needs
+        if self._order is not None and needs is not None:
+            depth = lookahead_depth(needs * self._cache.largest_expert_bytes, self._pace.window_bytes)
             self._order.depth = min(self._most_depth, depth + 1)
-
-    def _rests(self, layer_idx: int) -> bool:
-        """Note what the layer needed; whether for long no layer needed what was not resident."""
-        needs = self._cache.needs_not_resident
-        new = needs - self._needs_seen if self._needs_seen >= 0 else 1
-        self._needs_seen = needs
-        before = self._needs.get(layer_idx)
-        self._needs[layer_idx] = new if before is None else before + SMOOTHING * (new - before)
-        if self._last_layer >= 0:
-            self._next_layer[self._last_layer] = layer_idx
-        self._last_layer = layer_idx
-        self._steps_without_need = 0 if new else self._steps_without_need + 1
-        return self._steps_without_need > REST_AFTER_STEPS

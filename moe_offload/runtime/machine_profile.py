@@ -16,7 +16,7 @@ from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.profile_store import GIVEN, MEASURED_NOW, TUNED_MACHINE, TUNED_MODEL, ProfileInUse
-from moe_offload.residency.prefetch import DISK_RATE, LINK_RATE
+from moe_offload.residency.prefetch_pace import DISK_RATE, LINK_RATE
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 
