@@ -85,14 +85,18 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-dense", action="store_true", help="accept a model without experts")
 
 
+def _add_caps(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_path(parser)
     group = parser.add_argument_group("memory and speed (none of these changes a token)")
     group.add_argument(
         "--ram", default="auto", metavar="SIZE", help="memory for everything: 2GiB, 500MB, auto"
     )
-    group.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
-    group.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    _add_caps(group)
     group.add_argument(
         "--policy",
         metavar="NAME",
@@ -215,8 +219,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", default="auto", metavar="SIZE", help="the budget to choose for: 2GiB, 500MB, auto"
     )
-    parser.add_argument("--experts", metavar="N|P%|all", help="cap on experts in memory")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="key/value cache; default 4096 or less")
+    _add_caps(parser)
     parser.add_argument(
         "--device",
         metavar="NAME",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_hybrid import loaded
-from toy_models import save_toy_model
+from toy_models import decode, save_toy_model
 
 from moe_offload.header_costs import dense_sizes
 from moe_offload.planning.dense_placement import DenseCosts, DenseSizes, place_dense
@@ -19,20 +19,6 @@ from moe_offload.planning.placement import plan_device
 from moe_offload.storage.checkpoint import open_checkpoint
 
 DENSE = "dense=on"
-
-
-def decode(model: Any, ids: torch.Tensor, num_prompt_tokens: int, cache: Any = None) -> torch.Tensor:
-    """The logits of every token after the prompt, one forward each."""
-    logits = []
-    with torch.no_grad():
-        for start, end in [
-            (0, num_prompt_tokens),
-            *((i, i + 1) for i in range(num_prompt_tokens, len(ids[0]))),
-        ]:
-            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits[0, -1])
-    return torch.stack(logits)
 
 
 def on_device(model: Any) -> Any:

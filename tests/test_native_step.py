@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy_models
 from toy_models import plain_model, save_model, save_toy_model
 from transformers import CONFIG_MAPPING
 
@@ -259,16 +260,7 @@ TRAITS = {
 
 def decode(model, ids, num_prompt_tokens):
     """Logits of ``ids`` after the prompt, one forward each."""
-    cache, logits = None, []
-    with torch.no_grad():
-        for start, end in [
-            (0, num_prompt_tokens),
-            *((i, i + 1) for i in range(num_prompt_tokens, len(ids[0]))),
-        ]:
-            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits[0, -1])
-    return torch.stack(logits[1:])
+    return toy_models.decode(model, ids, num_prompt_tokens)[1:]
 
 
 def load(path, **options):

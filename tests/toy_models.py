@@ -169,3 +169,17 @@ def experts_by_layer(model: Any) -> dict[int, Any]:
 def plain_model(folder: Path, **kwargs: Any) -> Any:
     """Load with plain transformers, expert by expert, the oracle."""
     return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", **kwargs).eval()
+
+
+def decode(model: Any, ids: torch.Tensor, num_prompt_tokens: int, cache: Any = None) -> torch.Tensor:
+    """The logits of every token after the prompt, one forward each."""
+    logits = []
+    with torch.no_grad():
+        for start, end in [
+            (0, num_prompt_tokens),
+            *((i, i + 1) for i in range(num_prompt_tokens, len(ids[0]))),
+        ]:
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[0, -1])
+    return torch.stack(logits)
