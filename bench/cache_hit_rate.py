@@ -30,10 +30,11 @@ from hit_rate_report import print_tables, write_files
 from starts import print_starts, start_rates
 from trace_statistics import segment_cache_hit_rates, segment_routing
 
-from moe_offload.config import PoolPlan, parse_bytes
+from moe_offload.config import parse_bytes
 from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import ORACLES, POLICIES, make_policy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.replay import layer_pools, replay
 from moe_offload.replay_layers import replay_layers, scorer_of
 from moe_offload.stats import OffloadStats

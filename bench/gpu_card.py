@@ -150,7 +150,7 @@ def bits(device: Any, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     from test_device_launches import OnDevice
     from test_expert_ops import Layer
 
-    from moe_offload.ops import ActivationKind
+    from moe_offload.expert_ops import ActivationKind
     from moe_offload.storage.expert_format import RowOrder
 
     for name in FORMATS:

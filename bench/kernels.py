@@ -26,6 +26,7 @@ import torch
 from card import commit, cpu_name
 
 from moe_offload import _native, ops
+from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel
 from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixFormat, RowOrder, row_bytes
 
 COLS = 2048
@@ -152,8 +153,8 @@ def experts_bytes_per_s(ggml_type: GgmlType, memory: Memory) -> float | None:
     """Return bytes of weights per second of one fused call: 8 experts, one token."""
     matrices = (MatrixFormat(ggml_type, 2 * UNITS, COLS), MatrixFormat(ggml_type, COLS, UNITS))
     gate_up_bytes, down_bytes = (m.rows * row_bytes(m.ggml_type, m.cols) for m in matrices)
-    kernel = ops.ExpertKernel(
-        ExpertLayout(0, NUM_EXPERTS, RowOrder.GATE_UP, matrices), ops.Activation(ops.ActivationKind.SILU)
+    kernel = ExpertKernel(
+        ExpertLayout(0, NUM_EXPERTS, RowOrder.GATE_UP, matrices), Activation(ActivationKind.SILU)
     )
     weights = memory.take(NUM_EXPERTS * (gate_up_bytes + down_bytes))
     first = weights.data_ptr() + np.arange(NUM_EXPERTS, dtype=np.uint64) * (gate_up_bytes + down_bytes)

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from card import commit, cpu_name
 
-from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy, LruPolicy, make_policy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.policies.horizon import RATES, HorizonFit
 from moe_offload.replay import Event, ReplayPool
 from moe_offload.stats import OffloadStats

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_offload.cli_session import import_libraries
-from moe_offload.config import DEMO_MODEL, DeviceChoice, DevicePlan, RuntimeConfig, parse_device
+from moe_offload.config import DEMO_MODEL, DeviceChoice, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import element_bytes
+from moe_offload.planning.plans import DevicePlan
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile

@@ -11,13 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
-from moe_offload.config import (
-    DEFAULT_CONTEXT_TOKENS,
-    MIB,
-    PlacementPlan,
-    RuntimeConfig,
-    resolve_expert_cap,
-)
+from moe_offload.config import DEFAULT_CONTEXT_TOKENS, MIB, RuntimeConfig, resolve_expert_cap
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.planning.cost_model import (
     TokenBytes,
@@ -33,6 +27,7 @@ from moe_offload.planning.cost_model import (
 from moe_offload.planning.dense_placement import DenseSizes
 from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
 from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes, with_staging
+from moe_offload.planning.plans import PlacementPlan
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.dense_tensor import TensorInfo

@@ -19,6 +19,7 @@ from moe_offload import ops
 from moe_offload._native import Device
 from moe_offload.errors import ConfigError
 from moe_offload.expert_bench import ExpertBench, median_of, work_in_background
+from moe_offload.expert_ops import Activation, ExpertKernel
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import Curve, ExpertTime, Figure
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType
@@ -43,7 +44,7 @@ class _OnDevice:
 
     def __init__(self, device: Device, bench: ExpertBench, layout: ExpertLayout) -> None:
         self.device, self.bench, self.layout = device, bench, layout
-        self.kernel = ops.ExpertKernel(layout, ops.Activation())
+        self.kernel = ExpertKernel(layout, Activation())
         self.native = device.make_kernel(self.kernel.native)
         layouts = bench.checkpoint.experts.layouts
         count = min(MOST_EXPERTS, device.num_bytes // bench.slot_bytes, bench.num_slots)

@@ -15,11 +15,12 @@ from itertools import cycle
 import numpy as np
 import torch
 
-from moe_offload import ops
-from moe_offload.config import PREFILL_CHUNK_TOKENS, PoolPlan, RuntimeConfig
+from moe_offload.config import PREFILL_CHUNK_TOKENS, RuntimeConfig
 from moe_offload.expert_bench import ExpertBench
+from moe_offload.expert_ops import Activation, ExpertKernel
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.placement import staging_slots
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import value_at
 from moe_offload.planning.roofline import Curve
 from moe_offload.residency.expert_cache import ExpertCache
@@ -55,7 +56,7 @@ class LayerExperts:
             OffloadStats(),
             top_k=self.top_k,
         )
-        self.kernel = ops.ExpertKernel(self.layout, ops.Activation())
+        self.kernel = ExpertKernel(self.layout, Activation())
         self._by_last_use = list(range(num_experts))
         for first in range(0, num_experts, self.top_k):
             self._serve(list(range(first, min(first + self.top_k, num_experts))))

@@ -25,6 +25,7 @@ from moe_offload.expert_bench import (
     timed,
     work_in_background,
 )
+from moe_offload.expert_ops import Activation, ExpertKernel
 from moe_offload.measure import COLS, main_format
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import thread_counts
@@ -225,7 +226,7 @@ def expert_times(bench: ExpertBench, budget: TimeBudget, *, busy: bool) -> list[
 def _expert_curve(
     bench: ExpertBench, layout: ExpertLayout, counts: Sequence[int], shares: Iterator[TimeBudget], busy: bool
 ) -> Curve:
-    kernel = ops.ExpertKernel(layout, ops.Activation())
+    kernel = ExpertKernel(layout, Activation())
     resident = bench.load(layout, bench.num_slots - (READ_DEPTH if busy else 0))
     turn = 0
     points = []

@@ -12,14 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moe_offload.config import (
-    PREFILL_CHUNK_TOKENS,
-    DeviceChoice,
-    DevicePlan,
-    PlacementPlan,
-    PoolPlan,
-    RuntimeConfig,
-)
+from moe_offload.config import PREFILL_CHUNK_TOKENS, DeviceChoice, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError
 from moe_offload.header_costs import (
     Process,
@@ -33,6 +26,7 @@ from moe_offload.header_costs import (
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram_bytes
+from moe_offload.planning.plans import DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
 from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Speed, decode_speed
 from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks

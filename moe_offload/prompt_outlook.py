@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_offload.config import ModelSpec, PoolPlan
+from moe_offload.config import ModelSpec
 from moe_offload.header_costs import head_bytes, prompt_weights
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_used
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, PromptWork, chunk_sizes
 from moe_offload.replay import Event, events, replay_events
 from moe_offload.stats import OffloadStats

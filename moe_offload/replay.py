@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.config import DECODE_STEP_MAX_TOKENS, PoolPlan
+from moe_offload.config import DECODE_STEP_MAX_TOKENS
 from moe_offload.errors import CheckpointError
 from moe_offload.planning.eviction import EvictionPolicy, make_policy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.trace import RoutingTrace

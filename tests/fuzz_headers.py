@@ -29,7 +29,8 @@ from gguf_writer import gguf_bytes, key, tensor
 
 from moe_offload import CheckpointError
 from moe_offload.storage.checkpoint import open_checkpoint
-from moe_offload.storage.gguf import GgufArray, read_gguf
+from moe_offload.storage.gguf import GgufArray
+from moe_offload.storage.gguf_parts import read_gguf
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 255, 256, 65535]
 NUMBERS += [1 << bit for bit in (20, 30, 31, 32, 40, 60, 63)]

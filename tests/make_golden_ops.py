@@ -12,7 +12,7 @@ import numpy as np
 import reference
 from op_cases import activations, packed_weight
 
-from moe_offload.ops import ActivationKind
+from moe_offload.expert_ops import ActivationKind
 from moe_offload.storage.expert_format import BLOCK_SIZES, FLOAT_TYPES, GgmlType
 
 GOLDEN = Path(__file__).parent / "golden" / "ops.npz"

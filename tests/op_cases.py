@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from reference import SCALE_PLACES
 from torch import Tensor
 
-from moe_offload.ops import ActivationKind
+from moe_offload.expert_ops import ActivationKind
 from moe_offload.storage.expert_format import (
     BLOCK_SIZES,
     FLOAT_TYPES,

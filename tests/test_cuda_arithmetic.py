@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from op_cases import activations, packed_weight
 
 from moe_offload import ops
-from moe_offload.ops import Activation, ActivationKind
+from moe_offload.expert_ops import Activation, ActivationKind
 from moe_offload.storage.expert_format import GgmlType
 
 ROOT = Path(__file__).parents[1]

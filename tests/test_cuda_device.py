@@ -70,7 +70,7 @@ def test_rows_have_the_cpus_bits(device: _native.Device, case: ExpertCase, num_t
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 9, 33, 200], ids=lambda n: f"{n}tokens")
 def test_real_sizes_have_the_cpus_bits(ggml_type: GgmlType, num_tokens: int) -> None:
     """Rows and columns of Qwen3-30B-A3B's experts, tiles of every kind."""
-    from moe_offload.ops import ActivationKind
+    from moe_offload.expert_ops import ActivationKind
     from moe_offload.storage.expert_format import RowOrder
 
     case = ExpertCase("real", RowOrder.SPLIT, (ggml_type,) * 3, ActivationKind.SILU, 2048, 768)

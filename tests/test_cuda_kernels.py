@@ -17,7 +17,7 @@ from op_helpers import assert_same_bits
 from reference import activate
 
 from moe_offload import ops
-from moe_offload.ops import Activation, ActivationKind
+from moe_offload.expert_ops import Activation, ActivationKind
 from moe_offload.storage.expert_format import FAST_TYPES, FLOAT_TYPES, GgmlType, OwnType, RowOrder, WeightType
 
 PACKED = sorted(FAST_TYPES - FLOAT_TYPES)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_disk import ARENA_ADDRESS, SimulatedDisk
 
-from moe_offload.config import DeviceChoice, ModelSpec, PoolPlan, parse_device
+from moe_offload.config import DeviceChoice, ModelSpec, parse_device
 from moe_offload.errors import BudgetError
 from moe_offload.planning.admission import SecondMiss, most_under_way
 from moe_offload.planning.correction import MOST_CORRECTION, RunningCorrection
@@ -17,6 +17,7 @@ from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
 from moe_offload.planning.impact import by_impact
 from moe_offload.planning.placement import plan_device
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prefetch_plan import Guess, plan_reads
 from moe_offload.planning.scheduler import SCHEDULERS, LayerWork, finish_s
 from moe_offload.planning.token_moves import TokenMoves, moves_of, savings_of

@@ -12,9 +12,9 @@ from op_helpers import assert_as_accurate_as, assert_same_bits, restore_isa_and_
 from torch import Tensor
 from torch.nn import functional
 
-from moe_offload import _native, ops
+from moe_offload import _native, expert_ops, ops
 from moe_offload.errors import ConfigError
-from moe_offload.ops import Activation, ActivationKind, ExpertKernel
+from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel
 from moe_offload.storage.expert_format import FLOAT_TYPES, ExpertLayout, GgmlType, MatrixFormat, RowOrder
 
 ISAS = _native.available_isas()
@@ -148,7 +148,7 @@ def test_sum_has_the_bits_of_rows_and_weighted_sum(num_tokens: int) -> None:
     weights = torch.from_numpy(np.random.default_rng(26).uniform(0, 1, len(arguments[-1])).astype(np.float32))
     expected = activations(num_tokens, 256, seed=27)
     out = expected.clone()
-    ops.weighted_sum(expected, layer.kernel().rows(*arguments), arguments[-1], weights)
+    expert_ops.weighted_sum(expected, layer.kernel().rows(*arguments), arguments[-1], weights)
     for isa in ISAS:
         _native.force_isa(isa)
         actual = out.clone()
@@ -162,11 +162,11 @@ def test_a_float_expert_is_as_accurate_as_pytorch(case: ExpertCase) -> None:
     hidden = activations(6, case.hidden_size, seed=22)
     weights = [torch.from_numpy(m) for m in layer.memory[1]]
     biases = [None if b is None else b[1] for b in (layer.gate_up_bias, layer.down_bias)]
-    exact = ops.expert_reference(hidden, weights, layer.layout, layer.activation, *biases)
+    exact = expert_ops.expert_reference(hidden, weights, layer.layout, layer.activation, *biases)
     *gate_up, down = [ops.dequantize(w, m).float() for w, m in zip(weights, layer.matrices, strict=True)]
     both = functional.linear(hidden, torch.cat(gate_up), biases[0])
     gate, up = (both[:, ::2], both[:, 1::2]) if case.row_order is RowOrder.INTERLEAVED else both.chunk(2, -1)
-    plain = functional.linear(ops.activate_reference(layer.activation, gate, up), down, biases[1])
+    plain = functional.linear(expert_ops.activate_reference(layer.activation, gate, up), down, biases[1])
     assert_as_accurate_as(layer.rows(hidden, {1: list(range(6))}), plain, exact)
 
 
@@ -191,7 +191,9 @@ def test_a_layer_of_experts_is_close_to_a_naive_float64_one() -> None:
     pairs = [(t, e) for e, tokens in tokens_of.items() for t in tokens]
     weights = torch.tensor([float(top_k_weights[t, list(top_k_index[t]).index(e)]) for t, e in pairs])
     out = torch.zeros(5, 24)
-    ops.weighted_sum(out, layer.rows(hidden, tokens_of), np.array([t for t, _ in pairs], np.int32), weights)
+    expert_ops.weighted_sum(
+        out, layer.rows(hidden, tokens_of), np.array([t for t, _ in pairs], np.int32), weights
+    )
     np.testing.assert_allclose(out.numpy(), exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
@@ -200,8 +202,8 @@ def test_an_activation_is_as_accurate_as_pytorchs(kind: ActivationKind) -> None:
     """An identity expert: one column, weights 1, so that what comes out is the activation."""
     gate = torch.linspace(-30, 30, 4001)
     up = torch.linspace(-1, 3, 4001)
-    expected = ops.activate_reference(Activation(kind), gate.double(), up.double())
-    plain = ops.activate_reference(Activation(kind), gate, up)
+    expected = expert_ops.activate_reference(Activation(kind), gate.double(), up.double())
+    plain = expert_ops.activate_reference(Activation(kind), gate, up)
     actual = activate(kind, gate, up)
     assert_same_bits(actual, oracle_of_activate(kind, gate, up))
     near = gate.abs() < 3

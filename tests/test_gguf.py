@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_offload import CheckpointError
 from moe_offload.storage.expert_format import GgmlType, Span
-from moe_offload.storage.gguf import read_gguf
+from moe_offload.storage.gguf_parts import read_gguf
 
 F32, Q4_0 = 0, 2
 

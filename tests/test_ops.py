@@ -14,7 +14,7 @@ from op_helpers import assert_as_accurate_as, assert_same_bits, restore_isa_and_
 from torch import Tensor
 from torch.nn import functional
 
-from moe_offload import _native, ops
+from moe_offload import _native, expert_ops, ops
 from moe_offload.errors import ConfigError
 from moe_offload.storage.expert_format import BLOCK_SIZES, FLOAT_TYPES, GgmlType
 
@@ -223,11 +223,11 @@ def test_weighted_sum_adds_pairs_in_order_without_fma(pairs: int) -> None:
     tokens = rng.integers(0, 5, pairs).astype(np.int32)
     weights = torch.from_numpy(rng.uniform(0, 1, pairs).astype(np.float32))
     expected = out.clone()
-    ops.weighted_sum_reference(expected, rows, tokens, weights)
+    expert_ops.weighted_sum_reference(expected, rows, tokens, weights)
     for isa in ISAS:
         _native.force_isa(isa)
         actual = out.clone()
-        ops.weighted_sum(actual, rows, tokens, weights)
+        expert_ops.weighted_sum(actual, rows, tokens, weights)
         assert_same_bits(actual, expected)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_disk import make_layouts
 
-from moe_offload.config import GIB, MIB, ModelSpec, PlacementPlan, PoolPlan, parse_bytes
+from moe_offload.config import GIB, MIB, ModelSpec, parse_bytes
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import activation_bytes, attention_bytes, kv_bytes
 from moe_offload.planning.placement import (
@@ -22,6 +22,7 @@ from moe_offload.planning.placement import (
     staging_slots,
     with_staging,
 )
+from moe_offload.planning.plans import PlacementPlan, PoolPlan
 from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixFormat, RowOrder
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 
 import moe_offload
-from moe_offload.config import PoolPlan
 from moe_offload.errors import CheckpointError
 from moe_offload.planning.eviction import ORACLES, POLICIES, LruPolicy, make_policy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.replay import events, foresee, layer_pools, replay
 from moe_offload.replay_layers import replay_layers, scorer_of
 from moe_offload.residency.expert_cache import ExpertCache

@@ -11,8 +11,8 @@ import pytest
 from gguf_writer import write_vocabulary
 
 from moe_offload import CheckpointError
-from moe_offload.storage.gguf import read_gguf
 from moe_offload.storage.gguf_config import gguf_generation_config
+from moe_offload.storage.gguf_parts import read_gguf
 from moe_offload.storage.split_rules import SPLIT_RULES
 from moe_offload.storage.tokenizer import load_tokenizer
 

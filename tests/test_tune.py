@@ -25,9 +25,10 @@ from moe_offload import (
     tune_profile,
     tune_tiers,
 )  # fmt: skip
-from moe_offload.config import DEMO_MODEL, MIB, PoolPlan
+from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS, Choice
 from moe_offload.profile_schema import Curve, Figure

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_offload.config import DensePlan, gib
+from moe_offload.config import gib
+from moe_offload.planning.plans import DensePlan
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_offload.config import (
-    GIB,
-    STAGING_PER_TOP_K,
-    DensePlan,
-    DevicePlan,
-    ModelSpec,
-    PlacementPlan,
-    PoolPlan,
-    gib,
-)
+from moe_offload.config import GIB, STAGING_PER_TOP_K, ModelSpec, gib
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import (
     device_workspace_bytes,
@@ -27,6 +18,7 @@ from moe_offload.planning.cost_model import (
     scale_copies_bytes,
     state_bytes,
 )
+from moe_offload.planning.plans import DensePlan, DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.storage.expert_format import ExpertLayout
 
 

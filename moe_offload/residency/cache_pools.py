@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.residency.route_log import RouteLog
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
 from moe_offload.residency.slot_pool import SlotPool

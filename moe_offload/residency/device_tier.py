@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from moe_offload.config import DevicePlan
 from moe_offload.errors import DeviceError
 from moe_offload.planning.admission import SecondMiss, most_under_way
 from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.plans import DevicePlan
 from moe_offload.residency.accelerator import Device, DeviceFault
 from moe_offload.residency.device_source import DeviceSource
 from moe_offload.residency.expert_cache import ExpertCache

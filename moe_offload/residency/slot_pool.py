@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
 from moe_offload.residency.slot_reads import SlotReads
 from moe_offload.stats import OffloadStats

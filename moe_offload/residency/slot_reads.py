@@ -13,9 +13,9 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.config import PoolPlan
 from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout

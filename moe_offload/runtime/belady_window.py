@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from moe_offload.config import PoolPlan
 from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.plans import PoolPlan
 from moe_offload.replay import Event, replay_events
 from moe_offload.residency.expert_cache import ExpertCache
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moe_offload._native import Device, DeviceKernel
-from moe_offload.ops import ExpertKernel
+from moe_offload.expert_ops import ExpertKernel
 from moe_offload.planning.expert_costs import MeasuredCosts
 from moe_offload.residency.accelerator import wait_copy, wait_launch
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from moe_offload._native import DecodeStep, DenseStep
-from moe_offload.config import DensePlan
 from moe_offload.errors import DeviceError
 from moe_offload.planning.cost_model import aligned
+from moe_offload.planning.plans import DensePlan
 from moe_offload.residency.accelerator import Device, DeviceFault, wait_copy
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import DescribedLayer, LinearTuple, NativeDecoder

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from moe_offload.config import DensePlan, DevicePlan, PoolPlan, RuntimeConfig, gib
+from moe_offload.config import RuntimeConfig, gib
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import dense_sizes, resolve_context
 from moe_offload.planning.correction import RunningCorrection
@@ -16,6 +16,7 @@ from moe_offload.planning.dense_placement import no_dense, place_dense
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.placement import plan_device, with_staging
+from moe_offload.planning.plans import DensePlan, DevicePlan, PoolPlan
 from moe_offload.residency.accelerator import Device, memory_of, open_device
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
 from moe_offload.errors import CheckpointError
-from moe_offload.ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
+from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.hybrid import HybridLayer

@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_offload._native import DeviceInputs, DeviceKernel
 from moe_offload.errors import DeviceError
-from moe_offload.ops import ExpertKernel
+from moe_offload.expert_ops import ExpertKernel
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.impact import by_impact

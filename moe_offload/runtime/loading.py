@@ -12,11 +12,12 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from moe_offload.config import MIB, DevicePlan, PlacementPlan, RuntimeConfig
+from moe_offload.config import MIB, RuntimeConfig
 from moe_offload.errors import CheckpointError
 from moe_offload.planning.cost_model import state_tokens
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.plans import DevicePlan, PlacementPlan
 from moe_offload.planning.prediction import Predictor
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
@@ -24,6 +25,7 @@ from moe_offload.residency.memory import MemoryGuard, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import machine_profile, skeleton
 from moe_offload.runtime.context_room import ContextRoom
+from moe_offload.runtime.dense_loading import load_dense
 from moe_offload.runtime.device_setup import attach_device
 from moe_offload.runtime.executor import ExpertExecutor, make_kernel
 from moe_offload.runtime.footprint import release_weights, trim_heap
@@ -68,7 +70,7 @@ def load(
     arena = Arena(max(plan.expert_bytes, 4096))
     try:
         store = ExpertStore(checkpoint.experts, checkpoint.files, reader)
-        skeleton.load_dense(model, checkpoint, store, progress)
+        load_dense(model, checkpoint, store, progress)
         skeleton.apply_generation_config(model, checkpoint)
         cache = ExpertCache(
             plan.pools,

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_offload import ops, profile_store
-from moe_offload.config import MIB, DeviceChoice, PlacementPlan, RuntimeConfig
+from moe_offload.config import MIB, DeviceChoice, RuntimeConfig
 from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError
 from moe_offload.header_costs import bytes_per_token
 from moe_offload.measure import WEIGHTS_BYTES, measure_machine
 from moe_offload.planning.correction import RunningCorrection
+from moe_offload.planning.plans import PlacementPlan
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.profile_store import GIVEN, MEASURED_NOW, TUNED_MACHINE, TUNED_MODEL, ProfileInUse

@@ -16,17 +16,11 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload import ops
-from moe_offload.config import (
-    DEMO_MODEL,
-    DevicePlan,
-    PlacementPlan,
-    RuntimeConfig,
-    parse_bytes,
-    parse_device,
-)
+from moe_offload.config import DEMO_MODEL, RuntimeConfig, parse_bytes, parse_device
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import Process, place
 from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.plans import DevicePlan, PlacementPlan
 from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.residency.accelerator import check_device
 from moe_offload.residency.memory import auto_ram_bytes

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from moe_offload._native import DecodeStep
-from moe_offload.config import DensePlan
 from moe_offload.errors import DeviceError
+from moe_offload.planning.plans import DensePlan
 from moe_offload.residency.accelerator import Device
 from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.device_dense import DeviceDense

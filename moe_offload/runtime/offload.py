@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec, PlacementPlan
+from moe_offload.config import DECODE_STEP_MAX_TOKENS, ModelSpec
 from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
+from moe_offload.planning.plans import PlacementPlan
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes

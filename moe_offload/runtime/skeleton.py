@@ -1,14 +1,10 @@
-"""A transformers model without its experts: built on meta, dense tensors read into owned memory.
+"""A transformers model without its experts, built on meta; dense_loading.py reads its dense tensors.
 
-All private calls into transformers live in this file (tested with 5.23; setup.py states the range).
-No file is memory-mapped: a truncated file must be an error, not a SIGBUS, and a mapping's pages
-would fight for the budget.
+These two files hold all private calls into transformers (tested with 5.23; setup.py states the range).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +15,14 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Generation
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload.errors import CheckpointError, ConfigError
-from moe_offload.runtime.dense_tensors import TORCH_DTYPES, read_float, read_packed
+from moe_offload.runtime.dense_tensors import TORCH_DTYPES
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear, ScaledQuantEmbedding
 from moe_offload.runtime.routers import router_in
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import WeightType
-from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.families import ANY_NAMES, find_family
 
 EXPERTS_IMPLEMENTATION = "moe_offload"
@@ -40,8 +34,6 @@ KNOWN_EXPERT_SOURCES = {("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), 
 EXPERT_MATRICES = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
 
 MEASURED_TOKENS = 5
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def build_skeleton(
@@ -238,72 +230,6 @@ def _packed_module(module: nn.Module, ggml_type: WeightType, dtype: torch.dtype)
     return None
 
 
-def load_dense(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    store: ExpertStore,
-    progress: Progress | None = None,
-) -> None:
-    """Read every dense tensor and hand them to transformers' own loader as a state dict.
-
-    Raises:
-        CheckpointError: a tensor of the model is missing in the checkpoint, or has another shape.
-    """
-    dtype = model.config.dtype
-    state_dict = dict(_read_all(model, checkpoint, store, dtype, progress))
-    load_config = LoadStateDictConfig(
-        pretrained_model_name_or_path=str(checkpoint.path),
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model) if checkpoint.source == "safetensors" else [],
-    )
-    with _quiet_transformers():
-        report, _ = model._load_pretrained_model(model, state_dict, None, load_config)
-        for name, found, wanted in report.mismatched_keys:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {tuple(found)}, the configuration wants "
-                f"{tuple(wanted)}"
-            )
-        missing = sorted(set(report.missing_keys) - tied_weight_names(model))
-        if missing:
-            raise CheckpointError(
-                f"{checkpoint.path}: {len(missing)} tensors of the model are missing, "
-                f"the first is {missing[0]}"
-            )
-        model._finalize_model_loading(model, load_config, report)
-    model.eval()
-    model.requires_grad_(False)
-
-
-def tied_weight_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that share another one's memory and so may be absent from the file."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    return set(model.all_tied_weights_keys)
-
-
-def _read_all(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    store: ExpertStore,
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> Iterator[tuple[str, Tensor]]:
-    packed = {
-        name for name, module in model.named_modules() if isinstance(module, (QuantLinear, QuantEmbedding))
-    }
-    total_bytes, done_bytes = checkpoint.dense_bytes, 0
-    for name, info in checkpoint.dense.items():
-        if info.packed or (name.rpartition(".")[0] in packed and name.endswith(".weight")):
-            tensor = read_packed(info, store)
-        else:
-            tensor = read_float(info, store, dtype)
-        done_bytes += info.span.num_bytes
-        if progress is not None:
-            progress(done_bytes, total_bytes)
-        yield name, tensor
-
-
 def apply_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Set the checkpoint's own generation defaults; compilation is off (experts are not traceable)."""
     if checkpoint.generation_config is not None:
@@ -313,21 +239,6 @@ def apply_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> N
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{checkpoint.path}: generation_config cannot be used: {error}") from error
     model.generation_config.disable_compile = True
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bar and report: ours names what matters."""
-    verbosity = transformers_logging.get_verbosity()
-    bar_was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar_was_on:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_ends(checkpoint: Checkpoint) -> None:

@@ -17,8 +17,9 @@ from moe_offload.errors import CheckpointError
 from moe_offload.storage.dense_tensor import TensorInfo
 from moe_offload.storage.expert_format import ExpertIndex, WeightType
 from moe_offload.storage.families import find_family
-from moe_offload.storage.gguf import GgufHeader, read_gguf
+from moe_offload.storage.gguf import GgufHeader
 from moe_offload.storage.gguf_config import find_architecture, gguf_config, gguf_generation_config
+from moe_offload.storage.gguf_parts import read_gguf
 from moe_offload.storage.gguf_tensors import map_tensors
 from moe_offload.storage.header_reader import read_json_object
 from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config

@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_offload.config import gib
 from moe_offload.errors import CheckpointError, ConfigError
-from moe_offload.storage.gguf import SPLIT_NAME
+from moe_offload.storage.gguf_parts import SPLIT_NAME
 from moe_offload.storage.model_files import RepoName, choose_models, hub_cache, parse_repo_name
 
 RESERVE_BYTES = 1 << 30  # left free on the disk

@@ -1,13 +1,12 @@
 """GGUF headers: metadata and tensor table, every count checked against the file before it is used.
 
 Owns the format's rules (versions 2 and 3, little endian): magic, counts, key-value pairs, tensor
-table, then the aligned data section. Arrays stay in the file until somebody asks for them, so a
-vocabulary of 150k tokens costs one walk over its string lengths.
+table, then the aligned data section; gguf_parts.py joins the parts of a split file. Arrays stay in the
+file until somebody asks for them, so a vocabulary of 150k tokens costs one walk over its string lengths.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +37,6 @@ _OTHER_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
-SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<part>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,41 +104,6 @@ class GgufHeader:
         if values is None or any(type(item) is not kind for item in values):
             raise CheckpointError(f"{self.path}: metadata key {key!r} must be an array of {kind.__name__}")
         return values
-
-
-def read_gguf(path: Path) -> GgufHeader:
-    """Read the header at ``path``; given one part of a split file, read all of its parts.
-
-    Raises:
-        CheckpointError: the header is not as the format says, promises bytes the file lacks, or a
-            part is missing.
-    """
-    header = read_part(path)
-    count = _split_number(header, "split.count")
-    if count is None or count == 1:
-        return header
-    if path.is_symlink() and not _has_parts(path):
-        path = path.resolve()  # a link to one part: the others lie beside what it links to
-    match = SPLIT_NAME.fullmatch(path.name)
-    if match is None or int(match["count"]) != count:
-        raise CheckpointError(
-            f"{path}: is one of {count} parts, but its name does not end in -0000k-of-{count:05}.gguf; "
-            "give the parts their original names"
-        )
-    paths = [path.with_name(f"{match['prefix']}-{part + 1:05}-of-{count:05}.gguf") for part in range(count)]
-    missing = [part.name for part in paths if not part.exists()]
-    if missing:
-        shown = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-        raise CheckpointError(f"{path}: {len(missing)} of {count} parts are missing: {shown}; fetch them")
-    return _join_parts([read_part(part, file_id) for file_id, part in enumerate(paths)])
-
-
-def _has_parts(path: Path) -> bool:
-    match = SPLIT_NAME.fullmatch(path.name)
-    return match is not None and all(
-        path.with_name(f"{match['prefix']}-{part + 1:05}-of-{match['count']}.gguf").exists()
-        for part in range(int(match["count"]))
-    )
 
 
 def read_part(path: Path, file_id: int = 0) -> GgufHeader:
@@ -281,36 +244,3 @@ def _check_no_overlap(file: HeaderReader, tensors: Iterable[GgufTensor]) -> None
                 f"tensors {owner!r} and {tensor.name!r} overlap at byte {tensor.span.offset}; fetch it again"
             )
         end, owner = tensor.span.offset + tensor.span.num_bytes, tensor.name
-
-
-def _split_number(header: GgufHeader, key: str) -> int | None:
-    value = header.metadata.get(key)
-    if value is not None and (type(value) is not int or not 0 <= value <= 99_999):
-        raise CheckpointError(
-            f"{header.path}: metadata key {key!r} must be a part number, found {value!r:.80}"
-        )
-    return value
-
-
-def _join_parts(parts: list[GgufHeader]) -> GgufHeader:
-    tensors: dict[str, GgufTensor] = {}
-    for number, part in enumerate(parts):
-        found = _split_number(part, "split.no"), _split_number(part, "split.count")
-        if found != (number, len(parts)):
-            raise CheckpointError(
-                f"{part.path}: says that it is part {found[0]} (from 0) of {found[1]}, by its name it is "
-                f"part {number} of {len(parts)}; give the parts their original names"
-            )
-        for name, tensor in part.tensors.items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{part.path}: tensor {name!r} is also in {parts[tensors[name].span.file_id].path.name}"
-                )
-            tensors[name] = tensor
-    wanted = parts[0].metadata.get("split.tensors.count")
-    if type(wanted) is int and wanted != len(tensors):
-        raise CheckpointError(
-            f"{parts[0].path}: its parts hold {len(tensors)} tensors, split.tensors.count says {wanted}; "
-            "the parts are of different files: fetch them again"
-        )
-    return GgufHeader(tuple(part.path for part in parts), parts[0].metadata, tensors)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.gguf import MAGIC, SPLIT_NAME
+from moe_offload.storage.gguf import MAGIC
+from moe_offload.storage.gguf_parts import SPLIT_NAME
 from moe_offload.storage.header_reader import HeaderReader
 
 # org/name, then a revision (@v1), then which file of several: a part of its name (:Q4_K_M) or its path.

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.expert_format import ExpertIndex, Span, row_bytes
 from moe_offload.storage.expert_store import ExpertStore
-from moe_offload.storage.gguf import GgufHeader, read_gguf
+from moe_offload.storage.gguf import GgufHeader
+from moe_offload.storage.gguf_parts import read_gguf
 from moe_offload.storage.io import open_reader
 from moe_offload.storage.quantize_plan import QuantPlan, QuantTensor, SourceMatrix
 from moe_offload.storage.quantize_rules import float_values, quantize_rows

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moe_offload.config import DEMO_MODEL
 from moe_offload.errors import CheckpointError
 from moe_offload.storage.checkpoint import locate
-from moe_offload.storage.gguf import GgufHeader, read_gguf
+from moe_offload.storage.gguf import GgufHeader
+from moe_offload.storage.gguf_parts import read_gguf
 from moe_offload.storage.split_rules import SPLIT_RULES, WHOLE_PIECES_FIRST
 
 if TYPE_CHECKING:
