@@ -428,6 +428,26 @@ def test_residents_are_counted_when_all_layers_run_in_one_call(prefetch, monkeyp
     model.offload.close()
 
 
+@pytest.mark.parametrize("policy", ["horizon", "lru"])
+def test_runs_between_misses_leave_what_layer_by_layer_leaves(policy, monkeypatch):
+    """A cache of a few experts: counters, evictions, residents and the log do not tell the two ways apart."""
+    left = []
+    for way in ("in runs", "layer by layer"):
+        model = moe_offload.from_pretrained(
+            experts=8, context=64, prefetch=False, policy=policy, warm_start=False
+        )
+        if way == "layer by layer":
+            monkeypatch.setattr(model.offload.native_step, "_tables", lambda: None)
+        tokens = model.generate(PROMPT, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        stats, cache = model.offload.stats().as_dict(), model.offload.cache
+        cache.check()
+        names = ("hits", "misses", "evictions", "demand_bytes", "decode_steps")
+        left.append((tokens.tolist(), [stats[n] for n in names], cache.residents(), cache.log.events()))
+        model.offload.close()
+    assert left[0] == left[1]
+    assert left[0][1][1] and left[0][1][2], "nothing missed, or nothing had to leave"
+
+
 def test_experts_read_on_the_way_join_the_run():
     """Every expert has a slot and none was read yet: the run stops and goes on."""
     model = moe_offload.from_pretrained(ram="8GiB", experts="all", context=64, prefetch=False)

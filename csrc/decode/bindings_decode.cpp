@@ -142,9 +142,14 @@ int64_t run(DecodeStep& step, int64_t first, const KeyValueAddresses& keys_value
     return stopped;
 }
 
-py::list choices(const DecodeStep& step) {
+py::list choices(const DecodeStep& step, int64_t first, int64_t end) {
+    check(0 <= first && first <= end && end <= int64_t(step.choices().size()), "DecodeStep.choices",
+          "run() has not come to these layers");
     py::list list;
-    for (const Choice& choice : step.choices()) list.append(py::make_tuple(choice.ids, choice.weights));
+    for (int64_t layer = first; layer < end; ++layer) {
+        const Choice& choice = step.choices()[layer];
+        list.append(py::make_tuple(choice.ids, choice.weights));
+    }
     return list;
 }
 
@@ -222,7 +227,8 @@ void register_decode(py::module_& m) {
         .def("expert_rows", expert_rows, "Compute some of them")
         .def("add_expert_rows", add_expert_rows, "Add all of them, once computed")
         .def("run", run, "The layers from one on, up to one that chose what is not in memory")
-        .def("choices", choices, "What run() chose, by layer, (ids, weights)")
+        .def("choices", choices, py::arg("first"), py::arg("end"),
+             "What run() chose in some layers, (ids, weights)")
         .def("logits", logits, "The token's logits");
     py::class_<PromptStep>(m, "PromptStep", "Many tokens through the decoder of a DecodeStep")
         .def(py::init([](DecodeStep& step) { return std::make_unique<PromptStep>(step.decoder()); }),

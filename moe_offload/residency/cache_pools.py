@@ -179,12 +179,6 @@ class CachePools:
         """
         return self._pool_of[layer_idx].resident_table[layer_idx]
 
-    def resident_tables(self) -> dict[int, NDArray[np.uint64]] | None:
-        """Return ``resident_table`` of all layers; None where experts may have to leave again."""
-        if not all(pool.is_full_size for pool in self._pools):
-            return None
-        return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}
-
     def slot_tables(self) -> dict[int, NDArray[np.uint64]]:
         """Return ``resident_table`` of all layers, to see who has a slot: their first column is not 0."""
         return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}

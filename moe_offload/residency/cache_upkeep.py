@@ -91,7 +91,6 @@ class CacheUpkeep(CachePools):
                 pool.exclusive = exclusive
         if staging_per_top_k is None:
             return
-        self._tables = None
         self.finish_reads()
         for pool in self._pools:
             pool.staging_per_top_k = staging_per_top_k

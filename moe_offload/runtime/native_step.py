@@ -46,6 +46,7 @@ class NativeStep:
         self._step = self._decoder.step
         self._executors = [executors.get(i) for i in range(model.config.num_hidden_layers)]
         self._moe_executors = [executor for executor in self._executors if executor is not None]
+        self._table_addresses: list[int] | None = None  # of the layers' experts, 0 for a dense layer
         self._hybrid_run: HybridRun | None = None  # made when a device is first there
         self._needs_seen, self._tokens_without_need = -1, 0
         self._dtype = model.config.dtype
@@ -104,9 +105,8 @@ class NativeStep:
     def _tables(self) -> list[int] | None:
         """Return the addresses of the layers' expert tables, 0 for a dense layer.
 
-        None while experts may have to leave again, while a device computes some of them, while the routing
-        is recorded, or while there is something to prefetch: then Python decides between a layer's router
-        and its experts.
+        None while a device computes some of them, while the routing is recorded, or while there is something
+        to prefetch: then Python decides between a layer's router and its experts.
         """
         if not self._moe_executors:
             return [0] * len(self._executors)
@@ -115,15 +115,12 @@ class NativeStep:
             return None
         if first.on_route is not None or not self._prefetch_rests(first):
             return None
-        return self._table_addresses(first)
-
-    def _table_addresses(self, executor: ExpertExecutor) -> list[int] | None:
-        tables = executor.cache.resident_tables()
-        if tables is None:
-            return None
-        return [
-            0 if executor is None else tables[i].ctypes.data for i, executor in enumerate(self._executors)
-        ]
+        if self._table_addresses is None:
+            self._table_addresses = [
+                0 if executor is None else executor.cache.resident_table(i).ctypes.data
+                for i, executor in enumerate(self._executors)
+            ]
+        return self._table_addresses
 
     def _prefetch_rests(self, executor: ExpertExecutor) -> bool:
         """Whether no token has needed what was not resident for some tokens, or nothing prefetches."""
@@ -146,10 +143,6 @@ class NativeStep:
                 assert executor is not None, "only a layer with experts stops the run"
                 self._run_experts(executor)
                 layer_idx += 1
-                still = self._table_addresses(executor)  # memory may have been given back meanwhile
-                if still is None:
-                    return self._run_layers(cached, capacity, num_tokens, layer_idx)
-                tables = still
 
     def _may_share_in_runs(self) -> bool:
         """Whether a device computes some experts, and Python has nothing to do but decide who does."""
@@ -180,11 +173,11 @@ class NativeStep:
         """Tell cache and handle of layers that were computed in one go."""
         if not self._moe_executors:
             return
-        choices = self._step.choices()
-        for layer_idx in range(first, end):
+        choices = self._step.choices(first, end)
+        for layer_idx, choice in zip(range(first, end), choices, strict=True):
             executor = self._executors[layer_idx]
             if executor is not None:
-                executor.cache.used_residents(layer_idx, *choices[layer_idx])
+                executor.cache.used_residents(layer_idx, *choice)
                 executor.on_layer_done(layer_idx)
 
     def _run_layers(
