@@ -27,7 +27,8 @@ TESTS = {
         "test_ops.py", "test_expert_ops.py", "test_thread_pool.py", "test_gguf.py", "test_safetensors.py",
         "test_arena.py", "test_direct_read.py", "test_expert_store.py", "test_horizon.py", "test_op_grid.py",
         "test_native_step.py", "test_native_prompt.py", "test_scheduler.py", "test_emulated_device.py",
-        "test_device_launches.py", "test_packed_kv.py", "test_policies.py",
+        "test_device_launches.py", "test_packed_kv.py", "test_policies.py", "test_hybrid.py",
+        "test_device_dense.py",
     ),
     "thread": (
         "test_expert_cache.py", "test_direct_read.py", "test_expert_store.py", "test_eviction.py",
