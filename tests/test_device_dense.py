@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,45 @@ def test_every_family_has_the_cpus_bits(name: str, tmp_path: Path) -> None:
         used = plan.expert_bytes + plan.dense_bytes + plan.workspace_bytes
         assert used <= plan.vram_bytes and plan.dense_bytes > 0
         assert "3 dense layers" in plan.describe() or "4 dense layers" in plan.describe()
+
+
+def waits_of(model: Any) -> int:
+    """How often the host has waited for the device: for dense layers, and for rows that come home."""
+    hybrid = model.offload.hybrid
+    return int(on_device(model).native.num_waits + hybrid.tier.device.counters()["waits"])
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["in one native call", "layer by layer"])
+@pytest.mark.parametrize("scheduler", ["static_split", "on_demand"])
+def test_the_host_waits_for_the_device_once_a_layer(
+    scheduler: str, recorded: bool, toy: Path, alone: torch.Tensor
+) -> None:
+    """Also where device and CPU share a layer's experts, and where some are copied for it."""
+    ids, least = ids_of(40), plan_device_bytes(toy)
+    with loaded(f"{least},{DENSE}", path=toy, scheduler=scheduler, prefetch=False) as model:
+        hybrid, cache = model.offload.hybrid, model.offload.new_cache()
+        if recorded:
+            for executor in model.offload.native_step._moe_executors:
+                executor.on_route = lambda *_: None
+        assert torch.equal(decode(model, ids[:, :20], 5, cache), alone[:16])
+        before, tokens = waits_of(model), dataclasses.replace(hybrid.counters)
+        assert torch.equal(decode(model, ids[:, 20:], 1, cache), alone[16:])
+        shared = hybrid.counters.device_experts - tokens.device_experts
+        assert shared > 0 and hybrid.counters.stayed_s > 0
+        on_cpu = hybrid.counters.cpu_experts - tokens.cpu_experts
+        copied = hybrid.counters.copied_experts - tokens.copied_experts
+        assert (copied if scheduler == "on_demand" else on_cpu) > 0
+        assert waits_of(model) - before == 20 * (1 + 3 + 1), "a token's begin, three layers, the head"
+
+
+def plan_device_bytes(path: Path) -> int:
+    """Memory for all dense parts, and slots for some of the experts."""
+    checkpoint = open_checkpoint(path)
+    sizes = dense_sizes(checkpoint, 4, 256)
+    dense = place_dense(sizes, context_tokens=256, room_bytes=1 << 40)
+    plan = plan_device(checkpoint.spec, checkpoint.experts.layouts, vram_bytes=1 << 40, context_bytes=0)
+    slots = sum(pool.slot_bytes * 9 for pool in plan.pools)
+    return plan.workspace_bytes + dense.held_bytes + dense.workspace_bytes + slots
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +160,7 @@ def test_a_cache_may_go_on_anywhere(toy: Path, alone: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize(("after", "to_host"), [(0, False), (40, False), (3, True), (171, True)])
+@pytest.mark.parametrize(("after", "to_host"), [(0, False), (40, False), (3, True), (71, True)])
 def test_a_fault_costs_a_token_and_no_bit(
     lost: bool, after: int, to_host: bool, toy: Path, alone: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,7 +82,9 @@ struct CudaDense::Memory {
         token_value = token_key + row_bytes;
         result_bytes += 2 * row_bytes;
 
-        host_rows = host.take<float>(top_k * (s.hidden_size + 1));
+        host_weights = host.take<float>(top_k), host_sources = host.take<int32_t>(top_k);
+        host_rows = host.take<float>(top_k * s.hidden_size);
+        expert_rows = device.take<float>(top_k * s.hidden_size);
         query = device.take<float>(query_size);
         key = device.take<float>(kv_size), value = device.take<float>(kv_size);
         context = device.take<float>(query_size);
@@ -106,11 +108,11 @@ struct CudaDense::Memory {
     int64_t token_bytes, result_bytes, logits_bytes, max_ranges;
     std::byte *host_token, *host_result, *result;
     TokenState* token;
-    float *residual, *rotary, *normed, *weights, *host_rows, *query, *key, *value, *context, *product,
-        *scores;
+    float *residual, *rotary, *normed, *weights, *host_weights, *host_rows, *expert_rows, *query, *key,
+        *value, *context, *product, *scores;
     float *units_gate, *units_up, *intermediate, *one, *packed, *range_max, *range_sum, *range_parts, *logits;
     float* host_logits;
-    int32_t* ids;
+    int32_t *ids, *host_sources;
     uint8_t *token_key, *token_value;
     Tile* tiles;
 };
@@ -168,7 +170,14 @@ void CudaDense::make_tiles() {
 }
 
 void CudaDense::wait() {
+    ++num_waits_;
     must(cudaStreamSynchronize(stream_), kWhat);
+    experts_.are_done();
+    for (size_t i = 0; i < spans_used_; ++i) {
+        done_.experts += spans_[i].experts;
+        done_.seconds += spans_[i].end.seconds_since(spans_[i].begin);
+    }
+    spans_used_ = 0;
 }
 
 void CudaDense::begin(const float* residual, const float* cos, const float* sin, int64_t num_tokens) {
@@ -186,10 +195,28 @@ void CudaDense::begin(const float* residual, const float* cos, const float* sin,
     pending_ = Pending::kToken;
 }
 
-void CudaDense::add_rows(const float* rows, const float* weights, int64_t num_rows) {
+void CudaDense::rows(const DeviceKernel& device_kernel, const ExpertPairs& pairs, int64_t first_row) {
+    use();
+    const auto& kernel = static_cast<const CudaKernel&>(device_kernel);
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    if (spans_used_ == spans_.size()) spans_.emplace_back();
+    RowsSpan& span = spans_[spans_used_];
+    span.begin.record(stream_);
+    experts_.compute(kernel, quantized(memory_->normed, hidden_size, kernel.reads_packed()), pairs,
+                     memory_->expert_rows + first_row * hidden_size);
+    span.end.record(stream_);
+    span.experts = pairs.num_experts;
+    ++spans_used_;
+}
+
+void CudaDense::add_rows(const float* rows, const float* weights, const int32_t* sources, int64_t num_rows) {
     // Nobody reads the memory: attend() has waited since.
-    std::copy_n(weights, num_rows, memory_->host_rows);
-    std::copy_n(rows, num_rows * parts_.shape.hidden_size, memory_->host_rows + parts_.shape.max_top_k);
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    std::copy_n(weights, num_rows, memory_->host_weights);
+    std::copy_n(sources, num_rows, memory_->host_sources);
+    for (int64_t i = 0; i < num_rows; ++i)
+        if (sources[i] == kAtHome)
+            std::copy_n(rows + i * hidden_size, hidden_size, memory_->host_rows + i * hidden_size);
     pending_ = Pending::kRows, pending_rows_ = num_rows;
 }
 
@@ -197,8 +224,8 @@ void CudaDense::launch_pending() {
     const Memory& m = *memory_;
     if (pending_ == Pending::kToken) must(launch_fetch(m.token, m.host_token, m.token_bytes, stream_), kWhat);
     if (pending_ == Pending::kRows)
-        must(launch_add_rows({m.residual, m.host_rows + parts_.shape.max_top_k, m.host_rows, pending_rows_,
-                              parts_.shape.hidden_size},
+        must(launch_add_rows({m.residual, m.host_rows, m.host_weights, pending_rows_,
+                              parts_.shape.hidden_size, m.expert_rows, m.host_sources},
                              stream_),
              kWhat);
 }

@@ -3,10 +3,12 @@
 // MOE_OFFLOAD_CUDA_GRAPHS=off launches one by one, with the same bits.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <vector>
 
 #include "cuda/dense_kernels.h"
+#include "cuda/expert_rows.h"
 #include "cuda/runtime.h"
 #include "device/dense_step.h"
 
@@ -60,11 +62,16 @@ class CudaDense : public DenseStep {
 
     void begin(const float* residual, const float* cos, const float* sin, int64_t num_tokens) override;
     Attended attend(int64_t layer) override;
-    void add_rows(const float* rows, const float* weights, int64_t num_rows) override;
+    void rows(const DeviceKernel& kernel, const ExpertPairs& pairs, int64_t first_row) override;
+    void add_rows(const float* rows, const float* weights, const int32_t* sources, int64_t num_rows) override;
     void residual(float* out) override;
     void logits(float* out) override;
+    RowsDone take_rows_done() override { return std::exchange(done_, {}); }
+    int64_t num_waits() const override { return num_waits_; }
 
   private:
+    static constexpr int64_t kTableBytes = 64 << 10;  // of a layer's experts
+
     struct Memory;
     const Tile* tile_of(const uint8_t* weight, const float* bias, const uint8_t* up = nullptr,
                         const float* up_bias = nullptr);
@@ -85,7 +92,18 @@ class CudaDense : public DenseStep {
 
     const int device_;
     const DenseParts parts_;
+    // A call of rows() on the stream, timed there.
+    struct RowsSpan {
+        Event begin{cudaEventDefault}, end{cudaEventDefault};
+        int64_t experts = 0;
+    };
+
     Stream stream_;
+    ExpertRows experts_{stream_, kTableBytes};
+    std::deque<RowsSpan> spans_;  // the first spans_used_ have not been waited for
+    size_t spans_used_ = 0;
+    RowsDone done_;
+    int64_t num_waits_ = 0;
     std::unique_ptr<Memory> memory_;
     std::vector<Tile> tiles_;  // as they lie on the device
     std::vector<LayerTiles> layers_;

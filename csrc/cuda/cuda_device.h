@@ -6,30 +6,9 @@
 #pragma once
 
 #include "cuda/cuda_link.h"
-#include "cuda/kernels.h"
-#include "device/device.h"
+#include "cuda/expert_rows.h"
 
 namespace moe::cuda {
-
-// A layer's experts: formats, and biases on the device.
-struct CudaKernel : DeviceKernel {
-    explicit CudaKernel(const ExpertKernel& kernel) : of(kernel) {}
-    const ExpertKernel& of;
-    GrowingMemory biases;
-    const float* gate_up_bias = nullptr;  // (num_experts, 2 * intermediate_size)
-    const float* down_bias = nullptr;     // (num_experts, hidden_size)
-};
-
-// Rows of numbers on the device, and packed where packed weights read them.
-class PackedInputs {
-  public:
-    // The rows' memory; valid until the next call.
-    float* reserve(int64_t num_rows, int64_t cols) { return rows_.at_least<float>(num_rows * cols); }
-    Inputs inputs(int64_t num_rows, int64_t cols);
-
-  private:
-    GrowingMemory rows_, packed_;
-};
 
 // What an upload holds; lives in a pool, for steps come and go.
 struct UploadBuffer {
@@ -79,11 +58,9 @@ class CudaDevice : public Device {
     void close() override;
 
   private:
-    struct Tables;
     struct Buffers;
     void use() const;
     Inputs fetch(UploadBuffer& upload, bool packed);
-    Tables upload_tables(const CudaKernel& kernel, const ExpertPairs& pairs);
 
     const int index_;
     std::string name_;

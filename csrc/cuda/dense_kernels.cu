@@ -285,8 +285,12 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(const AddRowsLaunch 
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= launch.width) return;
     float sum = launch.residual[i];
-    for (int64_t p = 0; p < launch.num_rows; ++p)
-        sum = sum + launch.weights[p] * launch.rows[p * launch.width + i];
+    for (int64_t p = 0; p < launch.num_rows; ++p) {
+        const bool is_there = launch.sources && launch.sources[p] >= 0;
+        const float* row =
+            is_there ? launch.there + launch.sources[p] * launch.width : launch.rows + p * launch.width;
+        sum = sum + launch.weights[p] * row[i];
+    }
     launch.residual[i] = sum;
 }
 

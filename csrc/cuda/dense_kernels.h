@@ -61,11 +61,14 @@ struct ChooseLaunch {
     float* weights;  // (top_k,)
 };
 
-// residual += weights[p] * rows[p], p ascending. Rows and weights may be pinned memory of the host.
+// residual += weights[p] * row p, p ascending: rows[p], or there[sources[p]] where that is not negative.
+// All but `there` may be pinned memory of the host.
 struct AddRowsLaunch {
     float* residual;
     const float *rows, *weights;
     int64_t num_rows, width;
+    const float* there = nullptr;
+    const int32_t* sources = nullptr;  // null: all are rows[p]
 };
 
 constexpr int64_t kMostTopK = 64;

@@ -127,6 +127,11 @@ void expert_rows(DecodeStep& step, int64_t layer, const std::vector<int32_t>& po
     without_gil([&] { step.expert_rows(layer, positions, addresses.data()); });
 }
 
+void device_rows(DecodeStep& step, const DeviceKernel& kernel, const std::vector<int32_t>& positions,
+                 const Addresses& addresses) {
+    without_gil([&] { step.device_rows(kernel, positions, addresses.data()); });
+}
+
 void add_expert_rows(DecodeStep& step, int64_t layer) {
     without_gil([&] { step.add_expert_rows(layer); });
 }
@@ -203,7 +208,15 @@ void register_decode(py::module_& m) {
     py::class_<DenseStep>(m, "DenseStep", "The dense part of decode steps on a device")
         .def(py::init(&make_dense_step), py::arg("device"), py::arg("shape"), py::arg("first_layer"),
              py::arg("capacity"), py::arg("layers"), py::arg("final_norm"), py::arg("head"),
-             py::keep_alive<1, 2>(), py::keep_alive<1, 6>());
+             py::keep_alive<1, 2>(), py::keep_alive<1, 6>())
+        .def(
+            "take_rows_done",
+            [](DenseStep& step) {
+                const RowsDone done = step.take_rows_done();
+                return std::pair(done.experts, done.seconds);
+            },
+            "Experts whose rows were computed there and waited for, and the seconds that it took")
+        .def_property_readonly("num_waits", &DenseStep::num_waits);
     py::class_<DecodeStep>(m, "DecodeStep", "One token through a decoder, layer by layer")
         .def(py::init(&make_decode_step))
         .def("add_moe_layer", add_moe_layer, py::keep_alive<1, 7>())
@@ -226,6 +239,14 @@ void register_decode(py::module_& m) {
         .def("experts", experts, "Add the chosen experts")
         .def("expert_rows", expert_rows, "Compute some of them")
         .def("add_expert_rows", add_expert_rows, "Add all of them, once computed")
+        .def_property_readonly(
+            "away", [](const DecodeStep& s) { return s.away(); }, py::return_value_policy::reference,
+            "Who has the residual, and keeps experts' rows: the device, or None")
+        .def("leave_rows", &DecodeStep::leave_rows, py::arg("positions"),
+             "Take some of the experts' rows from the device when they are added; returns their first row "
+             "there")
+        .def("device_rows", device_rows, py::arg("kernel"), py::arg("positions"), py::arg("addresses"),
+             "Compute some of them there, and leave them")
         .def("run", run, "The layers from one on, up to one that chose what is not in memory")
         .def("choices", choices, py::arg("first"), py::arg("end"),
              "What run() chose in some layers, (ids, weights)")

@@ -39,6 +39,19 @@ DecodeStep::DecodeStep(const DecoderShape& shape, const Linear& embedding, const
     rows_.resize(std::max<int64_t>(1, shape.max_top_k) * shape.hidden_size);
 }
 
+// One token's pairs: each expert has one.
+struct DecodeStep::TokenPairs {
+    std::vector<int32_t> ids, offsets, tokens;
+    ExpertPairs pairs;
+
+    TokenPairs(std::vector<int32_t> expert_ids, const uint64_t* addresses)
+        : ids(std::move(expert_ids)), offsets(ids.size() + 1), tokens(ids.size(), 0) {
+        std::iota(offsets.begin(), offsets.end(), 0);
+        const int64_t count = int64_t(ids.size());
+        pairs = {ids.data(), addresses, offsets.data(), tokens.data(), count, count};
+    }
+};
+
 void DecodeStep::begin(int64_t token_id, const float* cos, const float* sin) {
     ThreadPool::Operation operation(ThreadPool::instance());  // for its rounding
     decoder_.embed(token_id, residual_.data());
@@ -73,7 +86,27 @@ void DecodeStep::attend_on_device(int64_t index, const CachedTokens& cached) {
     }
     if (!decoder_.layer(index).router.top_k) return;
     choice_ = *attended.choice;
+    bring_rows_home();
     std::copy_n(attended.normed, normed_.size(), normed_.begin());
+}
+
+void DecodeStep::bring_rows_home() {
+    sources_.assign(choice_.ids.size(), kAtHome);
+    rows_left_ = 0;
+}
+
+int64_t DecodeStep::leave_rows(const std::vector<int32_t>& positions) {
+    check(residual_is_away_ && rows_left_ + positions.size() <= sources_.size(), kOp,
+          "a layer on a device has no place for these rows");
+    const int64_t first = rows_left_;
+    for (const int32_t position : positions) sources_.at(size_t(position)) = int32_t(rows_left_++);
+    return first;
+}
+
+void DecodeStep::device_rows(const DeviceKernel& kernel, const std::vector<int32_t>& positions,
+                             const uint64_t* addresses) {
+    const TokenPairs token(ids_at(positions), addresses);
+    device_->rows(kernel, token.pairs, leave_rows(positions));
 }
 
 void DecodeStep::bring_residual_home() {
@@ -173,24 +206,11 @@ void DecodeStep::choose(const Router& router) {
     choose_experts(router, scores_.data(), choice_);
 }
 
-// One token's pairs: each expert has one.
-struct DecodeStep::TokenPairs {
-    std::vector<int32_t> ids, offsets, tokens;
-    ExpertPairs pairs;
-
-    TokenPairs(std::vector<int32_t> expert_ids, const uint64_t* addresses)
-        : ids(std::move(expert_ids)), offsets(ids.size() + 1), tokens(ids.size(), 0) {
-        std::iota(offsets.begin(), offsets.end(), 0);
-        const int64_t count = int64_t(ids.size());
-        pairs = {ids.data(), addresses, offsets.data(), tokens.data(), count, count};
-    }
-};
-
 void DecodeStep::experts(int64_t layer, const uint64_t* addresses) {
     const TokenPairs token(choice_.ids, addresses);
     if (residual_is_away_) {
         decoder_.layer(layer).kernel->rows(normed_.data(), 1, token.pairs, rows_.data());
-        return device_->add_rows(rows_.data(), choice_.weights.data(), int64_t(choice_.ids.size()));
+        return add_expert_rows(layer);
     }
     decoder_.layer(layer).kernel->sum(normed_.data(), 1, token.pairs, choice_.weights.data(),
                                       residual_.data());
@@ -229,23 +249,30 @@ bool DecodeStep::find_chosen(int64_t layer, const uint64_t* table) {
 void DecodeStep::expert_rows(int64_t layer, const std::vector<int32_t>& positions,
                              const uint64_t* addresses) {
     const int64_t hidden_size = decoder_.shape().hidden_size;
+    const TokenPairs token(ids_at(positions), addresses);
+    some_rows_.resize(positions.size() * hidden_size);
+    decoder_.layer(layer).kernel->rows(normed_.data(), 1, token.pairs, some_rows_.data());
+    for (size_t i = 0; i < positions.size(); ++i)
+        std::copy_n(&some_rows_[i * hidden_size], hidden_size, &rows_[positions[i] * hidden_size]);
+    if (residual_is_away_)
+        for (const int32_t position : positions) sources_[size_t(position)] = kAtHome;
+}
+
+std::vector<int32_t> DecodeStep::ids_at(const std::vector<int32_t>& positions) const {
     std::vector<int32_t> ids;
     for (int32_t position : positions) {
         check(position >= 0 && position < int64_t(choice_.ids.size()), kOp,
               "there is no chosen expert at position " + std::to_string(position));
         ids.push_back(choice_.ids[position]);
     }
-    const TokenPairs token(std::move(ids), addresses);
-    some_rows_.resize(positions.size() * hidden_size);
-    decoder_.layer(layer).kernel->rows(normed_.data(), 1, token.pairs, some_rows_.data());
-    for (size_t i = 0; i < positions.size(); ++i)
-        std::copy_n(&some_rows_[i * hidden_size], hidden_size, &rows_[positions[i] * hidden_size]);
+    return ids;
 }
 
 void DecodeStep::add_expert_rows(int64_t layer) {
     decoder_.layer(layer);  // checks it
     const int64_t num_rows = int64_t(choice_.ids.size());
-    if (residual_is_away_) return device_->add_rows(rows_.data(), choice_.weights.data(), num_rows);
+    if (residual_is_away_)
+        return device_->add_rows(rows_.data(), choice_.weights.data(), sources_.data(), num_rows);
     add_rows(rows_.data(), choice_.weights.data(), num_rows);
 }
 

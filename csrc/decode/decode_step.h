@@ -49,6 +49,16 @@ class DecodeStep {
     void expert_rows(int64_t layer, const std::vector<int32_t>& positions, const uint64_t* addresses);
     void add_expert_rows(int64_t layer);
     void add_rows(const float* rows, const float* weights, int64_t num_rows);
+
+    // Who has the residual and keeps the rows of experts that it computes; nullptr: the host.
+    DenseStep* away() const { return residual_is_away_ ? device_ : nullptr; }
+    // Of some of the chosen experts, by position, that add_expert_rows() takes from the device: returns the
+    // first of their rows there. What expert_rows() computes after all is taken from here.
+    int64_t leave_rows(const std::vector<int32_t>& positions);
+    void bring_rows_home();  // none of them
+    // leave_rows() and DenseStep::rows(), of experts that are there.
+    void device_rows(const DeviceKernel& kernel, const std::vector<int32_t>& positions,
+                     const uint64_t* addresses);
     float* expert_rows_data() { return rows_.data(); }  // (max_top_k, hidden_size)
 
     // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
@@ -76,6 +86,7 @@ class DecodeStep {
         float* out;
     };
 
+    std::vector<int32_t> ids_at(const std::vector<int32_t>& positions) const;
     void attend_on_device(int64_t layer, const CachedTokens& cached);
     void bring_residual_home();
     void multiply(const float* x, std::initializer_list<Product> products);
@@ -88,6 +99,8 @@ class DecodeStep {
     DenseStep* device_ = nullptr;
     int64_t first_on_device_ = 0;
     bool head_on_device_ = false, residual_is_away_ = false;
+    std::vector<int32_t> sources_;  // by position, of the chosen experts' rows: kAtHome or the device's
+    int64_t rows_left_ = 0;
 
     ActivationBuffer inputs_;
     std::vector<float> residual_, normed_, query_, key_, value_, context_, product_;

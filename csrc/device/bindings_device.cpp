@@ -91,7 +91,8 @@ double copy_to_host(DeviceEngine& engine, const SpanArray& array) {
 
 int64_t launch(DeviceEngine& engine, const DeviceKernel& kernel, const ExpertKernel& of,
                std::shared_ptr<DeviceInputs> inputs, Ints expert_ids, std::vector<uint64_t> addresses,
-               Ints pair_offsets, Ints pair_tokens, const std::vector<int64_t>& after) {
+               Ints pair_offsets, Ints pair_tokens, const std::vector<int64_t>& after, DenseStep* stays_with,
+               int64_t first_row) {
     RowsLaunch launch{&kernel,
                       std::move(inputs),
                       of.hidden_size(),
@@ -100,7 +101,9 @@ int64_t launch(DeviceEngine& engine, const DeviceKernel& kernel, const ExpertKer
                       std::move(addresses),
                       std::move(pair_offsets),
                       std::move(pair_tokens),
-                      {}};
+                      {},
+                      stays_with,
+                      first_row};
     for (const int64_t ticket : after)
         launch.after.push_back(ticket ? engine.copies().handle(ticket) : nullptr);
     return engine.launches().submit(std::move(launch));
@@ -126,7 +129,7 @@ std::map<std::string, double> counters(DeviceEngine& engine) {
         {"busy_seconds", copies.busy_seconds},         {"launches", double(launches.launches)},
         {"experts", double(launches.experts)},         {"compute_seconds", launches.busy_seconds},
         {"waiting_seconds", launches.waiting_seconds}, {"returned_bytes", double(launches.returned_bytes)},
-        {"return_seconds", launches.return_seconds}};
+        {"return_seconds", launches.return_seconds},   {"waits", double(engine.launches().num_waits())}};
 }
 
 // (lane, ticket, amount, begin, end) of each event; lanes are event_log.h's.
@@ -190,7 +193,8 @@ void register_device(py::module_& m) {
             py::keep_alive<0, 2>())
         .def("upload", upload, py::arg("hidden"), py::arg("num_tokens"), py::arg("hidden_size"))
         .def("launch", launch, py::arg("kernel"), py::arg("of"), py::arg("inputs"), py::arg("expert_ids"),
-             py::arg("addresses"), py::arg("pair_offsets"), py::arg("pair_tokens"), py::arg("after"))
+             py::arg("addresses"), py::arg("pair_offsets"), py::arg("pair_tokens"), py::arg("after"),
+             py::arg("stays_with").none(true) = nullptr, py::arg("first_row") = 0)
         .def("launch_is_done", [](DeviceEngine& e, int64_t ticket) { return e.launches().is_done(ticket); })
         .def(
             "wait_launch",

@@ -2,12 +2,13 @@
 // router and head, with the bits of decode/decode_step.h. Weights and keys and values lie in the device's
 // memory, where the caller put them.
 //
-//   begin(residual) ─► attend(layer) ─► add_rows ─► attend(layer + 1) ─► add_rows ... ─► logits
+//   begin(residual) ─► attend(layer) ─► rows ─► add_rows ─► attend(layer + 1) ─► rows ... ─► logits
 //
-// The residual stays on the device from begin() on. attend() is the one synchronisation of a layer: it
-// brings what its router chose and saw, and the token's key and value, which the host keeps as well: so a
-// lost device costs a token's time and never a conversation. One thread calls at a time; every call may
-// throw DeviceError, after which the token is begun anew, here or on the CPU.
+// The residual stays on the device from begin() on, and so do the rows of experts that it computes. attend()
+// is the one synchronisation of a layer: it brings what its router chose and saw, and the token's key and
+// value, which the host keeps as well: so a lost device costs a token's time and never a conversation. One
+// thread calls at a time; every call may throw DeviceError, after which the token is begun anew, here or on
+// the CPU.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,8 @@
 #include "decode/token_parts.h"
 
 namespace moe {
+
+class DeviceKernel;
 
 // A layer as the device computes it: every address but the kernel's is the device's.
 struct DenseLayer {
@@ -44,6 +47,15 @@ struct Attended {
     const uint8_t *key, *value;  // (num_kv_heads, head_dim) of the cache's type
 };
 
+// Instead of the number of a row that is on the device: the host has it.
+constexpr int32_t kAtHome = -1;
+
+// Experts whose rows the device has computed, and in what time.
+struct RowsDone {
+    int64_t experts = 0;
+    double seconds = 0;
+};
+
 class DenseStep {
   public:
     virtual ~DenseStep() = default;
@@ -54,11 +66,22 @@ class DenseStep {
     // A layer's attention and router, or the whole layer where it has no experts.
     virtual Attended attend(int64_t layer) = 0;
 
-    // residual += weights[i] * rows[i], i ascending, two roundings.
-    virtual void add_rows(const float* rows, const float* weights, int64_t num_rows) = 0;
+    // Queues the unweighted rows of experts (addresses on the device), of what the last attend()'s router
+    // saw, and returns: they are the device's rows from ``first_row`` on, of which there are max_top_k.
+    virtual void rows(const DeviceKernel& kernel, const ExpertPairs& pairs, int64_t first_row) = 0;
+
+    // residual += weights[i] * row i, i ascending, two roundings. Row i is the device's row sources[i], or
+    // rows[i] where that is kAtHome.
+    virtual void add_rows(const float* rows, const float* weights, const int32_t* sources,
+                          int64_t num_rows) = 0;
 
     virtual void residual(float* out) = 0;  // (hidden_size,)
     virtual void logits(float* out) = 0;    // (vocab_size,); only with a head
+
+    // What rows() was asked for, of what has been waited for and was not taken before.
+    virtual RowsDone take_rows_done() = 0;
+    // How many times the host has waited for the device.
+    virtual int64_t num_waits() const = 0;
 };
 
 }  // namespace moe

@@ -1,7 +1,10 @@
 #include "device/emulated_dense.h"
 
+#include <chrono>
+
 #include "common/errors.h"
 #include "decode/packed_cache.h"
+#include "device/emulated_device.h"
 
 namespace moe {
 
@@ -19,11 +22,12 @@ const std::byte* bytes(const void* address) {
 
 }  // namespace
 
-EmulatedDense::EmulatedDense(const DenseParts& parts, std::shared_ptr<ThrottledLink> to_device,
-                             std::shared_ptr<ThrottledLink> to_host)
+EmulatedDense::EmulatedDense(const DenseParts& parts, EmulatedDevice& device)
     : parts_(parts),
-      to_device_(std::move(to_device)),
-      to_host_(std::move(to_host)),
+      device_(device),
+      stream_(device.stream()),
+      to_device_(device.throttled(Direction::kToDevice)),
+      to_host_(device.throttled(Direction::kToHost)),
       step_(parts.shape, kAbsent, parts.final_norm, parts.head) {
     const int64_t hidden_size = parts.shape.hidden_size;
     for (const DenseLayer& layer : parts.layers)
@@ -32,14 +36,40 @@ EmulatedDense::EmulatedDense(const DenseParts& parts, std::shared_ptr<ThrottledL
         else
             step_.decoder().add_dense_layer(layer.attention, layer.kernel, layer.addresses);
     residual_.resize(hidden_size);
-    normed_.resize(hidden_size);
     rotary_.resize(parts.shape.rotary_dim);
-    rows_.resize(parts.shape.max_top_k * (hidden_size + 1));
+    rows_.resize(parts.shape.max_top_k * hidden_size);
+    summands_.resize(rows_.size());
     logits_.resize(parts.head.weight ? parts.head.matrix.rows : 0);
-    const int64_t token_bytes =
-        parts.shape.num_kv_heads * cached_row_bytes(parts.shape.cache_type, parts.shape.head_dim);
-    key_.resize(token_bytes);
-    value_.resize(token_bytes);
+    token_bytes_ = parts.shape.num_kv_heads * cached_row_bytes(parts.shape.cache_type, parts.shape.head_dim);
+}
+
+EmulatedDense::~EmulatedDense() {
+    try {
+        stream_->wait();
+    } catch (...) {  // of a token that was given up
+    }
+}
+
+// Until all that was queued is done, and the rows of the layer before are added.
+void EmulatedDense::wait() {
+    ++num_waits_;
+    stream_->wait();
+    done_.experts += under_way_.experts;
+    done_.seconds += under_way_.seconds;
+    under_way_ = {};
+    if (sources_.empty()) return;
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    const float* from_host = arrived_.data() + sources_.size();
+    for (size_t i = 0; i < sources_.size(); ++i) {
+        const float* row = from_host;
+        if (sources_[i] == kAtHome)
+            from_host += hidden_size;
+        else
+            row = &rows_[sources_[i] * hidden_size];
+        std::copy_n(row, hidden_size, &summands_[int64_t(i) * hidden_size]);
+    }
+    step_.add_rows(summands_.data(), arrived_.data(), int64_t(sources_.size()));
+    sources_.clear();
 }
 
 void EmulatedDense::upload(float* to, const float* from, int64_t count) {
@@ -54,6 +84,8 @@ void EmulatedDense::begin(const float* residual, const float* cos, const float* 
     check(num_tokens >= 0 && num_tokens < parts_.capacity, "DenseStep",
           "the device's key/value cache is full: " + std::to_string(num_tokens) + " tokens");
     const int64_t half = parts_.shape.rotary_dim / 2;
+    sources_.clear();  // of a token that was given up
+    wait();
     upload(residual_.data(), residual, int64_t(residual_.size()));
     upload(rotary_.data(), cos, half);
     upload(rotary_.data() + half, sin, half);
@@ -63,33 +95,72 @@ void EmulatedDense::begin(const float* residual, const float* cos, const float* 
 
 Attended EmulatedDense::attend(int64_t layer) {
     const DenseLayer& here = parts_.layers.at(size_t(layer - parts_.first_layer));
+    wait();
     step_.attend(layer - parts_.first_layer, {here.keys, here.values, parts_.capacity, num_tokens_});
-    bring(normed_.data(), step_.router_input().data(), int64_t(normed_.size()));
-    bring_token(here.keys, key_.data());
-    bring_token(here.values, value_.data());
-    return {&step_.choice(), normed_.data(), key_.data(), value_.data()};
+    const float* normed = step_.router_input().data();
+    result_.assign(bytes(normed), bytes(normed + parts_.shape.hidden_size));
+    append_token(here.keys);
+    append_token(here.values);
+    brought_.resize(result_.size());
+    to_host_->copy_pinned(brought_.data(), result_.data(), int64_t(result_.size()));
+    const auto* key =
+        reinterpret_cast<const uint8_t*>(brought_.data() + parts_.shape.hidden_size * int64_t(sizeof(float)));
+    return {&step_.choice(), reinterpret_cast<const float*>(brought_.data()), key, key + token_bytes_};
 }
 
-// A token's row of each head.
-void EmulatedDense::bring_token(const uint8_t* rows, uint8_t* to) {
-    const int64_t row_bytes = cached_row_bytes(parts_.shape.cache_type, parts_.shape.head_dim);
-    for (int64_t head = 0; head < parts_.shape.num_kv_heads; ++head)
-        to_host_->copy_pinned(bytes(to + head * row_bytes),
-                              bytes(rows + (head * parts_.capacity + num_tokens_) * row_bytes), row_bytes);
+// A token's row of each head, to what goes to the host in one piece.
+void EmulatedDense::append_token(const uint8_t* rows) {
+    const int64_t row_bytes = token_bytes_ / parts_.shape.num_kv_heads;
+    for (int64_t head = 0; head < parts_.shape.num_kv_heads; ++head) {
+        const std::byte* row = bytes(rows + (head * parts_.capacity + num_tokens_) * row_bytes);
+        result_.insert(result_.end(), row, row + row_bytes);
+    }
 }
 
-void EmulatedDense::add_rows(const float* rows, const float* weights, int64_t num_rows) {
-    const int64_t count = num_rows * parts_.shape.hidden_size;
-    upload(rows_.data(), rows, count);
-    upload(rows_.data() + count, weights, num_rows);
-    step_.add_rows(rows_.data(), rows_.data() + count, num_rows);
+void EmulatedDense::rows(const DeviceKernel& kernel, const ExpertPairs& pairs, int64_t first_row) {
+    struct Owned {
+        std::vector<int32_t> ids, offsets, tokens;
+        std::vector<uint64_t> addresses;
+    };
+    device_.pass_faults();
+    const ExpertKernel& of = static_cast<const HostKernel&>(kernel).kernel;
+    const Owned owned{{pairs.expert_ids, pairs.expert_ids + pairs.num_experts},
+                      {pairs.pair_offsets, pairs.pair_offsets + pairs.num_experts + 1},
+                      {pairs.pair_tokens, pairs.pair_tokens + pairs.num_pairs},
+                      {pairs.addresses, pairs.addresses + pairs.num_experts * of.num_matrices()}};
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    check(first_row >= 0 && (first_row + pairs.num_pairs) * hidden_size <= int64_t(rows_.size()), "DenseStep",
+          "there is no room for so many rows");
+    stream_->queue([this, &of, owned, first_row, hidden_size] {
+        const auto begin = std::chrono::steady_clock::now();
+        experts_.rows(of, step_.router_input().data(), 1,
+                      {owned.ids.data(), owned.addresses.data(), owned.offsets.data(), owned.tokens.data(),
+                       int64_t(owned.ids.size()), int64_t(owned.tokens.size())},
+                      rows_.data() + first_row * hidden_size);
+        under_way_.experts += int64_t(owned.ids.size());
+        under_way_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    });
+}
+
+void EmulatedDense::add_rows(const float* rows, const float* weights, const int32_t* sources,
+                             int64_t num_rows) {
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    sent_.assign(weights, weights + num_rows);
+    for (int64_t i = 0; i < num_rows; ++i)
+        if (sources[i] == kAtHome)
+            sent_.insert(sent_.end(), rows + i * hidden_size, rows + (i + 1) * hidden_size);
+    arrived_.resize(sent_.size());
+    upload(arrived_.data(), sent_.data(), int64_t(sent_.size()));
+    sources_.assign(sources, sources + num_rows);
 }
 
 void EmulatedDense::residual(float* out) {
+    wait();
     bring(out, step_.residual().data(), int64_t(residual_.size()));
 }
 
 void EmulatedDense::logits(float* out) {
+    wait();
     step_.logits(logits_.data());
     bring(out, logits_.data(), int64_t(logits_.size()));
 }

@@ -8,11 +8,6 @@ namespace moe {
 
 namespace {
 
-struct HostKernel : DeviceKernel {
-    explicit HostKernel(const ExpertKernel& of) : kernel(of) {}
-    const ExpertKernel& kernel;
-};
-
 struct HostInputs : DeviceInputs {
     HostInputs(const float* from, int64_t tokens, int64_t hidden_size)
         : hidden(from, from + tokens * hidden_size), num_tokens(tokens) {}
@@ -35,7 +30,7 @@ std::unique_ptr<DeviceKernel> EmulatedDevice::make_kernel(const ExpertKernel& ke
 }
 
 std::unique_ptr<DenseStep> EmulatedDevice::make_dense(const DenseParts& parts) {
-    return std::make_unique<EmulatedDense>(parts, to_device_, to_host_);
+    return std::make_unique<EmulatedDense>(parts, *this);
 }
 
 std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_t num_tokens,
@@ -43,13 +38,27 @@ std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_
     return std::make_shared<HostInputs>(hidden, num_tokens, hidden_size);
 }
 
-void EmulatedDevice::rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
-                          int64_t first_pair, int64_t total_pairs) {
+const std::shared_ptr<EmulatedStream>& EmulatedDevice::stream() {
+    if (!stream_) stream_ = std::make_shared<EmulatedStream>();
+    return stream_;
+}
+
+void EmulatedDevice::pass_faults() {
     if (is_lost()) throw DeviceError("the emulated device is lost", DeviceFault::kLost);
     if (no_memory_times_ > 0) {
         --no_memory_times_;
         throw DeviceError("the emulated device has no memory for a launch", DeviceFault::kNoMemory);
     }
+}
+
+void EmulatedDevice::close() {
+    if (stream_) stream_->close();
+    memory_.close();
+}
+
+void EmulatedDevice::rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
+                          int64_t first_pair, int64_t total_pairs) {
+    pass_faults();
     const ExpertKernel& expert_kernel = static_cast<const HostKernel&>(kernel).kernel;
     const auto& host = static_cast<const HostInputs&>(inputs);
     const int64_t hidden_size = expert_kernel.hidden_size();

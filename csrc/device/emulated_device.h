@@ -7,10 +7,16 @@
 #include <atomic>
 
 #include "device/device.h"
+#include "device/emulated_stream.h"
 #include "device/inline_experts.h"
 #include "io/arena.h"
 
 namespace moe {
+
+struct HostKernel : DeviceKernel {
+    explicit HostKernel(const ExpertKernel& of) : kernel(of) {}
+    const ExpertKernel& kernel;
+};
 
 class EmulatedDevice : public Device {
   public:
@@ -37,11 +43,15 @@ class EmulatedDevice : public Device {
     void rows(const DeviceKernel& kernel, const DeviceInputs& inputs, const ExpertPairs& pairs,
               int64_t first_pair, int64_t total_pairs) override;
     double finish(float* rows, int64_t total_pairs, int64_t hidden_size) override;
-    void close() override { memory_.close(); }
+    void close() override;
 
     std::shared_ptr<ThrottledLink> throttled(Direction direction) const {
         return direction == Direction::kToDevice ? to_device_ : to_host_;
     }
+    // Of dense layers; its thread begins with them.
+    const std::shared_ptr<EmulatedStream>& stream();
+    // What befalls a launch. Throws DeviceError.
+    void pass_faults();
     // The next launches find no memory, `times` in a row.
     void inject_no_memory(int64_t times) { no_memory_times_ = times; }
 
@@ -50,6 +60,7 @@ class EmulatedDevice : public Device {
 
     Arena memory_;
     std::shared_ptr<ThrottledLink> to_device_, to_host_;
+    std::shared_ptr<EmulatedStream> stream_;
     int64_t pinnable_bytes_;
     std::atomic<int64_t> no_memory_times_{0};
     // The compute thread's own.

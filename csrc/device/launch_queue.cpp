@@ -19,7 +19,7 @@ double seconds(int64_t begin_ns, int64_t end_ns) {
 
 void check_launch(const RowsLaunch& launch) {
     const int64_t num_experts = int64_t(launch.expert_ids.size());
-    check(launch.kernel && launch.inputs && num_experts > 0, kOp,
+    check(launch.kernel && (launch.inputs || launch.stays_with) && num_experts > 0, kOp,
           "a launch without kernel, inputs or experts");
     check_equal(kOp, "size of addresses", num_experts * launch.num_matrices,
                 int64_t(launch.addresses.size()));
@@ -45,7 +45,7 @@ LaunchQueue::LaunchQueue(Device& device, CopyQueue& copies, EventLog& events)
 LaunchQueue::Ticket LaunchQueue::submit(RowsLaunch launch) {
     check_launch(launch);
     auto work = std::make_shared<Work>();
-    work->rows.resize(launch.pair_tokens.size() * size_t(launch.hidden_size));
+    if (!launch.stays_with) work->rows.resize(launch.pair_tokens.size() * size_t(launch.hidden_size));
     work->launch = std::move(launch);
     std::lock_guard lock(mutex_);
     check(!closed_, kOp, "the device is closed");
@@ -73,6 +73,7 @@ bool LaunchQueue::wait(Ticket ticket, double timeout_s,
     const int64_t started_ns = EventLog::now_ns();
     std::unique_lock lock(mutex_);
     const WorkPtr work = find(ticket);
+    num_waits_ += !work->launch.stays_with;
     while (!work->done) {
         const double left_s = std::clamp(timeout_s, 0.0, 1e9) - seconds(started_ns, EventLog::now_ns());
         if (left_s <= 0) return false;
@@ -96,7 +97,7 @@ std::optional<DeviceFailure> LaunchQueue::collect(Ticket ticket, float* out,
                     int64_t(places.size()));
         works_.erase(ticket);
     }
-    if (work->failure) return work->failure;
+    if (work->failure || work->launch.stays_with) return work->failure;
     const int64_t hidden_size = work->launch.hidden_size;
     for (size_t pair = 0; pair < places.size(); ++pair)
         std::copy_n(&work->rows[pair * hidden_size], hidden_size, out + places[pair] * hidden_size);
@@ -168,6 +169,13 @@ void LaunchQueue::compute(Work& work) {
                                 launch.pair_tokens.data() + first,
                                 end - begin,
                                 offsets.back()};
+        if (launch.stays_with) {
+            launch.stays_with->rows(*launch.kernel, pairs, launch.first_row + first);
+            std::lock_guard lock(mutex_);
+            counters_.experts += end - begin;
+            counters_.waiting_seconds += seconds(asked_ns, begin_ns);
+            continue;
+        }
         device_.rows(*launch.kernel, *launch.inputs, pairs, first, total_pairs);
         const double return_s =
             end == num_experts ? device_.finish(work.rows.data(), total_pairs, launch.hidden_size) : 0.0;

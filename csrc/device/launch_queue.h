@@ -6,6 +6,7 @@
 // another thread still writes to.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -29,6 +30,10 @@ struct RowsLaunch {
     std::vector<int32_t> pair_offsets;     // (num_experts + 1,)
     std::vector<int32_t> pair_tokens;      // (num_pairs,)
     std::vector<CopyQueue::Handle> after;  // (num_experts,) the copy that brings it; null: it is there
+    // Of one token behind dense layers on the device: they have the inputs and keep the rows, as
+    // DenseStep::rows(); the launch is done when all are queued there, and has no rows to collect.
+    DenseStep* stays_with = nullptr;
+    int64_t first_row = 0;
 };
 
 struct LaunchCounters {
@@ -52,6 +57,8 @@ class LaunchQueue {
     bool is_done(Ticket ticket) const;
     // As CopyQueue::wait.
     bool wait(Ticket ticket, double timeout_s, const CopyQueue::CheckInterrupt& check_interrupt) const;
+    // How often somebody waited for rows to come home.
+    int64_t num_waits() const { return num_waits_; }
     // Of a finished launch: why it failed; or none, and its rows are at out + places[pair] * hidden_size.
     // The ticket is forgotten.
     std::optional<DeviceFailure> collect(Ticket ticket, float* out, const std::vector<int32_t>& places);
@@ -87,6 +94,7 @@ class LaunchQueue {
     std::deque<WorkPtr> queue_;
     std::unordered_map<Ticket, WorkPtr> works_;
     Ticket next_ticket_ = 1;
+    mutable std::atomic<int64_t> num_waits_{0};
     LaunchCounters counters_;
     bool closed_ = false;
     std::thread thread_;

@@ -37,7 +37,7 @@ py::list done(const TokenRun& run) {
     py::list list;
     for (const SharedLayerDone& layer : run.done())
         list.append(py::make_tuple(layer.layer, layer.choice.ids, layer.choice.weights, layer.on_device,
-                                   layer.cpu_s));
+                                   layer.cpu_s, layer.stayed));
     return list;
 }
 
@@ -51,7 +51,9 @@ void register_hybrid(py::module_& m) {
         .def("set_moves", &TokenRun::set_moves, py::arg("layer"), py::arg("moves"))
         .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
              py::arg("keeps_residents"), "The layers from one on, up to one where Python has to decide")
-        .def("done", done, "Of the last run, by layer: (layer, ids, weights, ids on the device, CPU seconds)")
+        .def("done", done,
+             "Of the last run, by layer: (layer, ids, weights, ids on the device, CPU seconds, whether rows "
+             "stayed there)")
         .def_property_readonly("wait_s", &TokenRun::wait_s)
         .def_property_readonly("failure", &TokenRun::failure);
 }

@@ -84,12 +84,12 @@ bool TokenRun::compute(int64_t layer, bool keeps_residents, const CheckInterrupt
         const int64_t begin_ns = EventLog::now_ns();
         step_.experts(layer, cpu_.addresses.data());
         cpu_s_ = seconds_since(begin_ns);
-    } else if (!compute_both(layer, check_interrupt)) {
+    } else if (step_.away() ? !compute_away(layer) : !compute_both(layer, check_interrupt)) {
         return false;
     }
     std::vector<int32_t> on_device;
     for (const int32_t position : device_.positions) on_device.push_back(choice.ids[position]);
-    done_.push_back({layer, choice, std::move(on_device), cpu_s_});
+    done_.push_back({layer, choice, std::move(on_device), cpu_s_, step_.away() != nullptr});
     return true;
 }
 
@@ -129,6 +129,27 @@ bool TokenRun::divide(const SharedLayer& shared, const Choice& choice, bool keep
     return true;
 }
 
+void TokenRun::compute_cpu_side(int64_t layer) {
+    const int64_t begin_ns = EventLog::now_ns();
+    if (!cpu_.positions.empty()) step_.expert_rows(layer, cpu_.positions, cpu_.addresses.data());
+    cpu_s_ = seconds_since(begin_ns);
+}
+
+// Behind dense layers there: the device's rows stay, the CPU's go to them, and nobody waits before the next
+// layer's router has spoken. False where the device failed.
+bool TokenRun::compute_away(int64_t layer) {
+    try {
+        step_.device_rows(*layers_[layer].on_device, device_.positions, device_.addresses.data());
+    } catch (const DeviceError& error) {
+        step_.bring_rows_home();
+        failure_ = {error.what(), error.fault};
+        return false;
+    }
+    compute_cpu_side(layer);
+    step_.add_expert_rows(layer);
+    return true;
+}
+
 // The device's share is launched before the CPU begins with its own; false where the device failed.
 bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt) {
     const SharedLayer& shared = layers_[layer];
@@ -149,9 +170,7 @@ bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt
         return false;
     }
     Launch under_way(engine_.launches(), std::move(launch));
-    const int64_t begin_ns = EventLog::now_ns();
-    if (!cpu_.positions.empty()) step_.expert_rows(layer, cpu_.positions, cpu_.addresses.data());
-    cpu_s_ = seconds_since(begin_ns);
+    compute_cpu_side(layer);
     const int64_t waited_ns = EventLog::now_ns();
     under_way.wait(check_interrupt);
     failure_ = under_way.collect(step_.expert_rows_data(), device_.positions);

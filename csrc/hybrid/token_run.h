@@ -32,6 +32,7 @@ struct SharedLayerDone {
     Choice choice;
     std::vector<int32_t> on_device;  // experts
     double cpu_s;                    // of the CPU's share
+    bool stayed;                     // the device's rows did, behind its dense layers
 };
 
 class TokenRun {
@@ -69,6 +70,8 @@ class TokenRun {
     bool compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt);
     bool divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents);
     bool compute_both(int64_t layer, const CheckInterrupt& check_interrupt);
+    bool compute_away(int64_t layer);
+    void compute_cpu_side(int64_t layer);
 
     DecodeStep& step_;
     DeviceEngine& engine_;

@@ -79,6 +79,7 @@ class TorchRows:
         self.pair_tokens: list[int] = routing.pair_tokens.tolist()
         self.num_tokens = len(hidden)
         self.hidden_address, self.rows_address = hidden.data_ptr(), self.rows.data_ptr()
+        self.step = None
 
     def compute(self, positions: list[int], addresses: list[int]) -> None:
         """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moe_offload._native import DeviceInputs, DeviceKernel
+from moe_offload._native import DecodeStep, DeviceInputs, DeviceKernel
 from moe_offload.errors import DeviceError
 from moe_offload.expert_ops import ExpertKernel
 from moe_offload.planning.expert_costs import RunningCosts
@@ -44,6 +44,7 @@ class StepRows(Protocol):
         num_tokens: T
         hidden_address: of (T, H) float32; stays until the step ends.
         rows_address: of (P, H) float32, where all rows go.
+        step: of the one token under way in native code, else None.
     """
 
     expert_ids: list[int]
@@ -53,6 +54,9 @@ class StepRows(Protocol):
     num_tokens: int
     hidden_address: int
     rows_address: int
+
+    @property
+    def step(self) -> DecodeStep | None: ...
 
     def compute(self, positions: list[int], addresses: list[int]) -> None:
         """Put the rows of some experts, by position, in their places, on the CPU."""
@@ -68,6 +72,7 @@ class HybridCounters:
     device_experts: int = 0
     copied_experts: int = 0  # of these, copied for the step
     redone_experts: int = 0  # on the CPU, after the device failed
+    stayed_s: float = 0.0  # of the device, for rows that stayed there
 
 
 class HybridLayers:
@@ -131,6 +136,13 @@ class HybridLayers:
             self.switch.record(seconds)
             self.tier.replaces = self.switch.is_on
 
+    def count_stayed(self, layer_idx: int, num_experts: int, seconds: float) -> None:
+        """Take note of rows that stayed on the device, of experts like this layer's."""
+        if num_experts:
+            costs = self.costs[layer_idx]
+            costs.saw_gpu(costs.of_one_token()[1] * num_experts, seconds)
+            self.counters.stayed_s += seconds
+
     def stats(self) -> DeviceStats:
         """Return the device's counters so far."""
         tier, counters, native = self.tier, self.counters, self.tier.device_counters()
@@ -148,7 +160,7 @@ class HybridLayers:
             link_bytes=int(native["bytes_copied"]),
             link_busy_s=native["busy_seconds"],
             link_peak_bytes_per_s=max(peaks),
-            device_compute_s=native["compute_seconds"],
+            device_compute_s=native["compute_seconds"] + counters.stayed_s,
             device_copy_wait_s=native["waiting_seconds"],
             cpu_expert_s=counters.cpu_s,
             host_wait_s=counters.device_wait_s,
@@ -204,6 +216,33 @@ class HybridLayer:
         in_ram = self.layers.ram.are_resident(self.layer_idx, resident)
         left = [i for i, is_in_ram in zip(resident, in_ram, strict=True) if is_in_ram][:-moves]
         return [i for i in resident if i not in left], []
+
+    def launch_to_stay(
+        self, rows: StepRows, expert_ids: list[int], addresses: list[int], after: list[int]
+    ) -> int:
+        """Queue one token's rows behind dense layers on the device, where they stay.
+
+        Returns:
+            The launch that waits for copies; 0 where none has to be waited for.
+        """
+        assert rows.step is not None
+        positions = [bisect_left(rows.expert_ids, i) for i in expert_ids]
+        if not any(after):
+            rows.step.device_rows(self.device_kernel, positions, addresses)
+            return 0
+        count = len(expert_ids)
+        return self.layers.tier.device.launch(
+            self.device_kernel,
+            self.kernel.native,
+            None,
+            expert_ids,
+            addresses,
+            range(count + 1),
+            [0] * count,
+            after,
+            rows.step.away,
+            rows.step.leave_rows(positions),
+        )
 
     def launch(
         self,

@@ -28,7 +28,7 @@ class HybridRun:
     def __init__(
         self, step: DecodeStep, executors: Sequence[ExpertExecutor | None], top_k: Mapping[int, int]
     ) -> None:
-        self._executors, self._top_k = executors, top_k
+        self._step, self._executors, self._top_k = step, executors, top_k
         self._hybrid = {
             i: e.hybrid for i, e in enumerate(executors) if e is not None and e.hybrid is not None
         }
@@ -86,7 +86,7 @@ class HybridRun:
             return
         missed, num_missed = list[ExpertKey](), 0
         wants_misses = self._tier.wants_misses
-        for layer_idx, ids, weights, on_device, _ in done:
+        for layer_idx, ids, weights, on_device, _, _ in done:
             self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device))
             if layer_idx in self._hybrid:
                 self._tier.cache.used_residents(layer_idx, ids, weights, len(on_device))
@@ -100,13 +100,14 @@ class HybridRun:
         self._tier.ran_on_cpu(missed, num_missed)
 
     def _count(
-        self, done: list[tuple[int, list[int], list[float], list[int], float]], device_s: float
+        self, done: list[tuple[int, list[int], list[float], list[int], float, bool]], device_s: float
     ) -> None:
         counters, costs_of = self._layers.counters, self._layers.costs
         counters.device_wait_s += self._native.wait_s
         cpu: dict[int, tuple[RunningCosts, float, float]] = {}  # by costs: expected and measured seconds
         device_expected_s = 0.0
-        for layer_idx, ids, _, on_device, cpu_s in done:
+        worked = False
+        for layer_idx, ids, _, on_device, cpu_s, stayed in done:
             counters.cpu_s += cpu_s
             if layer_idx not in costs_of:
                 continue
@@ -117,9 +118,12 @@ class HybridRun:
             _, expected_s, measured_s = cpu.get(id(costs), (costs, 0.0, 0.0))
             more_s = one_cpu_s * (len(ids) - len(on_device))
             cpu[id(costs)] = costs, expected_s + more_s, measured_s + cpu_s
-            device_expected_s += one_gpu_s * len(on_device)
+            worked = worked or bool(on_device)
+            device_expected_s += 0.0 if stayed else one_gpu_s * len(on_device)
         for costs, expected_s, measured_s in cpu.values():
             costs.saw_cpu(expected_s, measured_s)
             costs.saw_gpu(device_expected_s, device_s)
-        if device_expected_s > 0:
+        if self._step.away is not None:
+            self._layers.count_stayed(next(iter(self._hybrid)), *self._step.away.take_rows_done())
+        if worked:
             self._tier.worked()

@@ -57,6 +57,9 @@ class _Run:
         self.layers = self.layer.layers
         self.tier, self.ram = self.layers.tier, self.layers.ram
         self.counters_before = self.tier.device_counters()
+        # The timeline shows launches, and those are of rows that come home.
+        step, is_shown = self.rows.step, self.layers.launched is not None
+        self.away = None if step is None or is_shown else step.away
 
     def begin(self) -> bool:
         """Decide, queue what must be read and copied, launch what can be."""
@@ -96,9 +99,14 @@ class _Run:
 
     def _launch(self, expert_ids: list[int]) -> None:
         assert self.device_step is not None
+        arrivals = self.tier.cache.arrivals(self.device_step, expert_ids)
+        if self.away is not None:
+            launch = self.layer.launch_to_stay(self.rows, expert_ids, *arrivals)
+            if launch:
+                self.launches.append((launch, expert_ids))
+            return
         if self.inputs is None:
             self.inputs = self.layer.upload(self.rows)
-        arrivals = self.tier.cache.arrivals(self.device_step, expert_ids)
         launch = self.layer.launch(self.rows, self.inputs, expert_ids, *arrivals)
         self.launches.append((launch, expert_ids))
 
@@ -187,10 +195,13 @@ class _Run:
         of_device = np.array([i in self.on_device for i in self.rows.expert_ids], np.bool_)
         after, before = self.tier.device_counters(), self.counters_before
         costs.saw_cpu(float(costs.cpu_s(num_tokens)[~of_device].sum()), self.cpu_s)
-        costs.saw_gpu(
-            float(costs.gpu_s(num_tokens)[of_device].sum()),
-            after["compute_seconds"] - before["compute_seconds"],
-        )
+        if self.away is not None:  # of the layers before: nobody has waited for this one's rows
+            self.layers.count_stayed(self.layer.layer_idx, *self.away.take_rows_done())
+        else:
+            costs.saw_gpu(
+                float(costs.gpu_s(num_tokens)[of_device].sum()),
+                after["compute_seconds"] - before["compute_seconds"],
+            )
         copied = (after["bytes_copied"] - before["bytes_copied"]) / self.tier.cache.expert_bytes(
             self.layer.layer_idx
         )

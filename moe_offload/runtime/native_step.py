@@ -274,7 +274,7 @@ class OneTokenRows:
     """The rows of one token's experts inside the native step; a StepRows of hybrid.py."""
 
     def __init__(self, step: DecodeStep, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
-        self._step, self._layer_idx = step, layer_idx
+        self.step, self._layer_idx = step, layer_idx
         self.expert_ids, self.weights = expert_ids, weights
         self.pair_offsets = list(range(len(expert_ids) + 1))
         self.pair_tokens = [0] * len(expert_ids)
@@ -284,4 +284,4 @@ class OneTokenRows:
     def compute(self, positions: list[int], addresses: list[int]) -> None:
         """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""
         if positions:
-            self._step.expert_rows(self._layer_idx, positions, addresses)
+            self.step.expert_rows(self._layer_idx, positions, addresses)

@@ -7,6 +7,7 @@
 #include "cuda/cuda_device.cu"
 #include "cuda/cuda_link.cu"
 #include "cuda/dense_kernels.cu"
+#include "cuda/expert_rows.cu"
 #include "cuda/kernels.cu"
 #include "cuda/library.cu"
 #include "cuda/measure.cu"
