@@ -29,7 +29,7 @@ from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram
 from moe_offload.planning.plans import DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
 from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Speed, decode_speed
-from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
+from moe_offload.prompt_outlook import chunk_sizes, expected_chunks, prompt_work, traced_chunks
 from moe_offload.replay import Event, events, replay_events
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.stats import OffloadStats
@@ -201,15 +201,21 @@ class Planner:
 
     def chunks(self, placement: PlacementPlan) -> list[Chunk]:
         """Return the chunks of a first prompt, nothing in memory yet."""
+        sizes = chunk_sizes(
+            self.checkpoint,
+            self.prompt_tokens,
+            context_tokens=self.context_tokens,
+            is_native=self.shape(placement).is_native,
+            has_device=self.vram_bytes > 0,
+        )
         if self._trace is not None:
             layouts = self.checkpoint.experts.layouts
             expert_bytes = {i: layout.expert_bytes for i, layout in layouts.items()}
-            policy, tokens = self.config.policy, self.prompt_tokens
-            found = traced_chunks(self._trace, placement.pools, policy, tokens, expert_bytes)
+            found = traced_chunks(self._trace, placement.pools, self.config.policy, sizes, expert_bytes)
             if found is not None:
                 return found
         share = resident_share(placement.pools)
-        return expected_chunks(self.checkpoint.spec, share, self.prompt_tokens)
+        return expected_chunks(self.checkpoint.spec, share, sizes)
 
     def prefill(self, placement: PlacementPlan, chunks: Sequence[Chunk] | None = None) -> Speed | None:
         """Return the speed of a first prompt."""

@@ -12,7 +12,8 @@ from moe_offload.header_costs import head_bytes, prompt_weights
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_used
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.planning.prompt_roofline import Chunk, PromptWork, chunk_sizes
+from moe_offload.planning.prompt_chunks import constant_chunks, even_chunks, longest_chunk
+from moe_offload.planning.prompt_roofline import Chunk, PromptWork
 from moe_offload.replay import Event, events, replay_events
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint
@@ -32,14 +33,28 @@ def prompt_work(checkpoint: Checkpoint) -> PromptWork:
     )
 
 
-def expected_chunks(spec: ModelSpec, resident_share: float, num_tokens: int) -> list[Chunk]:
-    """Return a first prompt's chunks by what the family does.
+def chunk_sizes(
+    checkpoint: Checkpoint, num_tokens: int, *, context_tokens: int, is_native: bool, has_device: bool
+) -> list[int]:
+    """Return the tokens of each chunk of a prompt, as the runtime cuts it.
+
+    Args:
+        is_native: native code computes it (runtime/native_families.py).
+        has_device: a device computes some of the experts.
+    """
+    if not is_native or has_device:
+        return constant_chunks(num_tokens)
+    return even_chunks(num_tokens, longest_chunk(checkpoint.spec, checkpoint.config, context_tokens))
+
+
+def expected_chunks(spec: ModelSpec, resident_share: float, sizes: Sequence[int]) -> list[Chunk]:
+    """Return a first prompt's chunks of ``sizes`` tokens by what the family does.
 
     The first reads every expert that it uses, and what then stays is read no more.
     """
     chunks: list[Chunk] = []
     cached = 0
-    for size in chunk_sizes(num_tokens):
+    for size in sizes:
         used = expected_used(spec.model_type, spec.num_experts, spec.top_k, size)
         read = used * (1 - resident_share) if chunks else used
         chunks.append(Chunk(size, cached, used, read))
@@ -51,13 +66,13 @@ def traced_chunks(
     trace: RoutingTrace,
     pools: Sequence[PoolPlan],
     policy: str,
-    num_tokens: int,
+    sizes: Sequence[int],
     expert_bytes: Mapping[int, int],
 ) -> list[Chunk] | None:
     """Return the chunks of a prompt that is routed as the trace's first tokens; None where it is shorter."""
+    num_tokens = sum(sizes)
     if trace.num_tokens < num_tokens:
         return None
-    sizes = chunk_sizes(num_tokens)
     prompt = replace(trace.head(num_tokens), step_tokens=np.array(sizes, np.int32))
     layers = len(trace.layers)
     used, read = [0] * len(sizes), [0] * len(sizes)

@@ -42,7 +42,7 @@ def libraries_named(message: str) -> int:
 
 
 def test_the_smallest_budget_that_the_refusal_names_works():
-    refusal, result = run_child(DEMO_MODEL, "smallest", 512, 300, 8)
+    refusal, result = run_child(DEMO_MODEL, "smallest", 1024, 1000, 8)
     assert refusal["peak_bytes"] < libraries_named(refusal["refused"]) + 100 * MIB, "refused after allocating"
     smallest = smallest_named(refusal["refused"]) + 8 * MIB
     assert result["peak_bytes"] <= smallest + ALLOWANCE_BYTES

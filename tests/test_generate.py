@@ -128,7 +128,9 @@ def test_the_prompt_progress_counts_up_to_all_tokens(loaded):
     finally:
         model.offload.on_prefill = None
     assert seen[-1] == (1200, 1200)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) > 2
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    layers = model.config.num_hidden_layers
+    assert len(seen) >= layers > 1, "layer by layer, also where the prompt is one chunk"
 
 
 def test_a_prompt_beyond_the_model_is_not_sent_to_a_larger_context(tiny_moe):

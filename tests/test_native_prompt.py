@@ -41,7 +41,7 @@ class Prompt:
         else:
             self.cached = torch.randn(shape).to(self.layer.cache_dtype)
 
-    def in_chunks(self, sizes):
+    def in_chunks(self, sizes, tile_tokens=10**6):
         """Logits (num_tokens, VOCAB) of chunks one after the other, and what the cache has then."""
         keys, values = self.cached.clone()
         decoder = self.layer.step()
@@ -52,7 +52,9 @@ class Prompt:
             tokens, cos, sin = (x[part].contiguous() for x in (self.tokens, self.cos, self.sin))
             addresses = (address(states[0]), address(states[1]), 0, 0, address(cos), address(sin))
             step.begin(address(tokens), size, addresses)
-            step.attend(0, address(keys), address(values), keys.shape[1], self.num_past + start)
+            for first in range(0, size, tile_tokens):
+                tile = first, min(tile_tokens, size - first)
+                step.attend(0, address(keys), address(values), keys.shape[1], self.num_past + start, *tile)
             logits.append(torch.empty(size, VOCAB))
             step.logits(0, address(logits[-1]))
             start += size
@@ -83,6 +85,24 @@ def test_chunks_may_have_any_size():
     for sizes in ([1] * 100, [31, 69], [64, 32, 4]):
         for one, other in zip(prompt.in_chunks(sizes), expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 9, 64])
+def test_the_tiles_of_a_chunk_change_no_bit(tile_tokens):
+    prompt = Prompt({"window": 40, "qk_norm": True, "heads": 6, "kv_heads": 2}, 30, 70)
+    expected = prompt.in_chunks([70])
+    for one, other in zip(prompt.in_chunks([70], tile_tokens), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_tile_beyond_its_chunk_is_refused():
+    prompt = Prompt({}, 0, 4)
+    states, decoder = torch.empty(2, 4, prompt.layer.hidden), prompt.layer.step()
+    step, keys = _native.PromptStep(decoder), prompt.cached[0]
+    angles = address(prompt.cos), address(prompt.sin)
+    step.begin(address(prompt.tokens), 4, (address(states[0]), address(states[1]), 0, 0, *angles))
+    with pytest.raises(moe_offload.ConfigError, match="tokens 2 to 5 are not in a chunk of 4"):
+        step.attend(0, address(keys), address(prompt.cached[1]), 4, 0, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["seven heads per key", "window", "bias and sinks", "norms of all heads"])

@@ -13,7 +13,7 @@ from moe_offload.measure_experts import LayerExperts
 from moe_offload.outlook import Planner
 from moe_offload.planning.hit_curves import TOKENS_LIKE_INDEPENDENT, expected_used
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.planning.prompt_roofline import Chunk, PromptWork, chunk_sizes, prefill_speed, value_at
+from moe_offload.planning.prompt_roofline import Chunk, PromptWork, prefill_speed, value_at
 from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Overheads, PromptSpeed
 from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
 from moe_offload.storage.checkpoint import open_checkpoint
@@ -97,8 +97,11 @@ def test_curves_go_on_from_their_last_two_points() -> None:
     assert value_at(((1.0, 5.0),), 99) == 5
 
 
-def test_chunks_are_as_the_runtime_cuts_them() -> None:
-    assert [chunk_sizes(n) for n in (1, 511, 512, 513, 1100)] == [[1], [511], [512], [512, 1], [512, 512, 76]]
+def test_a_dense_product_is_as_fast_as_a_tile_makes_it() -> None:
+    faster = replace(MACHINE, prompt=replace(PROMPT, dense_macs_per_s=((1.0, 100.0), (512.0, 1000.0))))
+    long, tiles = Chunk(4096, 0, 0, 0), [Chunk(512, 512 * i, 0, 0) for i in range(8)]
+    free = replace(faster, prompt=replace(faster.prompt, score_s=0.0), overheads=Overheads())
+    assert seconds(free, long) == pytest.approx(seconds(free, *tiles))
 
 
 @pytest.mark.parametrize("family", sorted(TOKENS_LIKE_INDEPENDENT))
@@ -113,7 +116,7 @@ def test_more_tokens_use_more_experts_and_fewer_than_independent_ones(family: st
 
 def test_without_a_trace_the_first_chunk_reads_what_it_uses() -> None:
     spec = open_checkpoint(DEMO_MODEL).spec
-    first, second = expected_chunks(spec, 0.25, 640)
+    first, second = expected_chunks(spec, 0.25, [512, 128])
     assert first.read == first.used and second.read == pytest.approx(0.75 * second.used)
     assert (first.num_tokens, second.num_tokens, second.cached_tokens) == (512, 128, 512)
 
@@ -124,14 +127,14 @@ def test_a_traced_prompt_reads_what_the_replay_reads() -> None:
     trace = make_trace(np.stack([pairs, pairs], axis=1), num_experts=8)
     sizes = {0: 10, 1: 10}
     few = (PoolPlan(10, (0, 1), 16, num_slots=8, num_staging=4),)
-    chunks = traced_chunks(trace, few, "ewma", 600, sizes)
+    chunks = traced_chunks(trace, few, "ewma", [512, 88], sizes)
     assert chunks == [Chunk(512, 0, used=4, read=4), Chunk(88, 512, used=2, read=2)]
     again = np.concatenate([pairs[:512], pairs[:88]])
     trace = make_trace(np.stack([again, again], axis=1), num_experts=8)
     every = (PoolPlan(10, (0, 1), 16, num_slots=16, num_staging=0),)
-    chunks = traced_chunks(trace, every, "ewma", 600, sizes)
+    chunks = traced_chunks(trace, every, "ewma", [512, 88], sizes)
     assert chunks == [Chunk(512, 0, used=4, read=4), Chunk(88, 512, used=4, read=0)]
-    assert traced_chunks(trace, every, "ewma", 601, sizes) is None
+    assert traced_chunks(trace, every, "ewma", [512, 89], sizes) is None
 
 
 def test_a_planner_takes_its_chunks_from_the_trace() -> None:

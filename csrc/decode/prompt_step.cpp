@@ -50,74 +50,98 @@ void PromptStep::multiply(const float* x, int64_t num_tokens, std::initializer_l
     linears(x, num_tokens, parts, num_parts);
 }
 
-void PromptStep::attend(int64_t index, const CachedTokens& cached) {
+// Where the states of the tokens from ``first`` on are.
+PromptStates PromptStep::tile(int64_t first) const {
+    const DecoderShape& shape = decoder_.shape();
+    const int64_t hidden = first * shape.hidden_size, angles = first * (shape.rotary_dim / 2);
+    PromptStates tile = states_;
+    tile.residual += hidden;
+    tile.normed += hidden;
+    tile.cos += angles;
+    tile.sin += angles;
+    return tile;
+}
+
+void PromptStep::attend(int64_t index, const CachedTokens& before_chunk, int64_t first, int64_t num_tokens) {
     const DecoderLayer& layer = decoder_.layer(index);
     const DecoderShape& shape = decoder_.shape();
-    check(cached.num_tokens >= 0 && cached.num_tokens + num_tokens_ <= cached.capacity, "PromptStep",
+    check(first >= 0 && num_tokens >= 0 && first + num_tokens <= num_tokens_, "PromptStep",
+          "tokens " + std::to_string(first) + " to " + std::to_string(first + num_tokens) +
+              " are not in a chunk of " + std::to_string(num_tokens_));
+    check(before_chunk.num_tokens >= 0 && before_chunk.num_tokens + num_tokens_ <= before_chunk.capacity,
+          "PromptStep",
           "the key/value cache has no room for " + std::to_string(num_tokens_) + " tokens behind " +
-              std::to_string(cached.num_tokens));
+              std::to_string(before_chunk.num_tokens));
+    CachedTokens cached = before_chunk;
+    cached.num_tokens += first;
+    PromptStates states = tile(first);
+    states.ids += first * layer.router.top_k;
+    states.weights += first * layer.router.top_k;
     ThreadPool::Operation operation(ThreadPool::instance());
     const TokenKernels& ops = token_kernels();
     const int64_t hidden_size = shape.hidden_size;
-    for_each_token(num_tokens_, [&](int64_t token) {
+    for_each_token(num_tokens, [&](int64_t token) {
         const int64_t at = token * hidden_size;
-        ops.rms_norm(states_.residual + at, layer.attention.norm, shape.eps, hidden_size,
-                     states_.normed + at);
+        ops.rms_norm(states.residual + at, layer.attention.norm, shape.eps, hidden_size, states.normed + at);
     });
-    project(layer.attention, cached);
-    float* context = at_least(product_, num_tokens_ * std::max(hidden_size, decoder_.query_size()));
-    attend_prompt(shape, layer.attention, cached, num_tokens_, query_.data(), context);
+    project(layer.attention, cached, states, num_tokens);
+    float* context = at_least(product_, num_tokens * std::max(hidden_size, decoder_.query_size()));
+    attend_prompt(shape, layer.attention, cached, num_tokens, query_.data(), context);
     float* product = query_.data();  // as large, and read
-    multiply(context, num_tokens_, {{&layer.attention.out, product}});
-    for_each_token(num_tokens_, [&](int64_t token) {
-        float* residual = states_.residual + token * hidden_size;
+    multiply(context, num_tokens, {{&layer.attention.out, product}});
+    for_each_token(num_tokens, [&](int64_t token) {
+        float* residual = states.residual + token * hidden_size;
         const float* added = product + token * hidden_size;
         for (int64_t i = 0; i < hidden_size; ++i) residual[i] = residual[i] + added[i];
         ops.rms_norm(residual, layer.attention.feed_forward_norm, shape.eps, hidden_size,
-                     states_.normed + token * hidden_size);
+                     states.normed + token * hidden_size);
     });
-    layer.router.top_k ? choose(layer.router) : feed_forward(layer);
+    if (layer.router.top_k)
+        choose(layer.router, states, num_tokens);
+    else
+        feed_forward(layer, states, num_tokens);
 }
 
-void PromptStep::project(const AttentionLayer& attention, const CachedTokens& cached) {
+void PromptStep::project(const AttentionLayer& attention, const CachedTokens& cached,
+                         const PromptStates& tile, int64_t num_tokens) {
     const DecoderShape& shape = decoder_.shape();
     const int64_t query_size = decoder_.query_size(), key_size = decoder_.key_size();
-    float* query = at_least(query_, num_tokens_ * std::max(shape.hidden_size, query_size));
-    float *key = at_least(key_, num_tokens_ * key_size), *value = at_least(value_, num_tokens_ * key_size);
-    multiply(states_.normed, num_tokens_,
+    float* query = at_least(query_, num_tokens * std::max(shape.hidden_size, query_size));
+    float *key = at_least(key_, num_tokens * key_size), *value = at_least(value_, num_tokens * key_size);
+    multiply(tile.normed, num_tokens,
              {{&attention.query, query}, {&attention.key, key}, {&attention.value, value}});
     const int64_t half = shape.rotary_dim / 2;
-    for_each_token(num_tokens_, [&](int64_t token) {
-        finish_heads(shape, attention, states_.cos + token * half, states_.sin + token * half,
+    for_each_token(num_tokens, [&](int64_t token) {
+        finish_heads(shape, attention, tile.cos + token * half, tile.sin + token * half,
                      query + token * query_size, key + token * key_size, value + token * key_size);
         store_token(shape, cached, cached.num_tokens + token, key + token * key_size,
                     value + token * key_size);
     });
 }
 
-void PromptStep::choose(const Router& router) {
+void PromptStep::choose(const Router& router, const PromptStates& tile, int64_t num_tokens) {
     const int64_t num_experts = router.gate.matrix.rows, top_k = router.top_k;
-    float* scores = at_least(scores_, num_tokens_ * num_experts);
-    multiply(states_.normed, num_tokens_, {{&router.gate, scores}});
-    for_each_token(num_tokens_, [&](int64_t token) {
+    float* scores = at_least(scores_, num_tokens * num_experts);
+    multiply(tile.normed, num_tokens, {{&router.gate, scores}});
+    for_each_token(num_tokens, [&](int64_t token) {
         thread_local std::vector<float> padded;
         thread_local Choice choice;
         padded.assign(scores + token * num_experts, scores + (token + 1) * num_experts);
         padded.resize((num_experts + 7) / 8 * 8);
         choose_experts(router, padded.data(), choice);
-        std::copy_n(choice.ids.data(), top_k, states_.ids + token * top_k);
-        std::copy_n(choice.weights.data(), top_k, states_.weights + token * top_k);
+        std::copy_n(choice.ids.data(), top_k, tile.ids + token * top_k);
+        std::copy_n(choice.weights.data(), top_k, tile.weights + token * top_k);
     });
 }
 
 // A kernel of one expert that every token goes to.
-void PromptStep::feed_forward(const DecoderLayer& layer) {
-    tokens_.resize(num_tokens_);
+void PromptStep::feed_forward(const DecoderLayer& layer, const PromptStates& tile, int64_t num_tokens) {
+    tokens_.resize(num_tokens);
     std::iota(tokens_.begin(), tokens_.end(), 0);
-    ones_.assign(num_tokens_, 1.0f);
-    const int32_t id = 0, offsets[] = {0, int32_t(num_tokens_)};
-    const ExpertPairs pairs{&id, layer.addresses.data(), offsets, tokens_.data(), 1, num_tokens_};
-    layer.kernel->sum(states_.normed, num_tokens_, pairs, ones_.data(), states_.residual);
+    ones_.assign(num_tokens, 1.0f);
+    const int32_t id = 0, offsets[] = {0, int32_t(num_tokens)};
+    const ExpertPairs pairs{&id, layer.addresses.data(), offsets, tokens_.data(), 1, num_tokens};
+    layer.kernel->sum(tile.normed, num_tokens, pairs, ones_.data(), tile.residual);
 }
 
 void PromptStep::logits(int64_t first, float* out) {

@@ -1,9 +1,12 @@
 // A chunk of a prompt through a decoder, layer by layer: DecodeStep for many tokens of one sequence.
 //
-//   begin ─► attend(0) ─► experts by the caller ─► attend(1) ... ─► logits
+//   begin ─► attend(0), tile by tile ─► experts by the caller ─► attend(1) ... ─► logits
 //
 // Every token gets the bits that DecodeStep would give it after the tokens before it, so neither the size
 // of a chunk nor what is computed beside a token changes it. The caller serializes calls.
+//
+// A chunk is as long as it likes: what exists for all of its tokens is the caller's (PromptStates), queries,
+// keys, values, products and scores only for those of a tile.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +33,11 @@ class PromptStep {
     // The tokens' embeddings.
     void begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states);
 
-    // Attention and its residual, then the router's choices, whose weighted experts the caller adds to the
-    // residual, or the whole dense feed-forward network. Keys and values go behind ``cached.num_tokens``.
-    void attend(int64_t layer, const CachedTokens& cached);
+    // Of tokens [first, first + num_tokens) of the chunk, those before them done: attention and its residual,
+    // then the router's choices, whose weighted experts the caller adds to the residual when all tiles are
+    // done, or the whole dense feed-forward network. The chunk's keys and values go behind
+    // ``cached.num_tokens``.
+    void attend(int64_t layer, const CachedTokens& cached, int64_t first, int64_t num_tokens);
 
     // Of the tokens from ``first`` on, (num_tokens - first, vocab_size).
     void logits(int64_t first, float* out);
@@ -42,16 +47,18 @@ class PromptStep {
         const Linear* linear;
         float* out;
     };
+    PromptStates tile(int64_t first) const;
     void multiply(const float* x, int64_t num_tokens, std::initializer_list<Place> products) const;
-    void project(const AttentionLayer& attention, const CachedTokens& cached);
-    void choose(const Router& router);
-    void feed_forward(const DecoderLayer& layer);
+    void project(const AttentionLayer& attention, const CachedTokens& cached, const PromptStates& tile,
+                 int64_t num_tokens);
+    void choose(const Router& router, const PromptStates& tile, int64_t num_tokens);
+    void feed_forward(const DecoderLayer& layer, const PromptStates& tile, int64_t num_tokens);
 
     const Decoder& decoder_;
     int64_t num_tokens_ = 0;
     PromptStates states_{};
-    std::vector<float> query_, key_, value_, product_;  // (num_tokens, ...)
-    std::vector<float> scores_;                         // (num_tokens, num_experts)
+    std::vector<float> query_, key_, value_, product_;  // (tokens of a tile, ...)
+    std::vector<float> scores_;                         // (tokens of a tile, num_experts)
     std::vector<int32_t> tokens_;                       // 0, 1, ... of a dense network's pairs
     std::vector<float> ones_;
 };

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moe_offload.config import PREFILL_CHUNK_TOKENS
+from moe_offload.planning.prompt_chunks import TILE_TOKENS
 from moe_offload.planning.roofline import Curve, DecoderShape, MachineSpeed, PromptSpeed, Speed
 
 
@@ -47,12 +47,6 @@ class PromptWork:
     head_bytes: int = 0
 
 
-def chunk_sizes(num_tokens: int) -> list[int]:
-    """Return the tokens of each chunk."""
-    whole, rest = divmod(num_tokens, PREFILL_CHUNK_TOKENS)
-    return [PREFILL_CHUNK_TOKENS] * whole + [rest] * (rest > 0)
-
-
 def prefill_speed(
     machine: MachineSpeed, shape: DecoderShape, work: PromptWork, chunks: Sequence[Chunk]
 ) -> Speed | None:
@@ -81,7 +75,7 @@ def _before_experts_s(
 ) -> Mapping[str, float]:
     """Return what all the layers take but their experts: products, and what goes with layers and elements."""
     num_tokens, overheads = chunk.num_tokens, machine.overheads
-    dense_s = num_tokens * work.dense_macs / value_at(prompt.dense_macs_per_s, num_tokens)
+    dense_s = num_tokens * work.dense_macs / value_at(prompt.dense_macs_per_s, min(num_tokens, TILE_TOKENS))
     looked_at = num_tokens * (chunk.cached_tokens + prompt.own_share * num_tokens)
     attention_s = shape.attention_heads * looked_at * prompt.score_s
     elements_s = shape.num_layers * num_tokens * shape.hidden_size * overheads.chunk_element_s

@@ -1,12 +1,12 @@
-"""Split a long forward into chunks of 512 tokens, so that activations have a fixed size.
+"""Split a long forward into chunks, so that activations have a bounded size.
 
-The chunk is a constant and never derived from the budget: a matmul's rounding depends on how many
-rows share it, and the budget must not change a token.
+transformers' layers get chunks of 512 tokens, native code longer ones (planning/prompt_chunks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moe_offload.config import PREFILL_CHUNK_TOKENS
+from moe_offload.planning.prompt_chunks import constant_chunks
 
 # Asked for these, a caller wants tensors of the whole sequence at once; chunks would be a nuisance.
 WHOLE_SEQUENCE_KEYS = ("labels", "output_attentions", "output_hidden_states", "output_router_logits")
@@ -42,16 +43,27 @@ def needs_chunks(inputs: dict[str, Any]) -> bool:
     )
 
 
-def run_in_chunks(forward: Forward, inputs: dict[str, Any], cache: Cache, on_chunk: OnChunk) -> Any:
-    """Run ``forward`` chunk by chunk on ``cache`` and return the last output with all kept logits."""
+def constant_sizes(inputs: dict[str, Any]) -> list[int]:
+    """Return the tokens of each chunk for transformers' layers, whose rounding the batch may not change."""
     batch_size, num_tokens = sequence_shape(inputs)
-    chunk_tokens = max(1, PREFILL_CHUNK_TOKENS // batch_size)
+    return constant_chunks(num_tokens, max(1, PREFILL_CHUNK_TOKENS // batch_size))
+
+
+def run_in_chunks(
+    forward: Forward, inputs: dict[str, Any], cache: Cache, sizes: Sequence[int], on_chunk: OnChunk
+) -> Any:
+    """Run ``forward`` chunk by chunk on ``cache`` and return the last output with all kept logits.
+
+    Args:
+        sizes: tokens of each chunk, of every sequence.
+    """
+    _, num_tokens = sequence_shape(inputs)
     past_tokens = cache.get_seq_length()
     first_kept = num_tokens - (inputs.get("logits_to_keep", 0) or num_tokens)
     kept_logits = []
-    for start in range(0, num_tokens, chunk_tokens):
-        end = min(start + chunk_tokens, num_tokens)
-        on_chunk(start, end - start, num_tokens)
+    for end, size in zip(accumulate(sizes), sizes, strict=True):
+        start = end - size
+        on_chunk(start, size, num_tokens)
         kept = end - max(start, first_kept)
         chunk = _slice_inputs(inputs, start, end, past_tokens)
         output = forward(**{**chunk, "past_key_values": cache, "logits_to_keep": max(kept, 1)})

@@ -21,6 +21,7 @@ from moe_offload.errors import CheckpointError
 from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
+from moe_offload.runtime.expert_calls import expert_calls
 from moe_offload.runtime.hybrid import HybridLayer
 from moe_offload.runtime.hybrid_step import run_step
 from moe_offload.runtime.hybrid_stream import stream_layer
@@ -109,6 +110,7 @@ class ExpertExecutor:
     ) -> None:
         self.kernel, self.layer_idx = kernel, layer_idx
         self.cache, self.prefetcher, self.on_layer_done = cache, prefetcher, on_layer_done
+        self._pair_macs = sum(matrix.rows * matrix.cols for matrix in kernel.layout.matrices)
         self.on_route: Callable[[int, Tensor, Tensor, Tensor], None] | None = None  # recorder.py
         self.hybrid: HybridLayer | None = None  # the layer's share on a device
 
@@ -226,10 +228,12 @@ class ExpertExecutor:
         with closing(batches):
             for batch in batches:
                 end = start + len(batch)
-                pairs = slice(int(offsets[start]), int(offsets[end]))
                 addresses = np.array([there for _, there in batch], np.uint64)
-                part = offsets[start : end + 1] - offsets[start], routing.pair_tokens[pairs]
-                self.kernel.sum(hidden, ids[start:end], addresses, *part, routing.pair_weights[pairs], out)
+                for which, part in expert_calls(offsets[start : end + 1], self._pair_macs):
+                    pairs = slice(int(part[0]), int(part[-1]))
+                    chosen = ids[start:end][which], addresses[which], part - part[0]
+                    weighted = routing.pair_tokens[pairs], routing.pair_weights[pairs]
+                    self.kernel.sum(hidden, *chosen, *weighted, out)
                 start = end
 
 

@@ -19,6 +19,7 @@ from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.plans import DevicePlan, PlacementPlan
 from moe_offload.planning.prediction import Predictor
+from moe_offload.planning.prompt_chunks import longest_chunk
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, available_bytes
@@ -161,7 +162,8 @@ def _attach(
     model.__class__ = offloaded_class(model_class)
     model.offload = handle
     if native_step_reason(checkpoint.config) is None:
-        handle.native_step = NativeStep(model, executors, kv=config.kv)
+        longest = longest_chunk(checkpoint.spec, checkpoint.config, decided.plan.context_tokens)
+        handle.native_step = NativeStep(model, executors, config.kv, longest)
     handle.make_recorder = partial(
         RoutingRecorder,
         executors,

@@ -1,6 +1,8 @@
 """A prompt's chunk in native code, layer by layer, instead of transformers' layers.
 
-The bits of a token are those of NativeStep after the tokens before it, whatever else is in its chunk.
+The bits of a token are those of NativeStep after the tokens before it, whatever else is in its chunk. What
+is here for every token of a chunk, and what for a tile of it, planning/prompt_chunks.py counts. Between two
+tiles Python runs, so that Ctrl-C does not wait for a long chunk.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_offload._native import PromptStep
+from moe_offload.planning.prompt_chunks import TILE_TOKENS
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import NativeDecoder
@@ -45,7 +48,9 @@ class NativePrompt:
         self._step.begin(ids.data_ptr(), num_tokens, (*states.addresses(), cos.data_ptr(), sin.data_ptr()))
         cached = self._decoder.cached(cache)
         for layer_idx, executor in enumerate(self._executors):
-            self._step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens)
+            for start in range(0, num_tokens, TILE_TOKENS):
+                tile = start, min(TILE_TOKENS, num_tokens - start)
+                self._step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens, *tile)
             if executor is not None:
                 routed = states.routed(self._decoder.top_k[layer_idx])
                 executor.add_experts(*routed, states.residual, self._decoder.dtype)

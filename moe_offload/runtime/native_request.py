@@ -1,7 +1,7 @@
 """Which forwards native code computes, instead of transformers' layers.
 
-By shapes and by what is asked for, never by placement: one sequence of a chunk's tokens at most, our
-key/value cache with room, nothing masked, no output but logits, no hooks, no replaced module.
+By shapes and by what is asked for, never by placement: one sequence, our key/value cache with room, nothing
+masked, no output but logits, no hooks, no replaced module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.packed_kv import layer_class
 
@@ -47,7 +46,7 @@ class ServedForwards:
             return False
         num_tokens = ids.shape[1]
         return (
-            0 < num_tokens <= PREFILL_CHUNK_TOKENS
+            num_tokens > 0
             and isinstance(cache, KVCache)
             and cache.make_layer is self._cache_layer
             and self._attention_is_plain

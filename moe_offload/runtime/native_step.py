@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from moe_offload._native import DecodeStep
+from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.errors import DeviceError
 from moe_offload.planning.plans import DensePlan
+from moe_offload.planning.prompt_chunks import constant_chunks, even_chunks
 from moe_offload.residency.accelerator import Device
 from moe_offload.residency.expert_cache import Step
 from moe_offload.runtime.device_dense import DeviceDense
@@ -38,9 +40,17 @@ class NativeStep:
         model: loaded, of a family that ``native_step_reason`` accepts. Not kept, only its parts.
         executors: by index, of the layers that have experts.
         kv: how keys and values are kept (planning.kv_format).
+        longest_chunk: tokens of a prompt that there is memory for at once (planning.prompt_chunks).
     """
 
-    def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        executors: Mapping[int, ExpertExecutor],
+        kv: str | None = None,
+        longest_chunk: int = PREFILL_CHUNK_TOKENS,
+    ) -> None:
+        self._longest_chunk = longest_chunk
         self._decoder = NativeDecoder(model, executors, kv)
         self.dense: DeviceDense | None = None  # layers that run on a device
         self._step = self._decoder.step
@@ -61,6 +71,12 @@ class NativeStep:
     def serves(self, inputs: dict[str, Any]) -> bool:
         """Whether this forward is one that native code computes; depends on no placement."""
         return self._served.accepts(inputs)
+
+    def chunk_sizes(self, num_tokens: int) -> list[int]:
+        """Return the chunks of a prompt; a device has room for constant ones."""
+        if any(executor.hybrid is not None for executor in self._moe_executors):
+            return constant_chunks(num_tokens)
+        return even_chunks(num_tokens, self._longest_chunk)
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any]) -> Any:

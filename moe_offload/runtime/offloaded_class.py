@@ -14,7 +14,12 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload.errors import ConfigError
-from moe_offload.runtime.chunked_prefill import needs_chunks, run_in_chunks, sequence_shape
+from moe_offload.runtime.chunked_prefill import (
+    constant_sizes,
+    needs_chunks,
+    run_in_chunks,
+    sequence_shape,
+)
 from moe_offload.runtime.footprint import weight_bytes
 from moe_offload.runtime.offload import OffloadHandle
 
@@ -72,10 +77,16 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
         compute = functools.partial(_natively_or_in_layers, handle, forward)
         if not in_chunks:
             return compute(**inputs)
-        output = run_in_chunks(compute, inputs, cache, handle.begin_chunk)
+        output = run_in_chunks(compute, inputs, cache, _chunk_sizes(handle, inputs), handle.begin_chunk)
     if not keep_cache:
         output.past_key_values = None
     return output
+
+
+def _chunk_sizes(handle: OffloadHandle, inputs: dict[str, Any]) -> list[int]:
+    if handle.native_step is not None and handle.native_step.serves(inputs):
+        return handle.native_step.chunk_sizes(sequence_shape(inputs)[1])
+    return constant_sizes(inputs)
 
 
 def _natively_or_in_layers(handle: OffloadHandle, forward: Any, **inputs: Any) -> Any:

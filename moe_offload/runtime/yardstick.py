@@ -128,7 +128,7 @@ class _Demo:
     def _products_s(self, num_tokens: int) -> float:
         """Return the seconds of a resident chunk's products and attention."""
         chunks = [
-            replace(chunk, read=0.0) for chunk in expected_chunks(self.checkpoint.spec, 1.0, num_tokens)
+            replace(chunk, read=0.0) for chunk in expected_chunks(self.checkpoint.spec, 1.0, [num_tokens])
         ]
         found = prefill_speed(self.machine, self.shape, prompt_work(self.checkpoint), chunks)
         assert found is not None
