@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 from moe_offload.cli_inspect import open_measured
-from moe_offload.config import DEMO_MODEL, GIB, DeviceChoice, RuntimeConfig, gib, parse_bytes
-from moe_offload.device import DeviceProfile, load_profile
+from moe_offload.cli_plan_machine import Source, find_source
+from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
+from moe_offload.device import DeviceProfile
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import context_bytes
 from moe_offload.outlook import Outlook, Planner
 from moe_offload.planning.kv_format import KV_PRICE
-from moe_offload.planning.profile_speed import profile_speed
-from moe_offload.planning.roofline import MachineSpeed, Overheads, Speed
-from moe_offload.profile_store import CPU, GIVEN, TUNED_MACHINE, TUNED_MODEL, ProfileInUse, stored_profile
+from moe_offload.planning.roofline import Speed
+from moe_offload.profile_store import GIVEN, ProfileInUse
 from moe_offload.residency.memory import auto_ram_bytes
-from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.checkpoint_key import checkpoint_key
-from moe_offload.terminal import Progress
 from moe_offload.trace import read_trace
 
 DISPLAY_RESERVE_BYTES = GIB  # of a profile's VRAM, for what draws the screen
@@ -37,19 +33,17 @@ SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a brows
 def run(args: argparse.Namespace) -> int:
     """Print the report, or the JSON object; draw the plot where asked."""
     checkpoints = [open_measured(path, allow_dense=args.allow_dense) for path in args.models or [DEMO_MODEL]]
-    profiles = [_profile(args.profile, checkpoint, args.vram) for checkpoint in checkpoints]
-    overheads = Overheads() if None not in profiles else _measured_overheads()
-    pairs = list(zip(checkpoints, profiles, strict=True))
-    planners = [_planner(checkpoint, profile, overheads, args) for checkpoint, profile in pairs]
+    sources = [find_source(args.profile, checkpoint, args.vram) for checkpoint in checkpoints]
+    planners = [_planner(*found, args) for found in zip(checkpoints, sources, strict=True)]
     outlooks = [
-        planner.outlook(_ram_bytes(args.ram, profile))
-        for planner, profile in zip(planners, profiles, strict=True)
+        planner.outlook(_ram_bytes(args.ram, source.profile))
+        for planner, source in zip(planners, sources, strict=True)
     ]
     if args.plot:
         from moe_offload.plan_plot import draw
 
         draw(planners[0], outlooks[0].ram_bytes, args.plot)
-    reports = list(zip(planners, outlooks, profiles, strict=True))
+    reports = list(zip(planners, outlooks, sources, strict=True))
     if args.json:
         print(json.dumps({"models": [as_json(*report) for report in reports]}))
         return 0
@@ -59,37 +53,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(asked: str | None, checkpoint: Checkpoint, vram: str | None) -> ProfileInUse | None:
-    """Return the profile whose figures count; None: this machine is measured.
-
-    Args:
-        asked: a name or file; None: what was tuned here for the checkpoint, or else for the machine;
-            "none": nothing.
-        vram: where a GPU's memory is asked for, what was tuned with it goes first.
-
-    Raises:
-        ConfigError: no such profile, or it is damaged.
-    """
-    if asked == "none":
-        return None
-    if asked is not None:
-        return ProfileInUse(load_profile(asked), GIVEN, None)
-    device = CPU if vram is None else DeviceChoice("cuda").key
-    found = stored_profile(checkpoint_key(checkpoint), device)
-    return found if found is not None and found.kind in (TUNED_MODEL, TUNED_MACHINE) else None
-
-
-def _planner(
-    checkpoint: Checkpoint, found: ProfileInUse | None, overheads: Overheads, args: argparse.Namespace
-) -> Planner:
+def _planner(checkpoint: Checkpoint, source: Source, args: argparse.Namespace) -> Planner:
     trace = read_trace(args.trace, checkpoint.spec.num_experts) if args.trace else None
     config = RuntimeConfig(context_tokens=args.context, kv=args.kv, allow_dense=args.allow_dense)
+    found = source.profile
     profile = None if found is None else found.profile
     if found is not None and found.kind != GIVEN and "policy" in found.profile.settings:
         config = replace(config, policy=str(found.profile.settings["policy"]))
-    machine = _measured_speed(checkpoint, overheads) if profile is None else profile_speed(profile)
     vram_bytes = _vram_bytes(args.vram, profile)
-    return Planner(checkpoint, machine, config, vram_bytes=vram_bytes, trace=trace)
+    return Planner(checkpoint, source.machine, config, vram_bytes=vram_bytes, trace=trace)
 
 
 def _vram_bytes(asked: str | None, profile: DeviceProfile | None) -> int:
@@ -112,24 +84,6 @@ def _vram_bytes(asked: str | None, profile: DeviceProfile | None) -> int:
     return vram_bytes
 
 
-def _measured_overheads() -> Overheads:
-    from moe_offload.cli_session import import_libraries
-
-    import_libraries()
-    from moe_offload.runtime.yardstick import measure_overheads
-
-    with Progress("measuring this machine", sys.stderr):
-        return measure_overheads()
-
-
-def _measured_speed(checkpoint: Checkpoint, overheads: Overheads) -> MachineSpeed:
-    from moe_offload.measure_steps import measure_steps  # imports torch
-
-    is_native = native_step_reason(checkpoint.config) is None
-    with Progress("measuring the model's experts", sys.stderr):
-        return replace(measure_steps(checkpoint, is_native=is_native), overheads=overheads)
-
-
 def _ram_bytes(asked: str, found: ProfileInUse | None) -> int:
     if asked != "auto":
         return parse_bytes(asked)
@@ -138,11 +92,12 @@ def _ram_bytes(asked: str, found: ProfileInUse | None) -> int:
     return max(1, int(found.profile.value("ram", "capacity")) - SYSTEM_RESERVE_BYTES)
 
 
-def as_json(planner: Planner, outlook: Outlook, found: ProfileInUse | None) -> dict[str, Any]:
+def as_json(planner: Planner, outlook: Outlook, source: Source) -> dict[str, Any]:
     """Return one model's report; sizes in bytes, times in seconds."""
     return {
         "path": str(planner.checkpoint.path),
-        "profile": None if found is None else found.describe(),
+        "profile": None if source.profile is None else source.profile.describe(),
+        "measured_s_ago": source.age_s,
         "family": planner.checkpoint.spec.model_type,
         "context_tokens": planner.context_tokens,
         "kv": planner.config.kv,
@@ -159,9 +114,9 @@ def as_json(planner: Planner, outlook: Outlook, found: ProfileInUse | None) -> d
     }
 
 
-def as_text(planner: Planner, outlook: Outlook, found: ProfileInUse | None) -> str:
+def as_text(planner: Planner, outlook: Outlook, source: Source) -> str:
     """Return one model's report for people."""
-    facts = {"machine": _machine_line(planner.machine, found), **_facts(planner, outlook)}
+    facts = {"machine": _machine_line(source), **_facts(planner, outlook)}
     return "\n".join([str(planner.checkpoint.path), *(f"  {name:13} {text}" for name, text in facts.items())])
 
 
@@ -175,12 +130,23 @@ def _facts(planner: Planner, outlook: Outlook) -> dict[str, str]:
         "key/values": _kv_line(planner),
         "hit rate": f"{outlook.hit_rate:.0%} expected with {outlook.resident_share:.0%} of the experts "
         f"resident ({outlook.hit_source})",
+        "prefetch": _ahead_line(planner, outlook),
         "decode": _speed_line(outlook.decode, f"{planner.context_tokens} tokens in context"),
         "prefill": _speed_line(outlook.prefill, f"a prompt of {planner.prompt_tokens} tokens"),
         "to change it": _changes(planner, outlook),
         "least ram": f"{gib(planner.smallest_ram_bytes)}; every expert resident at "
         f"{gib(planner.whole_ram_bytes)}",
     }
+
+
+def _ahead_line(planner: Planner, outlook: Outlook) -> str:
+    """Return what of the decoding speed comes from reading ahead."""
+    ahead = planner.machine.ahead
+    if ahead is None:
+        return "not counted: what is guessed of this model has not been measured (moe-offload tune)"
+    if outlook.decode is None or not outlook.decode.ahead_gain:
+        return f"gains nothing here ({ahead.recall:.0%} of the experts guessed a layer ahead), so it is off"
+    return f"+{outlook.decode.ahead_gain:.0%} of it, {ahead.recall:.0%} of the experts guessed a layer ahead"
 
 
 def _kv_line(planner: Planner) -> str:
@@ -222,15 +188,13 @@ def _speed_line(speed: Speed | None, condition: str) -> str:
     return f"{speed.tokens_per_s:.3g} tok/s with {condition}; {speed.walls()}"
 
 
-def _machine_line(machine: MachineSpeed, found: ProfileInUse | None) -> str:
-    source = "measured now" if found is None else f"profile {found.describe()}"
-    if found is not None and found.kind != GIVEN:
-        source += " (--profile none measures now)"
+def _machine_line(source: Source) -> str:
+    machine = source.machine
     macs = f", {machine.macs_per_s / 1e9:.0f} GMAC/s" if machine.macs_per_s else ""
     experts = f", experts {machine.expert_bytes_per_s / 1e9:.1f}" if machine.expert_bytes_per_s else ""
     return (
-        f"{source}: weights from RAM at {machine.ram_bytes_per_s / 1e9:.1f} GB/s{experts}, experts from disk "
-        f"at {machine.disk_bytes_per_s / 1e9:.2f} GB/s{macs}"
+        f"{source.describe()}: weights from RAM at {machine.ram_bytes_per_s / 1e9:.1f} GB/s{experts}, "
+        f"experts from disk at {machine.disk_bytes_per_s / 1e9:.2f} GB/s{macs}"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from moe_offload import ops
 from moe_offload.config import MIB
-from moe_offload.planning.roofline import MachineSpeed
+from moe_offload.planning.machine_speed import MachineSpeed
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import ExpertKey, WeightType, row_bytes
 from moe_offload.storage.expert_store import ExpertStore

@@ -19,10 +19,10 @@ from moe_offload.config import PREFILL_CHUNK_TOKENS, RuntimeConfig
 from moe_offload.expert_bench import ExpertBench
 from moe_offload.expert_ops import Activation, ExpertKernel
 from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.machine_speed import Curve
 from moe_offload.planning.placement import staging_slots
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import value_at
-from moe_offload.planning.roofline import Curve
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.stats import OffloadStats
 
@@ -74,6 +74,12 @@ class LayerExperts:
         """Return the seconds of one resident expert of a chunk for ``num_tokens`` tokens."""
         return self._call_s(RESIDENT_CALLS, num_tokens) / RESIDENT_CALLS
 
+    def submit_s(self) -> float:
+        """Return what asking for an expert's read takes from who computes."""
+        return max(
+            0.0, _median(lambda: self._begin(1), READ_S / 2) - _median(lambda: self._begin(0), COMPUTE_S)
+        )
+
     def step_s(self, misses: int) -> float:
         """Return the seconds of one token's experts of which so many must be read, all that goes with it."""
         return _median(lambda: self._step(misses), READ_S if misses else COMPUTE_S)
@@ -113,6 +119,20 @@ class LayerExperts:
         resident, absent = self._split()
         chosen = sorted(resident[: self.top_k - misses] + absent[:misses])
         seconds = self._serve(chosen)
+        self._used(chosen)
+        return seconds
+
+    def _begin(self, misses: int) -> float:
+        """Return the seconds of a step's beginning, of which so many experts must be read."""
+        resident, absent = self._split()
+        chosen = sorted(resident[: self.top_k - misses] + absent[:misses])
+        started = time.perf_counter()
+        step = self.cache.begin(self.layer_idx, chosen, [1 / len(chosen)] * len(chosen))
+        seconds = time.perf_counter() - started
+        assert step is not None, "a pool has slots for one token's experts"
+        for expert_id in step.pending:
+            self.cache.wait(step, expert_id)
+        self.cache.end(step)
         self._used(chosen)
         return seconds
 

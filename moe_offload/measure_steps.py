@@ -26,7 +26,7 @@ from moe_offload.header_costs import (
 )
 from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
 from moe_offload.measure_experts import LayerExperts
-from moe_offload.planning.roofline import Curve, MachineSpeed, PromptSpeed
+from moe_offload.planning.machine_speed import Curve, MachineSpeed, PromptSpeed
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 
@@ -64,6 +64,7 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
             macs_per_s=dense[-1][1],
             expert_bytes_per_s=expert_bytes / expert_s,
             disk_latency_s=latency_s,
+            submit_s=layer.submit_s(),
             prompt=PromptSpeed(
                 dense_macs_per_s=dense,
                 expert_s=curve,

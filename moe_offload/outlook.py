@@ -25,10 +25,11 @@ from moe_offload.header_costs import (
 )
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_hit_rate
+from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed
 from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram_bytes
 from moe_offload.planning.plans import DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
-from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Speed, decode_speed
+from moe_offload.planning.roofline import Speed, decode_speed
 from moe_offload.prompt_outlook import chunk_sizes, expected_chunks, prompt_work, traced_chunks
 from moe_offload.replay import Event, events, replay_events
 from moe_offload.runtime.native_families import native_step_reason
@@ -196,7 +197,6 @@ class Planner:
             attention_heads=attention_heads(self.checkpoint),
             attention_scores=attention_heads(self.checkpoint) * self.context_tokens,
             is_native=native_step_reason(self.checkpoint.config) is None,
-            all_resident=all(pool.num_slots >= pool.num_experts for pool in placement.pools),
         )
 
     def chunks(self, placement: PlacementPlan) -> list[Chunk]:

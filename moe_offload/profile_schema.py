@@ -74,6 +74,8 @@ FIGURES: dict[str, dict[str, Bounds]] = {
     "model": {
         "expert_size": (BYTES, 1.0, 2.0**40),
         "layer_overhead": (SECONDS, 0.0, 1.0),
+        "recall": (COUNT, 0.0, 1.0),  # of the predictor in [settings], a layer ahead
+        "predict_time": (SECONDS, 0.0, 1.0),  # of asking it, for a layer
     },
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import moe_offload
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
-from moe_offload.planning.roofline import MachineSpeed
+from moe_offload.planning.machine_speed import MachineSpeed
 from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile
 from moe_offload.residency.machine_state import cpu_name, machine_key, machine_state

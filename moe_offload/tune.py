@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moe_offload.planning.tuning import (
     NO_PREDICTOR,
     Choice,
     Gain,
+    Predictability,
     TuningFacts,
     paired_gain,
     plan_runs,
@@ -71,6 +73,7 @@ class Stage:
     pairs: int = 0
     tokens: int = 0
     layer_overhead_s: float = 0.0
+    predictors: Mapping[str, Predictability] = field(default_factory=dict)  # by name, as they were measured
     ram_bytes: int = 0
     slots: int = 0
     device_slots: int = 0
@@ -173,6 +176,7 @@ class Tuner:
         candidates = to_verify(defaults, ranking, MOST_CANDIDATES)
         if before is not None and before != defaults:
             candidates = list(dict.fromkeys([defaults, before, *candidates]))
+        stage.predictors = facts.predictors
         self._decide(run, text, stage, candidates, facts, budget)
         return stage
 

@@ -37,6 +37,7 @@ def assemble(
     overhead_s = stages[0].layer_overhead_s
     note = f"beside bytes and waiting, {stages[0].name}"
     tiers.figures["model"]["layer_overhead"] = Figure(overhead_s, "measured", note)
+    tiers.figures["model"] |= _prediction(choice, stages[-1])
     keep_the_possible(tiers)
     evidence: dict[str, Any] = {
         "verdict": "; ".join(f"{stage.name}: {stage.verdict}" for stage in stages),
@@ -66,6 +67,18 @@ def assemble(
             "evidence": evidence,
         },
     )
+
+
+def _prediction(choice: Choice, stage: Stage) -> dict[str, Figure]:
+    """Return what the chosen predictor finds a layer ahead and takes; nothing where none was asked."""
+    found = stage.predictors.get(choice.predictor)
+    if found is None or 1 not in found.recall:
+        return {}
+    note = f"of {choice.predictor}, a layer ahead, {stage.name}"
+    return {
+        "recall": Figure(found.recall[1], "measured", note),
+        "predict_time": Figure(found.predict_s, "measured", note),
+    }
 
 
 def _duel(stage: Stage) -> dict[str, Any]:

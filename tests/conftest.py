@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from moe_offload import profile_store
-from moe_offload.planning.roofline import MachineSpeed
+from moe_offload.planning.machine_speed import MachineSpeed
 from moe_offload.residency import warm_start
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch

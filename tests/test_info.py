@@ -12,7 +12,7 @@ import pytest
 
 from moe_offload import cli, cli_info, ops, profile_store
 from moe_offload.config import DEMO_MODEL
-from moe_offload.planning.roofline import MachineSpeed
+from moe_offload.planning.machine_speed import MachineSpeed
 from moe_offload.residency import memory
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key

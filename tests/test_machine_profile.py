@@ -15,8 +15,8 @@ from moe_offload import ops, profile_store, tune_profile
 from moe_offload.config import MIB, DeviceChoice, RuntimeConfig
 from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
+from moe_offload.planning.machine_speed import MachineSpeed
 from moe_offload.planning.plans import PlacementPlan
-from moe_offload.planning.roofline import MachineSpeed
 from moe_offload.profile_schema import DeviceProfile
 from moe_offload.profile_write import write_profile
 from moe_offload.runtime import machine_profile

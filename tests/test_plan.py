@@ -18,7 +18,7 @@ from toy_models import save_toy_model
 
 import moe_offload
 import moe_offload.runtime.model as runtime
-from moe_offload import cli, profile_store
+from moe_offload import cli, profile_store, rehearsals
 from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 from moe_offload.header_costs import Process, dense_read_bytes, head_bytes, prompt_weights
@@ -26,15 +26,18 @@ from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
 from moe_offload.plan_plot import wall_limits
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
-from moe_offload.planning.placement import plan_device
-from moe_offload.planning.roofline import (
+from moe_offload.planning.machine_speed import (
     DecoderShape,
     DeviceSpeed,
     MachineSpeed,
     Overheads,
-    decode_speed,
-    independent_misses,
+    PromptSpeed,
+    ReadAhead,
 )
+from moe_offload.planning.placement import plan_device
+from moe_offload.planning.prefetch_plan import WASTE_TARGET
+from moe_offload.planning.roofline import decode_speed
+from moe_offload.planning.stalls import independent_misses, thinned
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.trace import make_trace
@@ -80,16 +83,43 @@ def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
     )
     machine = replace(MACHINE, overheads=overheads)
     for change, expected_s in (
-        ({"all_resident": True}, 0.1),
-        ({}, 0.2),
+        ({}, 0.1),
         ({"is_native": False}, 0.4),
-        ({"is_native": False, "all_resident": True}, 0.4),
     ):
         shape = replace(SHAPE, num_layers=3, **change)
         speed = decode_speed(TOKEN, machine, shape, hit_rate=1.0)
         assert 1 / speed.tokens_per_s == pytest.approx(1.0 + 3 * expected_s + 0.05)
     missing = decode_speed(TOKEN, machine, SHAPE, hit_rate=0.0)
-    assert 1 / missing.tokens_per_s == pytest.approx(1.0 + 6.0 + 0.2 + 0.05 + 2.0)
+    assert 1 / missing.tokens_per_s == pytest.approx(1.0 + 6.0 + 0.1 + 0.05 + 2.0)
+
+
+def test_what_is_guessed_is_read_while_the_layer_before_computes() -> None:
+    two = replace(SHAPE, num_layers=2, moe_layers=2)
+    plain = decode_speed(TOKEN, MACHINE, two, hit_rate=0.5)
+    # Half of the layers miss 300 bytes, 3 s each; a token computes 1 s, half of it in a layer.
+    assert plain.ahead_gain == 0 and 1 / plain.tokens_per_s == pytest.approx(1.0 + 3.0)
+    machine = replace(MACHINE, submit_s=0.0, ahead=ReadAhead(recall=0.5, layer_s=0.0))
+    ahead = decode_speed(TOKEN, machine, two, hit_rate=0.5)
+    asked = 0.5 * (0.5 + WASTE_TARGET / (1 - WASTE_TARGET))  # a layer
+    busy_s = 1.0 + 1.5
+    late_s = 2 * max(0.0, 3 * asked - busy_s / 2)
+    assert 1 / ahead.tokens_per_s == pytest.approx(max(busy_s + late_s, 3.0 / (1 - WASTE_TARGET)))
+    assert ahead.ahead_gain == pytest.approx(ahead.tokens_per_s / plain.tokens_per_s - 1)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))
+def test_reading_ahead_never_makes_a_plan_slower_and_its_costs_count(
+    hit_rate: float, recall: float, submit_s: float, layer_s: float
+) -> None:
+    machine = replace(MACHINE, submit_s=submit_s, ahead=ReadAhead(recall, layer_s))
+    shape = replace(SHAPE, num_layers=3, moe_layers=3, top_k=2)
+    plain = decode_speed(TOKEN, replace(machine, ahead=None), shape, hit_rate=hit_rate)
+    ahead = decode_speed(TOKEN, machine, shape, hit_rate=hit_rate)
+    assert ahead.tokens_per_s >= plain.tokens_per_s * (1 - 1e-9)
+    dearer = replace(machine, submit_s=submit_s + 0.1, ahead=ReadAhead(recall, layer_s + 0.1))
+    slower = decode_speed(TOKEN, dearer, shape, hit_rate=hit_rate)
+    assert slower.tokens_per_s <= ahead.tokens_per_s * (1 + 1e-9)
+    assert sum(thinned(independent_misses(4, hit_rate), recall)) == pytest.approx(1.0)
 
 
 @given(
@@ -103,7 +133,7 @@ def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
 def test_more_hits_are_never_slower_and_no_wall_is_passed(
     hit_rate: float, more: float, top_k: int, ram: float, disk: float, overhead: float
 ) -> None:
-    overheads = Overheads(python_layer_s=overhead, stalled_layer_s=overhead)
+    overheads = Overheads(native_layer_s=overhead, stalled_layer_s=overhead)
     machine = MachineSpeed(ram, disk, disk_latency_s=overhead, overheads=overheads)
     shape = replace(SHAPE, top_k=top_k)
     speed = decode_speed(TOKEN, machine, shape, hit_rate=hit_rate)
@@ -198,7 +228,12 @@ def test_plan_takes_what_this_machine_was_tuned_to(
     assert "profile tuned for this model" in capsys.readouterr().out
 
 
-def test_plan_as_json_measures_a_machine_that_was_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_as_json_measures_a_machine_that_was_not_tuned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("moe_offload.measure_experts.READ_S", 0.01)  # enough to be sane, not to be true
+    monkeypatch.setattr("moe_offload.runtime.yardstick.ROUNDS", 1)
     assert cli.main(["plan", "--json"]) == 0  # what the first load saw is no reason not to look again
     (model,) = json.loads(capsys.readouterr().out)["models"]
     assert model["profile"] is None and model["machine"]["prompt"]["read_s"] > 0
@@ -206,6 +241,44 @@ def test_plan_as_json_measures_a_machine_that_was_not_tuned(capsys: pytest.Captu
     overheads = model["machine"]["overheads"]
     assert overheads["modules_layer_s"] > overheads["native_layer_s"]  # a hundred operations, one by one
     assert model["decode"]["tokens_per_s"] > 0 and model["prefill"]["binding"] in model["prefill"]["walls_s"]
+    assert model["measured_s_ago"] == 0.0
+
+    def measure(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("what was measured lately counts")
+
+    monkeypatch.setattr("moe_offload.cli_plan_machine._measured_overheads", measure)
+    monkeypatch.setattr("moe_offload.cli_plan_machine._measured_steps", measure)
+    assert cli.main(["plan", "--json"]) == 0
+    (again,) = json.loads(capsys.readouterr().out)["models"]
+    assert again["machine"] == model["machine"] and 0 < again["measured_s_ago"] < 3600
+    with pytest.raises(AssertionError, match="lately"):
+        cli.main(["plan", "--json", "--profile", "none"])
+
+
+@pytest.mark.parametrize("spoil", ["old", "other version", "negative", "no number", "no json"])
+def test_what_was_kept_counts_while_it_is_young_and_whole(
+    spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompt = PromptSpeed(((1.0, 2e9), (64.0, 3e9)), ((1.0, 1e-4),), 2e-4, 1e-5, 1e-9, 0.5)
+    machine = replace(MACHINE, submit_s=1e-5, expert_bytes_per_s=2000.0, prompt=prompt)
+    rehearsals.keep("model", machine)
+    kept = rehearsals.kept_steps("model")
+    assert kept is not None and kept.machine == machine and kept.age_s < 3600
+    assert rehearsals.kept_steps("other") is None and rehearsals.kept_overheads() is None
+    overheads = Overheads(native_layer_s=1e-5)
+    rehearsals.keep(rehearsals.PROGRAM, overheads)
+    assert rehearsals.kept_overheads() == overheads
+    (path,) = tmp_path.rglob(f"*-{rehearsals.PROGRAM}.json")
+    entry = json.loads(path.read_text())
+    if spoil == "old":
+        entry["taken"] -= rehearsals.OVERHEADS_S
+    elif spoil == "other version":
+        entry["version"] += "x"
+    elif spoil in ("negative", "no number"):
+        entry["values"]["token_s"] = -1.0 if spoil == "negative" else "soon"
+    path.write_text("{" if spoil == "no json" else json.dumps(entry))
+    assert rehearsals.kept_overheads() is None
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
@@ -220,7 +293,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
 
 def test_the_picture_has_every_wall_that_applies() -> None:
     device = DeviceSpeed(bytes_per_s=6000.0, link_bytes_per_s=500.0)
-    overheads = Overheads(python_layer_s=0.01)
+    overheads = Overheads(native_layer_s=0.01)
     machine = replace(MACHINE, device=device, overheads=overheads)
     alone = [decode_speed(TOKEN, machine, SHAPE, hit_rate=rate) for rate in (0.5, 1.0)]
     limits = wall_limits(alone)

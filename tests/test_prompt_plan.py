@@ -12,9 +12,9 @@ from moe_offload.expert_bench import expert_bench
 from moe_offload.measure_experts import LayerExperts
 from moe_offload.outlook import Planner
 from moe_offload.planning.hit_curves import TOKENS_LIKE_INDEPENDENT, expected_used
+from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, PromptSpeed
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, PromptWork, prefill_speed, value_at
-from moe_offload.planning.roofline import DecoderShape, MachineSpeed, Overheads, PromptSpeed
 from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.trace import make_trace

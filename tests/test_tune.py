@@ -29,6 +29,7 @@ from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.planning.plans import PoolPlan
+from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS, Choice
 from moe_offload.profile_schema import Curve, Figure
@@ -99,6 +100,8 @@ def test_equal_runs_leave_the_defaults(tiny_moe: Path, monkeypatch: pytest.Monke
     profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
     (duel,) = profile.notes["evidence"]["duel"]
     assert (duel["winner"], duel["speedup"], duel["pairs"]) == ("the defaults", 1.0, SCREEN_ROUNDS)
+    ahead = profile_speed(profile).ahead
+    assert ahead is not None and 0 < ahead.recall <= 1 and ahead.layer_s > 0  # for `plan`
 
 
 def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(
@@ -112,6 +115,7 @@ def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(
     assert not stage.choice.prefetch and stage.gain is not None and stage.gain.low > 1.2
     profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
     assert profile.settings["prefetch"] is False and "predictor" not in profile.settings
+    assert profile_speed(profile).ahead is None
     evidence = profile.notes["evidence"]
     assert evidence["speedup"] == pytest.approx(1.25) and evidence["pairs"] == DUEL_ROUNDS
     (duel,) = evidence["duel"]
@@ -167,9 +171,9 @@ def test_without_time_for_runs_the_defaults_stay(tiny_moe: Path, monkeypatch: py
 
 def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) -> None:
     threads, alive = ops.num_threads(), len(offload.live_handles)
-    subject = tuner(tiny_moe, seconds=1.0)
+    subject = tuner(tiny_moe, seconds=0.3)
     (stage,) = subject.stages()
-    assert stage.runs and subject.budget.spent_s < 1.5
+    assert stage.runs and subject.budget.spent_s < 0.45
     assert len(offload.live_handles) == alive
     ops.set_num_threads(threads)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_offload.planning.roofline import DeviceSpeed, MachineSpeed, Overheads
+from moe_offload.planning.machine_speed import DeviceSpeed, MachineSpeed, Overheads, ReadAhead
 from moe_offload.profile_schema import DeviceProfile
 
 SUSTAINED_SHARE = 0.75  # of a data sheet's peak
@@ -17,6 +17,7 @@ TYPICAL_OVERHEADS = Overheads(
     native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, stalled_layer_s=150e-6,
     token_s=100e-6, chunk_layer_s=1.1e-3,
 )  # fmt: skip
+MORE_IN_PYTHON_S = TYPICAL_OVERHEADS.python_layer_s - TYPICAL_OVERHEADS.native_layer_s
 
 
 def profile_speed(profile: DeviceProfile) -> MachineSpeed:
@@ -31,9 +32,18 @@ def profile_speed(profile: DeviceProfile) -> MachineSpeed:
         disk_bytes_per_s=_sustained(profile, "disk", "read_bandwidth"),
         macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
         disk_latency_s=profile.get("disk", "latency") or 0.0,
+        ahead=_ahead(profile),
         overheads=_overheads(profile.get("model", "layer_overhead")),
         device=_device(profile),
     )
+
+
+def _ahead(profile: DeviceProfile) -> ReadAhead | None:
+    """Return what the profile's predictor does; None where nothing was measured, or nothing is read ahead."""
+    recall, layer_s = (profile.get("model", name) for name in ("recall", "predict_time"))
+    if recall is None or layer_s is None or not profile.settings.get("prefetch", True):
+        return None
+    return ReadAhead(recall, layer_s)
 
 
 def _device(profile: DeviceProfile) -> DeviceSpeed | None:
@@ -52,7 +62,7 @@ def _overheads(layer_s: float | None) -> Overheads:
     """Return the typical ones, with a layer's of the native step as it was measured."""
     if layer_s is None:
         return TYPICAL_OVERHEADS
-    return replace(TYPICAL_OVERHEADS, native_layer_s=layer_s, python_layer_s=layer_s)
+    return replace(TYPICAL_OVERHEADS, native_layer_s=layer_s, python_layer_s=layer_s + MORE_IN_PYTHON_S)
 
 
 def _sustained(profile: DeviceProfile, section: str, name: str) -> float:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moe_offload.planning.machine_speed import Curve, DecoderShape, MachineSpeed, PromptSpeed
 from moe_offload.planning.prompt_chunks import TILE_TOKENS
-from moe_offload.planning.roofline import Curve, DecoderShape, MachineSpeed, PromptSpeed, Speed
+from moe_offload.planning.roofline import Speed
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,10 @@ import torch
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
 from moe_offload.header_costs import attention_heads, bytes_per_token
 from moe_offload.measure_steps import measure_steps
+from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads
 from moe_offload.planning.prompt_roofline import prefill_speed
-from moe_offload.planning.roofline import (
-    DecoderShape,
-    MachineSpeed,
-    Overheads,
-    decode_speed,
-    independent_misses,
-)
+from moe_offload.planning.roofline import decode_speed
+from moe_offload.planning.stalls import independent_misses
 from moe_offload.prompt_outlook import expected_chunks, prompt_work
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.model import from_pretrained
@@ -71,7 +67,7 @@ def measure_overheads() -> Overheads:
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
         modules_layer_s=max(0.0, modules_s - weights_s) / layers,
-        stalled_layer_s=max(0.0, few_s - python_s - (demo.token_s(misses) - weights_s))
+        stalled_layer_s=max(0.0, few_s - native_s - (demo.token_s(misses) - weights_s))
         / demo.stalled(misses),
         token_s=loop_s,
         chunk_layer_s=layer_s,
@@ -146,16 +142,21 @@ class _Loaded:
         """Return seconds of a decode step after a prompt, and misses per step."""
         stats = self.model.offload.stats
         cache = self.model(_tokens(prompt_tokens)).past_key_values
-        times, misses = [], stats().misses
-        for number in range(STEPS):
-            token = torch.tensor([[FIRST_TOKEN + number]])
-            times.append(_seconds(partial(self.model, token, past_key_values=cache)))
+        misses = stats().misses
+        times = self._steps_s(cache)
         missed = stats().misses - misses
         return statistics.fmean(times) if missed else statistics.median(times), missed / STEPS
 
+    @torch.no_grad()
     def best_step_s(self, prompt_tokens: int = PROMPT_TOKENS) -> float:
-        """Return the least of some rounds: what else the machine did only slows."""
-        return min(self.step_s(prompt_tokens)[0] for _ in range(ROUNDS))
+        """Return the least of some rounds after one prompt: what else the machine did only slows."""
+        cache = self.model(_tokens(prompt_tokens)).past_key_values
+        return min(statistics.median(self._steps_s(cache)) for _ in range(ROUNDS))
+
+    def _steps_s(self, cache: Any) -> list[float]:
+        """Return the seconds of some more tokens."""
+        tokens = [torch.tensor([[FIRST_TOKEN + number]]) for number in range(STEPS)]
+        return [_seconds(partial(self.model, token, past_key_values=cache)) for token in tokens]
 
     def loop_s(self) -> float:
         """Return what generate() adds to a step."""

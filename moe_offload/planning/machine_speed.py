@@ -1,0 +1,131 @@
+"""What a machine gives to this program, and what of a model decides a step's costs: the roofline's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Curve = tuple[tuple[float, float], ...]  # (tokens, value), ascending
+SUBMIT_S = 2e-5  # where it was not measured
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What the program costs beside bytes, in seconds; measured by runtime/yardstick.py.
+
+    Attributes:
+        native_layer_s: of a layer in the native decode step, all that it needs at hand.
+        python_layer_s: the same where Python looks at it between router and experts, to prefetch.
+        modules_layer_s: of a layer on transformers' modules.
+        stalled_layer_s: of a layer that waits for misses, beside their reading and more than its like: back
+            to Python, threads that have fallen asleep.
+        token_s: of generate()'s loop, for a token.
+        chunk_layer_s: of a layer for a chunk of a prompt, however many tokens it has.
+        chunk_element_s: of an element of a token's hidden state, for a layer of a chunk.
+        attention_score_s: of one head and one cached token in decoding, the cache's bytes at hand.
+    """
+
+    native_layer_s: float = 0.0
+    python_layer_s: float = 0.0
+    modules_layer_s: float = 0.0
+    stalled_layer_s: float = 0.0
+    token_s: float = 0.0
+    chunk_layer_s: float = 0.0
+    chunk_element_s: float = 0.0
+    attention_score_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """What an accelerator above RAM gives; every figure of a profile's [gpu] and [link].
+
+    Attributes:
+        bytes_per_s: experts in its memory.
+        link_bytes_per_s: copies to it; they take from the CPU what it would compute later than the device.
+        step_s: launch of a layer's experts and waiting for them.
+    """
+
+    bytes_per_s: float
+    link_bytes_per_s: float
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """What a predictor does for a model, as `tune` measured it on the model's own text.
+
+    Attributes:
+        recall: share of a layer's experts that it names one layer ahead, with as many guesses.
+        layer_s: of asking it.
+    """
+
+    recall: float
+    layer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpeed:
+    """What the machine gives to a prompt's chunk of this model.
+
+    Attributes:
+        dense_macs_per_s: of a dense product, by tokens.
+        expert_s: of an expert in memory, by the tokens that chose it.
+        read_s: from one expert to the next where all come from disk and computing does not hold them up.
+        handling_s: what reading an expert takes from those that compute.
+        score_s: of attention, for one head, one token and one that it looks at.
+        own_share: of its own chunk's tokens, how many a token's attention computes: half where it skips those
+            that come later, all where it computes and masks them.
+    """
+
+    dense_macs_per_s: Curve
+    expert_s: Curve
+    read_s: float
+    handling_s: float = 0.0
+    score_s: float = 0.0
+    own_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpeed:
+    """What the machine gives to this program.
+
+    Attributes:
+        ram_bytes_per_s: a token's dense matrices with all threads.
+        disk_bytes_per_s: a decode step's misses, one more among those that are read together.
+        macs_per_s: multiply-adds of the prefill kernels with all threads; None: not known.
+        expert_bytes_per_s: one token's experts, computed in one call; None: as ``ram_bytes_per_s``.
+        disk_latency_s: of a decode step's first miss, beyond its share of ``disk_bytes_per_s``.
+        submit_s: of asking for an expert's read, which takes from computing.
+        ahead: None: nothing is known of prefetching, and it is not counted.
+        prompt: as measured with the model; None: by ``macs_per_s`` and ``disk_bytes_per_s``.
+    """
+
+    ram_bytes_per_s: float
+    disk_bytes_per_s: float
+    macs_per_s: float | None = None
+    expert_bytes_per_s: float | None = None
+    disk_latency_s: float = 0.0
+    submit_s: float = SUBMIT_S
+    ahead: ReadAhead | None = None
+    prompt: PromptSpeed | None = None
+    overheads: Overheads = field(default_factory=Overheads)
+    device: DeviceSpeed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What of a model and its placement decides a step's costs beside bytes.
+
+    Attributes:
+        attention_heads: of all layers that attend.
+        attention_scores: of a token: heads x cached tokens, all layers.
+        is_native: the native decode step computes it.
+    """
+
+    num_layers: int
+    moe_layers: int
+    top_k: int
+    num_experts: int = 0  # of a layer
+    hidden_size: int = 0
+    attention_heads: int = 0
+    attention_scores: int = 0
+    is_native: bool = True
