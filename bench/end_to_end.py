@@ -3,6 +3,7 @@
     python bench/end_to_end.py [--mixes q4_0,q4_k_m] [--places ram,2GiB,4GiB] [--rounds 3] [--dir PATH]
     python bench/end_to_end.py --quick
     python bench/end_to_end.py --resume --only q4_0/2GiB
+    python bench/end_to_end.py --places ram@2048,2GiB@4096 --mixes q4_0     # a longer prompt
 
 Makes synthetic models of Qwen3-30B-A3B's layers where --dir has none, then runs both programs in turn, each
 time in a process of its own: all in RAM, and in memory cgroups with nothing of the file in the page cache.
@@ -30,7 +31,7 @@ from typing import Any
 import peer_llama_cpp as peer
 from card import commit, cpu_name
 from cgroup import CgroupUnavailableError, MemoryCgroup
-from end_to_end_report import best_variants, print_card, report
+from end_to_end_report import best_variants, memory_of, print_card, prompt_tokens_of, report
 
 from moe_offload.config import GIB, gib, parse_bytes
 from moe_offload.terminal import Progress
@@ -65,11 +66,15 @@ class Run:
     """One child process."""
 
     mix: str
-    place: str  # "ram", or the size of a cgroup
+    place: str  # "ram" or the size of a cgroup, "@" and the prompt's tokens where they are not Sizes'
     program: str
     round_idx: int
     settings: peer.Settings | None = None
     details: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def memory(self) -> str:
+        return memory_of(self.place)
 
     @property
     def key(self) -> str:
@@ -114,7 +119,11 @@ def parse_args() -> argparse.Namespace:
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]  # noqa: E731
     parser.add_argument("--dir", type=Path, default=cache, help="of models and results")
     parser.add_argument("--mixes", type=names, default=["q4_0", "q4_k_m"])
-    parser.add_argument("--places", type=names, help='"ram" and sizes of cgroups; default: ram,2GiB,4GiB')
+    parser.add_argument(
+        "--places",
+        type=names,
+        help='"ram" and sizes of cgroups, perhaps with @TOKENS of a longer prompt; default: ram,2GiB,4GiB',
+    )
     parser.add_argument("--only", type=names, help="only these, as MIX/PLACE: q4_0/ram,q4_k_m/2GiB")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -205,17 +214,17 @@ def obstacles(args: argparse.Namespace) -> Iterator[str]:
         args.no_peer = True
         yield f"no comparison: {peer.NOT_INSTALLED}"
     try:
-        for place in [place for place in args.places if place != "ram"]:
-            MemoryCgroup(parse_bytes(place)).__exit__()
+        for memory in {memory_of(place) for place in args.places} - {"ram"}:
+            MemoryCgroup(parse_bytes(memory)).__exit__()
     except CgroupUnavailableError as error:
-        args.places = [place for place in args.places if place == "ram"]
+        args.places = [place for place in args.places if memory_of(place) == "ram"]
         yield f"no runs inside cgroups: none can be made here ({error})"
 
 
 def estimate(args: argparse.Namespace) -> int:
     """Return about how many runs there will be, for the progress line."""
     pair = 1 if args.no_peer else 2
-    num_cgroups = len([place for place in args.places if place != "ram"])
+    num_cgroups = len([place for place in args.places if memory_of(place) != "ram"])
     in_cgroups = max(1, args.rounds - 1) * num_cgroups * (1 + pair)
     return len(args.mixes) * (2 + args.rounds * (1 + pair) + in_cgroups + len(peer.IN_MEMORY) - 1)
 
@@ -231,7 +240,7 @@ def schedule(args: argparse.Namespace, records: Records) -> Iterator[Run]:
                 yield Run(mix, "ram", "routing", 0)
                 yield Run(mix, "ram", "flip", 0)
             for place in places:
-                if place != "ram" and 0 < round_idx == args.rounds - 1:
+                if memory_of(place) != "ram" and 0 < round_idx == args.rounds - 1:
                     continue  # a round less: the peer takes minutes there
                 # Disks of virtual machines change by the minute: measured right beside ours.
                 runs = [Run(mix, place, "bandwidth", round_idx), Run(mix, place, "ours", round_idx)]
@@ -245,7 +254,8 @@ def schedule(args: argparse.Namespace, records: Records) -> Iterator[Run]:
 
 def peer_settings(place: str, round_idx: int, mix: str, records: Records) -> tuple[peer.Settings, ...]:
     """Return all settings in the first round, later those that were best at decode or at prefill."""
-    candidates = peer.IN_MEMORY if place == "ram" else peer.IN_CGROUP
+    candidates = peer.IN_MEMORY if memory_of(place) == "ram" else peer.IN_CGROUP
+    candidates = peer.with_batches(candidates, prompt_tokens_of(place, 0))
     best = best_variants(records.rows, mix, place) if round_idx else set()
     return tuple(settings for settings in candidates if settings.name in best) or candidates
 
@@ -253,11 +263,12 @@ def peer_settings(place: str, round_idx: int, mix: str, records: Records) -> tup
 def measure(run: Run, sizes: Sizes, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run a child and return what it said; "error" when it ended badly."""
     is_small = run.program in ("flip", "routing")
+    prompt_tokens = prompt_tokens_of(run.place, sizes.prompt_tokens)
     spec = {
         "program": run.program, "model": str(model), "threads": args.threads, "options": options(args),
-        "prompt_tokens": min(sizes.prompt_tokens, 8) if run.program == "flip" else sizes.prompt_tokens,
-        "decode_tokens": sizes.decode_tokens, "warm_tokens": 0 if run.place == "ram" else sizes.warm_tokens,
-        "warm_up": run.place == "ram" and not is_small, "decode_limit_s": sizes.decode_limit_s,
+        "prompt_tokens": min(prompt_tokens, 8) if run.program == "flip" else prompt_tokens,
+        "decode_tokens": sizes.decode_tokens, "warm_tokens": 0 if run.memory == "ram" else sizes.warm_tokens,
+        "warm_up": run.memory == "ram" and not is_small, "decode_limit_s": sizes.decode_limit_s,
         "vocab_size": vocab_size(model), "first_id": 300, "ram": "auto",
         "ram_test_bytes": sizes.ram_test_bytes, "disk_test_s": sizes.disk_test_s,
         "settings": asdict(run.settings) if run.settings else None,
@@ -265,8 +276,8 @@ def measure(run: Run, sizes: Sizes, model: Path, args: argparse.Namespace) -> di
     if is_small:
         spec["ram"] = str(3 * GIB)
     with ExitStack() as stack:
-        if run.place != "ram" and run.program != "bandwidth":
-            limit_bytes = parse_bytes(run.place)
+        if run.memory != "ram" and run.program != "bandwidth":
+            limit_bytes = parse_bytes(run.memory)
             group = stack.enter_context(MemoryCgroup(limit_bytes))
             drop_page_cache(model)
             spec |= {"cgroup_procs": str(group.procs), "ram": str(limit_bytes - CGROUP_RESERVE_BYTES)}

@@ -30,6 +30,16 @@ def print_card(args: argparse.Namespace, sizes: dict[str, Any], models: dict[str
         print(f"{mix}: {gib(path.stat().st_size)} file; a token reads {gib(token.total_bytes)} ({parts})")
 
 
+def memory_of(place: str) -> str:
+    """Return "ram", or the size of the cgroup that a place is."""
+    return place.partition("@")[0]
+
+
+def prompt_tokens_of(place: str, default: int) -> int:
+    """Return the tokens of the prompt in a place: "2GiB@4096" has 4096."""
+    return int(place.partition("@")[2] or default)
+
+
 def decode_speed(row: Row) -> float:
     return len(row["token_s"]) / sum(row["token_s"])
 
@@ -62,10 +72,11 @@ def report(rows: Sequence[Row], models: dict[str, Path], prompt_tokens: int) -> 
     """Print the tables; return one result per mix and place."""
     results = []
     for mix, path in models.items():
-        token = bytes_per_token(open_checkpoint(path), prompt_tokens)
         print_facts(rows, mix)
         for place in dict.fromkeys(row["place"] for row in rows if row["mix"] == mix):
-            result = place_result(rows, mix, place, token, prompt_tokens)
+            num_tokens = prompt_tokens_of(place, prompt_tokens)
+            token = bytes_per_token(open_checkpoint(path), num_tokens)
+            result = place_result(rows, mix, place, token, num_tokens)
             if result is not None:
                 results.append(result)
     print_table(results)
@@ -118,7 +129,12 @@ def place_result(
     rounds = [(row, bandwidth[row["round"]]) for row in ours if row["round"] in bandwidth]
     if rounds:
         result |= ceilings(rounds, token)
-    choices = {tuple(row["choices"]) for row in usable_everywhere(rows, mix)}
+    same_prompt = [
+        row
+        for row in usable_everywhere(rows, mix)
+        if prompt_tokens_of(row["place"], prompt_tokens) == prompt_tokens
+    ]
+    choices = {tuple(row["choices"]) for row in same_prompt}
     shortest = min(len(choice) for choice in choices)
     result["same_tokens_everywhere"] = len({choice[:shortest] for choice in choices}) == 1
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 NOT_INSTALLED = "llama-cpp-python is not installed (make llama)"
@@ -38,6 +38,14 @@ IN_MEMORY = (
 )
 # A repacked copy is anonymous memory as large as the weights: a smaller cgroup would kill it.
 IN_CGROUP = (Settings(mmap=True, flash_attention=True, repack=False),)
+
+BATCHES = (512, 2048, 4096)  # tokens that it may work on at once, of a prompt that has more than the first
+
+
+def with_batches(candidates: tuple[Settings, ...], prompt_tokens: int) -> tuple[Settings, ...]:
+    """Return the settings with every batch that a long prompt can fill; as they are for a short one."""
+    batches = [tokens for tokens in BATCHES if tokens <= max(BATCHES[0], prompt_tokens)]
+    return tuple(replace(one, batch_tokens=tokens) for one in candidates for tokens in batches)
 
 
 def is_installed() -> bool:

@@ -120,6 +120,19 @@ def test_resuming_keeps_what_was_measured_and_tries_again_what_failed(tmp_path):
     assert not end_to_end.Records(path, keep=False).rows
 
 
+def test_a_place_may_have_a_longer_prompt_and_the_peer_any_batch_that_it_fills():
+    assert [report.prompt_tokens_of(place, 512) for place in ("ram", "2GiB@4096")] == [512, 4096]
+    assert end_to_end.Run("m", "2GiB@4096", "ours", 0).memory == "2GiB"
+    assert peer.with_batches(peer.IN_MEMORY, 0) == peer.IN_MEMORY
+    batches = [settings.batch_tokens for settings in peer.with_batches(peer.IN_CGROUP, 3000)]
+    assert batches == [512, 2048]
+    rows = [ours(0, [0.5], mix="q4_0", place="ram"), ours(0, [0.5], mix="q4_0", place="ram@200", choices=[9])]
+    short, long = report.report(rows, {"q4_0": DEMO_MODEL}, 100)
+    assert short["same_tokens_everywhere"], "another prompt has other tokens"
+    assert (short["ours_prefill"]["max"], long["ours_prefill"]["max"]) == (50.0, 100.0)
+    assert long["token_bytes"] > short["token_bytes"]
+
+
 def test_a_process_in_a_cgroup_gets_no_more_than_its_limit():
     try:
         group = cgroup.MemoryCgroup(64 * MIB)
