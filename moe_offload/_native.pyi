@@ -301,6 +301,9 @@ def schedule_layer(
     cpu_start_s: float,
     gpu_start_s: float,
 ) -> tuple[npt.NDArray[np.bool_], float]: ...
+def divide_token(
+    there: Sequence[bool], in_ram: Sequence[bool], moves: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]: ...
 
 # csrc/device/bindings_device.cpp; tickets live as DirectReader's do
 
@@ -383,6 +386,9 @@ class TokenRun:
         ram_table: int,
     ) -> None: ...
     def set_moves(self, layer: int, moves: list[int]) -> None: ...
+    def set_copies(
+        self, layer: int, pool: int, first_slot: int, slot_bytes: int, matrix_bytes: list[int]
+    ) -> None: ...
     def run(
         self,
         first: int,
@@ -390,8 +396,14 @@ class TokenRun:
         capacity: int,
         num_tokens: int,
         keeps_residents: bool,
+        free_slots: list[list[int]],
+        is_attended: bool,
     ) -> int: ...
-    def done(self) -> list[tuple[int, list[int], list[float], list[int], float, bool]]: ...
+    def done(
+        self,
+    ) -> list[tuple[int, list[int], list[float], list[int], list[tuple[int, int]], float, bool]]: ...
+    @property
+    def lacks_slots(self) -> bool: ...
     @property
     def wait_s(self) -> float: ...
     @property

@@ -47,6 +47,7 @@ STRESS = {
     "stress_device": (
         [
             "device/copy_queue.cpp",
+            "device/emulated_stream.cpp",
             "device/launch_queue.cpp",
             "device/link.cpp",
             "cpu/thread_pool.cpp",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_disk import ARENA_ADDRESS, SimulatedDisk
 
+from moe_offload import _native
 from moe_offload.config import DeviceChoice, ModelSpec, parse_device
 from moe_offload.errors import BudgetError
 from moe_offload.planning.admission import SecondMiss, most_under_way
@@ -20,7 +23,7 @@ from moe_offload.planning.placement import plan_device
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prefetch_plan import Guess, plan_reads
 from moe_offload.planning.scheduler import SCHEDULERS, LayerWork, finish_s
-from moe_offload.planning.token_moves import TokenMoves, moves_of, savings_of
+from moe_offload.planning.token_moves import TokenMoves, divide, moves_of, savings_of
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.hybrid_stream import alternate
 from moe_offload.stats import OffloadStats
@@ -253,3 +256,17 @@ def test_the_copy_that_saves_most_goes_first_and_leaves_less_to_the_next() -> No
     assert by_impact(guesses, {0: 9.0, 1: 4.0}, savings) == []
     keys = plan_reads(ranked, queued_bytes=0, window_bytes=600, threshold=0.5, ranked=True)
     assert keys == [ExpertKey(1, 3)], "in that order, and no more than the link brings in time"
+
+
+@given(st.data())
+def test_native_code_divides_a_tokens_experts_alike(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12))
+    there, in_ram = (data.draw(st.lists(st.booleans(), min_size=count, max_size=count)) for _ in range(2))
+    moves = [data.draw(st.integers(-residents, count - residents)) for residents in range(count + 1)]
+    division = divide(there, in_ram, moves)
+    native = _native.divide_token(there, in_ram, moves)
+    assert native == (division.on_device, division.copied, division.on_cpu)
+    assert sorted(itertools.chain(*native)) == list(range(count))
+    assert all(there[i] for i in division.on_device) and not any(there[i] for i in division.copied)
+    assert all(in_ram[i] for i in division.on_cpu if there[i]), "what RAM has not stays where it is"
+    assert len(division.copied) == max(0, moves[sum(there)])

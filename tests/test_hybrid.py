@@ -185,7 +185,38 @@ def test_costs_are_measured_at_load_and_corrected_by_steps(prompt_ids, monkeypat
         assert costs.cpu_factor != 1.0 == costs.gpu_factor, "the device's is not listened to here"
 
 
-def test_layers_that_need_a_read_or_a_copy_are_left_to_python(prompt_ids, expected) -> None:
+def test_copies_for_a_layer_are_made_inside_the_native_call(prompt_ids, expected) -> None:
+    """Python is asked between layers only who leaves, when the free slots are used up."""
+    with loaded(scheduler="on_demand", prefetch=False) as model:
+        fill_ram(model)
+        generate(model, prompt_ids)
+        hybrid = model.offload.hybrid
+        native_step = model.offload.native_step
+        calls = calls_of(native_step._hybrid_run)
+        native_step._run_experts = None  # nobody may call it
+        before = hybrid.counters.copied_experts
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert calls == [(0, 12)] * (NUM_TOKENS - 1)
+        assert hybrid.counters.copied_experts > before + 100 and hybrid.counters.cpu_experts == 0
+        hybrid.tier.cache.check()
+        model.offload.cache.check()
+        device = model.offload.stats().device
+        assert device.device_hits + device.device_misses == device.device_experts
+
+
+def test_a_copy_that_fails_inside_a_native_run_changes_no_bit(prompt_ids, expected) -> None:
+    with loaded(scheduler="on_demand", prefetch=False) as model:
+        fill_ram(model)
+        generate(model, prompt_ids)
+        hybrid = model.offload.hybrid
+        hybrid.tier.device.inject(after=30, times=2)
+        before = hybrid.tier.device.counters()["bytes_copied"]
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert hybrid.tier.device.counters()["bytes_copied"] > before and hybrid.tier.is_on
+        hybrid.tier.cache.check()
+
+
+def test_layers_that_need_a_read_are_left_to_python(prompt_ids, expected) -> None:
     with loaded(experts="25%", prefetch=False) as model:
         generate(model, prompt_ids)
         calls = calls_of(model.offload.native_step._hybrid_run)

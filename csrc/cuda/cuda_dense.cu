@@ -117,8 +117,8 @@ struct CudaDense::Memory {
     Tile* tiles;
 };
 
-CudaDense::CudaDense(int device, const DenseParts& parts)
-    : device_(device), parts_(parts), may_capture_(graphs_are_on()) {
+CudaDense::CudaDense(int device, const DenseParts& parts, std::shared_ptr<RowsFence> fence)
+    : device_(device), parts_(parts), fence_(std::move(fence)), may_capture_(graphs_are_on()) {
     use();
     if (parts.shape.max_top_k > kMostTopK)
         throw DeviceError("no kernel chooses more than " + std::to_string(kMostTopK) + " experts",
@@ -173,6 +173,7 @@ void CudaDense::wait() {
     ++num_waits_;
     must(cudaStreamSynchronize(stream_), kWhat);
     experts_.are_done();
+    fence_->passed();
     for (size_t i = 0; i < spans_used_; ++i) {
         done_.experts += spans_[i].experts;
         done_.seconds += spans_[i].end.seconds_since(spans_[i].begin);
@@ -205,6 +206,7 @@ void CudaDense::rows(const DeviceKernel& device_kernel, const ExpertPairs& pairs
     experts_.compute(kernel, quantized(memory_->normed, hidden_size, kernel.reads_packed()), pairs,
                      memory_->expert_rows + first_row * hidden_size);
     span.end.record(stream_);
+    fence_->queued(stream_);
     span.experts = pairs.num_experts;
     ++spans_used_;
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/cuda_link.h"
 #include "cuda/dense_kernels.h"
 #include "cuda/expert_rows.h"
 #include "cuda/runtime.h"
@@ -57,7 +58,7 @@ class Graph {
 
 class CudaDense : public DenseStep {
   public:
-    CudaDense(int device, const DenseParts& parts);
+    CudaDense(int device, const DenseParts& parts, std::shared_ptr<RowsFence> fence);
     ~CudaDense() override;
 
     void begin(const float* residual, const float* cos, const float* sin, int64_t num_tokens) override;
@@ -98,6 +99,7 @@ class CudaDense : public DenseStep {
         int64_t experts = 0;
     };
 
+    const std::shared_ptr<RowsFence> fence_;
     Stream stream_;
     ExpertRows experts_{stream_, kTableBytes};
     std::deque<RowsSpan> spans_;  // the first spans_used_ have not been waited for

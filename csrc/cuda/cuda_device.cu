@@ -27,7 +27,8 @@ CudaDevice::CudaDevice(int index, int64_t vram_bytes) : index_(index), num_bytes
     must(cudaGetDeviceProperties(&properties, index), "the GPU");
     name_ = properties.name;
     must(cudaMalloc(&memory_, size_t((vram_bytes + 255) / 256 * 256 + 256)), "memory for slots");
-    to_device_ = std::make_shared<CudaLink>(index, Direction::kToDevice, pinned_);
+    fence_ = std::make_shared<RowsFence>();
+    to_device_ = std::make_shared<CudaLink>(index, Direction::kToDevice, pinned_, fence_);
     to_host_ = std::make_shared<CudaLink>(index, Direction::kToHost, pinned_);
     buffers_ = std::make_unique<Buffers>();
 }
@@ -63,7 +64,7 @@ bool CudaDevice::has_matrix(int ggml_type) const {
 }
 
 std::unique_ptr<DenseStep> CudaDevice::make_dense(const DenseParts& parts) {
-    return std::make_unique<CudaDense>(index_, parts);
+    return std::make_unique<CudaDense>(index_, parts, fence_);
 }
 
 std::shared_ptr<DeviceInputs> CudaDevice::upload(const float* hidden, int64_t num_tokens,

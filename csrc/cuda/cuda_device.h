@@ -67,6 +67,7 @@ class CudaDevice : public Device {
     int64_t num_bytes_ = 0;
     std::byte* memory_ = nullptr;
     const std::shared_ptr<PinnedMemory> pinned_ = std::make_shared<PinnedMemory>(index_);
+    std::shared_ptr<RowsFence> fence_;
     std::shared_ptr<CudaLink> to_device_, to_host_;
     std::shared_ptr<UploadPool> uploads_ = std::make_shared<UploadPool>();
     std::unique_ptr<Buffers> buffers_;  // the compute thread's own

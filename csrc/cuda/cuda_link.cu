@@ -16,10 +16,19 @@ constexpr std::chrono::microseconds kSpin{200};
 
 }  // namespace
 
-CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned)
-    : device_(device), direction_(direction), pinned_(std::move(pinned)) {
+CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned,
+                   std::shared_ptr<RowsFence> fence)
+    : device_(device), direction_(direction), pinned_(std::move(pinned)), fence_(std::move(fence)) {
     const char* limit = std::getenv("MOE_OFFLOAD_LINK_LIMIT");
     if (limit) limit_bytes_per_s_ = std::max(0.0, std::atof(limit));
+}
+
+// The streams wait for each other, the thread does not.
+bool CudaLink::pass(int64_t fence) {
+    if (!fence_ || fence == 0) return false;
+    must(cudaSetDevice(device_), "copy over the link");
+    fence_->hold(stream_, fence);
+    return false;
 }
 
 void CudaLink::wait_for(const Event& event) const {

@@ -2,6 +2,7 @@
 // copies are under way are device/copy_queue.h's, the same code as the emulated link's.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <memory>
@@ -30,11 +31,39 @@ class PinnedMemory {
     std::map<const std::byte*, int64_t> pieces_;  // begin, bytes
 };
 
+// How far the experts' rows that stay on the card have been queued, and how far the host has waited for them.
+class RowsFence {
+  public:
+    // They were queued on the stream.
+    void queued(cudaStream_t stream) {
+        std::lock_guard lock(mutex_);
+        event_.record(stream);
+        ++num_queued_;
+    }
+    // All of them have been waited for.
+    void passed() { num_passed_ = num_queued_.load(); }
+    int64_t num_queued() const { return num_queued_; }
+    // What the stream is given from now on waits for the first ``fence`` of them.
+    void hold(cudaStream_t stream, int64_t fence) {
+        if (fence <= num_passed_) return;
+        std::lock_guard lock(mutex_);
+        must(cudaStreamWaitEvent(stream, event_, 0), "copy over the link");
+    }
+
+  private:
+    std::mutex mutex_;  // guards the event
+    Event event_;
+    std::atomic<int64_t> num_queued_{0}, num_passed_{0};
+};
+
 class CudaLink : public Link {
   public:
     // MOE_OFFLOAD_LINK_LIMIT (bytes per second, for bench/gpu.py) makes it as slow as a laptop's.
-    CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned);
+    CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned,
+             std::shared_ptr<RowsFence> fence = nullptr);
 
+    int64_t fence() const override { return fence_ ? fence_->num_queued() : 0; }
+    bool pass(int64_t fence) override;
     void copy(std::byte* to, const std::byte* from, int64_t num_bytes) override;
 
     // To the host: brings what another stream has computed by `computed` to memory that cudaMallocHost gave;
@@ -61,6 +90,7 @@ class CudaLink : public Link {
     const int device_;
     const Direction direction_;
     const std::shared_ptr<const PinnedMemory> pinned_;
+    const std::shared_ptr<RowsFence> fence_;
     double limit_bytes_per_s_ = 0;  // 0: none
     Stream stream_;
     Event begin_{cudaEventDefault}, end_{cudaEventDefault};  // of bring(), which one thread calls

@@ -48,6 +48,7 @@ CopyQueue::Ticket CopyQueue::submit(const std::vector<CopySpan>& spans, bool spe
             request->chunks.push_back(
                 {span.from + begin, span.to + begin, std::min(kMaxChunkBytes, span.num_bytes - begin)});
     }
+    request->fence = link_->fence();
     std::lock_guard lock(mutex_);
     check(!closed_, "CopyQueue.submit", "the queue is closed");
     request->ticket = next_ticket_;
@@ -153,8 +154,13 @@ void CopyQueue::work() {
     CopySpan chunk;
     while (const RequestPtr request = take(&chunk)) {
         std::optional<DeviceFailure> error;
-        const int64_t begin_ns = EventLog::now_ns();
+        int64_t begin_ns = EventLog::now_ns();
         try {
+            if (link_->pass(request->fence)) {  // so long the link was not busy
+                std::lock_guard lock(mutex_);
+                if (chunks_in_flight_ == 1) busy_since_ = Clock::now();
+                begin_ns = EventLog::now_ns();
+            }
             link_->copy(chunk.to, chunk.from, chunk.num_bytes);
         } catch (const DeviceError& failure) {
             error = {failure.what(), failure.fault};

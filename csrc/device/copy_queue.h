@@ -78,6 +78,7 @@ class CopyQueue {
         std::vector<CopySpan> chunks;
         size_t next = 0;
         int in_flight = 0;
+        int64_t fence = 0;  // of the link
         bool speculative = false;
         TicketState state = TicketState::kQueued;
         std::optional<DeviceFailure> error;

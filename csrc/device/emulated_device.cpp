@@ -39,7 +39,10 @@ std::shared_ptr<DeviceInputs> EmulatedDevice::upload(const float* hidden, int64_
 }
 
 const std::shared_ptr<EmulatedStream>& EmulatedDevice::stream() {
-    if (!stream_) stream_ = std::make_shared<EmulatedStream>();
+    if (!stream_) {
+        stream_ = std::make_shared<EmulatedStream>();
+        to_device_->set_stream(stream_);
+    }
     return stream_;
 }
 

@@ -20,7 +20,20 @@ void EmulatedStream::queue(std::function<void()> work) {
     std::lock_guard lock(mutex_);
     check(!is_closed_, "EmulatedStream", "the device is closed");
     queue_.push_back(std::move(work));
+    ++num_queued_;
     added_.notify_one();
+}
+
+int64_t EmulatedStream::num_queued() const {
+    std::lock_guard lock(mutex_);
+    return num_queued_;
+}
+
+bool EmulatedStream::wait_for(int64_t num_done) {
+    std::unique_lock lock(mutex_);
+    if (num_done_ >= num_done) return false;
+    finished_.wait(lock, [&] { return num_done_ >= num_done; });
+    return true;
 }
 
 void EmulatedStream::wait() {
@@ -50,7 +63,8 @@ void EmulatedStream::work() {
             failure_ = failure;
             is_working_ = false;
         }
-        if (queue_.empty()) finished_.notify_all();
+        ++num_done_;
+        finished_.notify_all();
     }
 }
 

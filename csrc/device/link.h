@@ -5,10 +5,13 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "device/emulated_stream.h"
 
 namespace moe {
 
@@ -30,6 +33,12 @@ class Link {
     virtual ~Link() = default;
     // Returns when the bytes have arrived; called by several threads at once. Throws DeviceError.
     virtual void copy(std::byte* to, const std::byte* from, int64_t num_bytes) = 0;
+
+    // To the device: what it computes from its memory while the host goes on (DenseStep::rows) may not be
+    // overwritten meanwhile. Whoever queues a copy asks how far that has been queued; before the first byte
+    // the copying thread lets the copy wait for as much; returns whether the thread itself has waited.
+    virtual int64_t fence() const { return 0; }
+    virtual bool pass(int64_t) { return false; }
 };
 
 // A link of given bandwidth and latency between two places of host memory. Copies queue for the wire;
@@ -45,6 +54,11 @@ class ThrottledLink : public Link {
     void inject(int64_t after, int64_t times, bool lost);
     bool is_lost();
 
+    int64_t fence() const override { return stream_ ? stream_->num_queued() : 0; }
+    bool pass(int64_t fence) override { return stream_ && stream_->wait_for(fence); }
+    // Whose work fence() is; set while nothing is being copied.
+    void set_stream(std::shared_ptr<EmulatedStream> stream) { stream_ = std::move(stream); }
+
     // The host memory that takes part at full speed; elsewhere at half of it.
     void set_pinned(const std::byte* begin, int64_t num_bytes);
 
@@ -57,6 +71,7 @@ class ThrottledLink : public Link {
 
     const Direction direction_;
     const double bytes_per_s_, latency_s_;
+    std::shared_ptr<EmulatedStream> stream_;
     std::mutex mutex_;  // guards everything below
     Clock::time_point wire_free_at_{};
     const std::byte *pinned_begin_ = nullptr, *pinned_end_ = nullptr;

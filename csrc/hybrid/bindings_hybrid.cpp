@@ -18,18 +18,21 @@ void check_signals() {
 
 void set_layer(TokenRun& run, int64_t layer, const ExpertKernel* of, const DeviceKernel* on_device,
                uint64_t device_table, uint64_t ram_table) {
-    run.set_layer(layer, {of,
-                          on_device,
-                          reinterpret_cast<const uint64_t*>(device_table),
-                          reinterpret_cast<const uint64_t*>(ram_table),
-                          {}});
+    SharedLayer shared;
+    shared.of = of, shared.on_device = on_device;
+    shared.device_table = reinterpret_cast<const uint64_t*>(device_table);
+    shared.ram_table = reinterpret_cast<const uint64_t*>(ram_table);
+    run.set_layer(layer, std::move(shared));
 }
 
 int64_t run(TokenRun& run, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
-            int64_t num_tokens, bool keeps_residents) {
+            int64_t num_tokens, bool keeps_residents, std::vector<std::vector<uint64_t>> free_slots,
+            bool is_attended) {
     const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
     int64_t stopped = 0;
-    without_gil([&] { stopped = run.run(first, cached, keeps_residents, check_signals); });
+    without_gil([&] {
+        stopped = run.run(first, cached, keeps_residents, std::move(free_slots), is_attended, check_signals);
+    });
     return stopped;
 }
 
@@ -37,7 +40,7 @@ py::list done(const TokenRun& run) {
     py::list list;
     for (const SharedLayerDone& layer : run.done())
         list.append(py::make_tuple(layer.layer, layer.choice.ids, layer.choice.weights, layer.on_device,
-                                   layer.cpu_s, layer.stayed));
+                                   layer.copied, layer.cpu_s, layer.stayed));
     return list;
 }
 
@@ -49,11 +52,16 @@ void register_hybrid(py::module_& m) {
         .def("set_layer", set_layer, py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::arg("layer"),
              py::arg("of"), py::arg("on_device").none(true), py::arg("device_table"), py::arg("ram_table"))
         .def("set_moves", &TokenRun::set_moves, py::arg("layer"), py::arg("moves"))
+        .def("set_copies", &TokenRun::set_copies, py::arg("layer"), py::arg("pool"), py::arg("first_slot"),
+             py::arg("slot_bytes"), py::arg("matrix_bytes"))
         .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
-             py::arg("keeps_residents"), "The layers from one on, up to one where Python has to decide")
+             py::arg("keeps_residents"), py::arg("free_slots"), py::arg("is_attended"),
+             "The layers from one on, up to one where Python has to decide")
         .def("done", done,
-             "Of the last run, by layer: (layer, ids, weights, ids on the device, CPU seconds, whether rows "
+             "Of the last run, by layer: (layer, ids, weights, ids on the device, (id, slot) copied there, "
+             "CPU seconds, whether rows "
              "stayed there)")
         .def_property_readonly("wait_s", &TokenRun::wait_s)
+        .def_property_readonly("lacks_slots", &TokenRun::lacks_slots)
         .def_property_readonly("failure", &TokenRun::failure);
 }

@@ -1,5 +1,6 @@
 #include "hybrid/token_run.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "common/errors.h"
@@ -33,6 +34,7 @@ class TokenRun::Launch {
         while (!launches_.wait(ticket_, kWaitSeconds, check_interrupt)) {
         }
     }
+    // None where the rows stay on the device.
     std::optional<DeviceFailure> collect(float* out, const std::vector<int32_t>& places) {
         const LaunchQueue::Ticket ticket = std::exchange(ticket_, 0);
         return launches_.collect(ticket, out, places);
@@ -41,6 +43,33 @@ class TokenRun::Launch {
   private:
     LaunchQueue& launches_;
     LaunchQueue::Ticket ticket_;
+};
+
+// A layer's copies: whatever becomes of the layer, none is under way behind it.
+class TokenRun::Copies {
+  public:
+    explicit Copies(CopyQueue& queue) : queue_(queue) {}
+    ~Copies() {
+        for (const CopyQueue::Ticket ticket : tickets_) {
+            queue_.cancel(ticket);
+            queue_.wait(ticket, kWaitSeconds, [] {});
+            queue_.forget(ticket);
+        }
+    }
+    Copies(const Copies&) = delete;
+    Copies& operator=(const Copies&) = delete;
+
+    void submit(const CopySpan& span) {
+        tickets_.push_back(queue_.submit({span}, false));
+        handles_.push_back(queue_.handle(tickets_.back()));
+    }
+    size_t size() const { return tickets_.size(); }
+    const std::vector<CopyQueue::Handle>& handles() const { return handles_; }
+
+  private:
+    CopyQueue& queue_;
+    std::vector<CopyQueue::Ticket> tickets_;
+    std::vector<CopyQueue::Handle> handles_;
 };
 
 void TokenRun::Side::add(int32_t position, const uint64_t* expert, int64_t width) {
@@ -57,21 +86,37 @@ void TokenRun::set_layer(int64_t layer, SharedLayer shared) {
     layers_[layer] = std::move(shared);
 }
 
-void TokenRun::set_moves(int64_t layer, std::vector<int32_t> moves) {
+SharedLayer& TokenRun::described(int64_t layer) {
     check(layer >= 0 && layer < int64_t(layers_.size()) && layers_[layer].of, kOp,
           "layer " + std::to_string(layer) + " was not described");
-    layers_[layer].moves = std::move(moves);
+    return layers_[layer];
+}
+
+void TokenRun::set_moves(int64_t layer, std::vector<int32_t> moves) {
+    described(layer).moves = std::move(moves);
+}
+
+void TokenRun::set_copies(int64_t layer, size_t pool, uint64_t first_slot, uint64_t slot_bytes,
+                          std::vector<int64_t> matrix_bytes) {
+    SharedLayer& shared = described(layer);
+    check(slot_bytes > 0, kOp, "slots have bytes");
+    check_equal(kOp, "number of matrices", shared.of->num_matrices(), int64_t(matrix_bytes.size()));
+    shared.pool = pool, shared.first_slot = first_slot, shared.slot_bytes = slot_bytes;
+    shared.matrix_bytes = std::move(matrix_bytes);
 }
 
 int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+                      std::vector<std::vector<uint64_t>> free_slots, bool is_attended,
                       const CheckInterrupt& check_interrupt) {
     check_equal(kOp, "number of layers' caches", step_.num_layers(), int64_t(cached.size()));
     layers_.resize(size_t(step_.num_layers()));
+    free_slots_ = std::move(free_slots);
     done_.clear();
     wait_s_ = 0;
     failure_.reset();
+    lacks_slots_ = false;
     for (int64_t layer = first; layer < step_.num_layers(); ++layer) {
-        step_.attend(layer, cached[layer]);
+        if (layer > first || !is_attended) step_.attend(layer, cached[layer]);
         if (layers_[layer].of && !compute(layer, keeps_residents, check_interrupt)) return layer;
     }
     return step_.num_layers();
@@ -79,54 +124,71 @@ int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached, bo
 
 bool TokenRun::compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt) {
     const Choice& choice = step_.choice();
+    copied_.clear();
     if (!divide(layers_[layer], choice, keeps_residents)) return false;
-    if (device_.positions.empty()) {
+    if (division_.on_device.empty() && division_.copied.empty()) {
         const int64_t begin_ns = EventLog::now_ns();
         step_.experts(layer, cpu_.addresses.data());
         cpu_s_ = seconds_since(begin_ns);
-    } else if (step_.away() ? !compute_away(layer) : !compute_both(layer, check_interrupt)) {
+    } else if (!compute_both(layer, check_interrupt)) {
         return false;
     }
     std::vector<int32_t> on_device;
     for (const int32_t position : device_.positions) on_device.push_back(choice.ids[position]);
-    done_.push_back({layer, choice, std::move(on_device), cpu_s_, step_.away() != nullptr});
+    done_.push_back({layer, choice, std::move(on_device), copied_, cpu_s_, step_.away() != nullptr});
     return true;
 }
 
-// Who computes what; false where an expert has to be read or copied.
+// Who computes what; false where an expert has to be read, is on its way, or finds no slot for its copy.
 bool TokenRun::divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents) {
     const int64_t width = shared.of->num_matrices();
+    const size_t count = choice.ids.size();
     const auto row = [&](const uint64_t* table, int32_t position) {
         return table + choice.ids[position] * width;
     };
-    const int32_t count = int32_t(choice.ids.size());
-    device_.clear(), cpu_.clear(), residents_.clear();
-    for (int32_t position = 0; shared.device_table && position < count; ++position) {
-        const uint64_t first = *row(shared.device_table, position);
+    device_.clear(), cpu_.clear();
+    there_.assign(count, 0), in_ram_.assign(count, 0);
+    for (int32_t position = 0; position < int32_t(count); ++position) {
+        const uint64_t first = shared.device_table ? *row(shared.device_table, position) : 0;
         if (first == kOnItsWay && !keeps_residents) return false;
-        if (first > kOnItsWay) residents_.push_back(position);
+        there_[position] = first > kOnItsWay;
+        in_ram_[position] = *row(shared.ram_table, position) > kOnItsWay;
     }
-    int32_t to_leave = 0;
-    if (shared.device_table) {
-        check_equal(kOp, "number of moves", count + 1, int64_t(shared.moves.size()));
-        const int32_t moves = shared.moves[residents_.size()];
-        if (moves > 0) return false;
-        to_leave = -moves;
-    }
-    auto resident = residents_.begin();
-    for (int32_t position = 0; position < count; ++position) {
-        const uint64_t* in_ram = row(shared.ram_table, position);
-        const bool on_device = resident != residents_.end() && *resident == position;
-        resident += on_device;
-        if (on_device && (to_leave == 0 || *in_ram <= kOnItsWay)) {
-            device_.add(position, row(shared.device_table, position), width);
-            continue;
+    const std::vector<int32_t> none(count + 1, 0);
+    divide_token(there_, in_ram_, shared.device_table ? shared.moves : none, division_);
+    for (const int32_t position : division_.on_device)
+        device_.add(position, row(shared.device_table, position), width);
+    num_there_ = division_.on_device.size();
+    for (const std::vector<int32_t>* part : {&division_.copied, &division_.on_cpu})
+        for (const int32_t position : *part)
+            if (!in_ram_[position]) return false;
+    for (const int32_t position : division_.on_cpu)
+        cpu_.add(position, row(shared.ram_table, position), width);
+    const size_t num_slots = shared.pool < free_slots_.size() ? free_slots_[shared.pool].size() : 0;
+    lacks_slots_ = division_.copied.size() > num_slots;
+    return !lacks_slots_;
+}
+
+// Queues the copies of a layer: an expert's matrices keep their places in the slot.
+void TokenRun::copy(const SharedLayer& shared, const Choice& choice, Copies& copies) {
+    const int64_t width = shared.of->num_matrices();
+    std::vector<uint64_t> there(shared.matrix_bytes.size());
+    for (const int32_t position : division_.copied) {
+        const uint64_t* here = shared.ram_table + choice.ids[position] * width;
+        const uint64_t slot_here = here[0] - (here[0] - shared.first_slot) % shared.slot_bytes;
+        const uint64_t slot = free_slots_[shared.pool].back();
+        free_slots_[shared.pool].pop_back();
+        uint64_t begin = here[0], end = here[0];
+        for (int64_t m = 0; m < width; ++m) {
+            begin = std::min(begin, here[m]);
+            end = std::max(end, here[m] + uint64_t(shared.matrix_bytes[m]));
+            there[m] = slot + (here[m] - slot_here);
         }
-        if (*in_ram <= kOnItsWay) return false;
-        to_leave -= on_device;
-        cpu_.add(position, in_ram, width);
+        copied_.emplace_back(choice.ids[position], slot);
+        device_.add(position, there.data(), width);
+        copies.submit({reinterpret_cast<const std::byte*>(begin),
+                       reinterpret_cast<std::byte*>(slot + (begin - slot_here)), int64_t(end - begin)});
     }
-    return true;
 }
 
 void TokenRun::compute_cpu_side(int64_t layer) {
@@ -135,49 +197,61 @@ void TokenRun::compute_cpu_side(int64_t layer) {
     cpu_s_ = seconds_since(begin_ns);
 }
 
-// Behind dense layers there: the device's rows stay, the CPU's go to them, and nobody waits before the next
-// layer's router has spoken. False where the device failed.
-bool TokenRun::compute_away(int64_t layer) {
-    try {
-        step_.device_rows(*layers_[layer].on_device, device_.positions, device_.addresses.data());
-    } catch (const DeviceError& error) {
-        step_.bring_rows_home();
-        failure_ = {error.what(), error.fault};
-        return false;
-    }
-    compute_cpu_side(layer);
-    step_.add_expert_rows(layer);
-    return true;
-}
-
-// The device's share is launched before the CPU begins with its own; false where the device failed.
-bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt) {
+// The device's experts from number ``first`` on, each behind the copy that brings it.
+RowsLaunch TokenRun::launch_of(int64_t layer, size_t first, const Copies& copies) const {
     const SharedLayer& shared = layers_[layer];
-    const std::vector<int32_t>& ids = step_.choice().ids;
-    const int64_t hidden_size = shared.of->hidden_size();
-    RowsLaunch launch{shared.on_device, nullptr, hidden_size, shared.of->num_matrices(), {}, {}, {}, {}, {}};
-    for (const int32_t position : device_.positions) launch.expert_ids.push_back(ids[position]);
+    const int64_t width = shared.of->num_matrices();
+    RowsLaunch launch{shared.on_device, nullptr, shared.of->hidden_size(), width, {}, {}, {}, {}, {}};
+    for (size_t i = first; i < device_.positions.size(); ++i) {
+        launch.expert_ids.push_back(step_.choice().ids[device_.positions[i]]);
+        launch.after.push_back(i < num_there_ ? nullptr : copies.handles()[i - num_there_]);
+    }
     const size_t count = launch.expert_ids.size();
-    launch.addresses = device_.addresses;
+    launch.addresses.assign(device_.addresses.begin() + int64_t(first) * width, device_.addresses.end());
     launch.pair_offsets.resize(count + 1);
     std::iota(launch.pair_offsets.begin(), launch.pair_offsets.end(), 0);
     launch.pair_tokens.assign(count, 0);
-    launch.after.assign(count, nullptr);
+    return launch;
+}
+
+// The device's share is under way before the CPU begins with its own; false where the device failed. Behind
+// dense layers there the device's rows stay and the CPU's go to them; the host waits for copies at most, and
+// for the device when the next layer's router has spoken.
+bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt) {
+    const SharedLayer& shared = layers_[layer];
+    DenseStep* away = step_.away();
+    Copies copies(engine_.copies());
+    std::optional<Launch> under_way;
+    std::vector<int32_t> waited_for;  // positions
     try {
-        launch.inputs = engine_.device().upload(step_.router_input().data(), 1, hidden_size);
+        copy(shared, step_.choice(), copies);
+        const std::vector<int32_t> here(device_.positions.begin(),
+                                        device_.positions.begin() + int64_t(num_there_));
+        waited_for.assign(device_.positions.begin() + int64_t(away ? num_there_ : 0),
+                          device_.positions.end());
+        if (away && num_there_) step_.device_rows(*shared.on_device, here, device_.addresses.data());
+        if (!waited_for.empty()) {
+            RowsLaunch launch = launch_of(layer, away ? num_there_ : 0, copies);
+            if (away)
+                launch.stays_with = away, launch.first_row = step_.leave_rows(waited_for);
+            else
+                launch.inputs =
+                    engine_.device().upload(step_.router_input().data(), 1, shared.of->hidden_size());
+            under_way.emplace(engine_.launches(), std::move(launch));
+        }
     } catch (const DeviceError& error) {
         failure_ = {error.what(), error.fault};
-        return false;
     }
-    Launch under_way(engine_.launches(), std::move(launch));
-    compute_cpu_side(layer);
-    const int64_t waited_ns = EventLog::now_ns();
-    under_way.wait(check_interrupt);
-    failure_ = under_way.collect(step_.expert_rows_data(), device_.positions);
-    wait_s_ += seconds_since(waited_ns);
-    if (failure_) return false;
-    step_.add_expert_rows(layer);
-    return true;
+    if (!failure_) compute_cpu_side(layer);
+    if (under_way) {
+        const int64_t waited_ns = EventLog::now_ns();
+        under_way->wait(check_interrupt);
+        failure_ = under_way->collect(step_.expert_rows_data(), waited_for);
+        wait_s_ += seconds_since(waited_ns);
+    }
+    if (!failure_) return step_.add_expert_rows(layer), true;
+    if (away) step_.bring_rows_home();
+    return false;
 }
 
 }  // namespace moe

@@ -1,8 +1,10 @@
 // What Python sees of the scheduler; moe_offload/planning/scheduler.py is the only caller.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "planning/scheduler.h"
+#include "planning/token_division.h"
 
 namespace py = pybind11;
 
@@ -34,10 +36,19 @@ py::tuple schedule_layer(const Seconds& cpu_s, const Seconds& gpu_s, const Flags
     return py::make_tuple(chosen, schedule.finish_s);
 }
 
+py::tuple divide_token(const std::vector<uint8_t>& there, const std::vector<uint8_t>& in_ram,
+                       const std::vector<int32_t>& moves) {
+    moe::TokenDivision division;
+    moe::divide_token(there, in_ram, moves, division);
+    return py::make_tuple(division.on_device, division.copied, division.on_cpu);
+}
+
 }  // namespace
 
 void register_scheduler(py::module_& m) {
     m.def("schedule_layer", schedule_layer, py::arg("cpu_s"), py::arg("gpu_s"), py::arg("on_gpu"),
           py::arg("in_ram"), py::arg("copy_s"), py::arg("cpu_start_s"), py::arg("gpu_start_s"),
           "Which experts run on the GPU, and when the later side finishes");
+    m.def("divide_token", divide_token, py::arg("there"), py::arg("in_ram"), py::arg("moves"),
+          "Which of one token's experts, by position, run on the device, are copied there, run on the CPU");
 }

@@ -6,7 +6,8 @@ which: a table of one number for each such number says the same. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +31,30 @@ def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_
         copied, left = int(choice[residents:].sum()), residents - int(choice[:residents].sum())
         moves.append(copied or -left)
     return moves
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which of one token's experts run where, by position, ascending; ``copied`` ones on the device, too."""
+
+    on_device: list[int]
+    copied: list[int]
+    on_cpu: list[int]
+
+
+def divide(there: Sequence[bool], in_ram: Sequence[bool], moves: Sequence[int]) -> Division:
+    """Return who runs where, given ``moves_of`` them (csrc/planning/token_division.h is its twin).
+
+    Args:
+        there: whether the device has it.
+        in_ram: whether RAM has it; the device keeps what RAM has not.
+    """
+    move = moves[sum(there)]
+    absent = [i for i, is_there in enumerate(there) if not is_there]
+    spare = [i for i, (is_there, also) in enumerate(zip(there, in_ram, strict=True)) if is_there and also]
+    copied, left = absent[: max(0, move)], spare[: max(0, -move)]
+    on_device = [i for i, is_there in enumerate(there) if is_there and i not in left]
+    return Division(on_device, copied, sorted([*left, *absent[len(copied) :]]))
 
 
 def savings_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[float]:

@@ -179,6 +179,11 @@ class CachePools:
         """
         return self._pool_of[layer_idx].resident_table[layer_idx]
 
+    def slots_of(self, layer_idx: int) -> tuple[int, int]:
+        """Return the address of the first slot of a layer's pool, and the bytes of each."""
+        pool = self._pool_of[layer_idx]
+        return pool.first_address, pool.slot_bytes
+
     def slot_tables(self) -> dict[int, NDArray[np.uint64]]:
         """Return ``resident_table`` of all layers, to see who has a slot: their first column is not 0."""
         return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}

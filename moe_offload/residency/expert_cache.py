@@ -118,9 +118,37 @@ class ExpertCache(CacheHints, CacheUpkeep):
             entry.pins -= 1
         self._open = None
         pool.routed(step.layer_idx, *(step.routed or (step.expert_ids, step.weights)))
+        self._evict_excess(pool)
+
+    def _evict_excess(self, pool: SlotPool) -> None:
         excess = len(pool.residents) - pool.capacity
         if excess > 0:
             pool.evict(excess, pool.residents.keys())
+
+    def free_slots(self, most: int) -> list[list[int]]:
+        """Return, for each of ``plans``, addresses of free slots, at most so many."""
+        return [[pool.slot_address(slot) for slot in pool.free[-most:]] for pool in self._pools]
+
+    def used(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float],
+        num_hits: int,
+        read: Sequence[tuple[int, int]],
+    ) -> None:
+        """Count a step that native code ran as ``begin`` and ``end`` would have; see ``used_residents``.
+
+        Args:
+            read: (expert, address) of what missed and was put into one of ``free_slots``.
+        """
+        pool = self._pool_of[layer_idx]
+        for expert_id, address in read:
+            entry = pool.adopt(ExpertKey(layer_idx, expert_id), address)
+            self._stats.misses += 1
+            self._stats.demand_bytes += entry.num_bytes
+        self.used_residents(layer_idx, expert_ids, weights, num_hits)
+        self._evict_excess(pool)
 
     def abort(self, step: Step) -> None:
         """Give up a step after an error or an interrupt; never blocks, the cache stays usable."""

@@ -101,6 +101,24 @@ class SlotReads:
             self.guesses[key] = entry
         return entry
 
+    def adopt(self, key: ExpertKey, address: int) -> Entry:
+        """Make a resident of an expert that native code has put into the free slot at ``address``."""
+        assert self.find(key) is None, f"{key} has a slot already"
+        slot = (address - self.first_address) // self.slot_bytes
+        self.free.remove(slot)
+        entry = Entry(
+            key=key,
+            slot=slot,
+            addresses=self.store.addresses(key, address),
+            num_bytes=self.store.expert_bytes(key),
+            ticket=0,
+            state=SlotState.STAGED,
+            unclaimed=False,
+        )
+        self.table[key.layer_idx][key.expert_id] = self.staged[key] = entry
+        self.admit(entry)
+        return entry
+
     def finish(self, entry: Entry) -> None:
         """Wait for an entry's read.
 

@@ -25,7 +25,7 @@ from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.impact import by_impact
 from moe_offload.planning.prefetch_plan import Guess
 from moe_offload.planning.scheduler import SCHEDULERS, Choice
-from moe_offload.planning.token_moves import Scheduler, TokenMoves
+from moe_offload.planning.token_moves import Scheduler, TokenMoves, divide
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
@@ -209,13 +209,9 @@ class HybridLayer:
 
     def _choose_for_one(self, ids: Sequence[int], there: Sequence[bool]) -> tuple[list[int], list[int]]:
         """The same from the scheduler's answers for one token (csrc/hybrid: TokenRun::divide)."""
-        resident = [i for i, is_there in zip(ids, there, strict=True) if is_there]
-        moves = self.layers.moves(self.layer_idx, len(ids))[len(resident)]
-        if moves >= 0:
-            return resident, [i for i, is_there in zip(ids, there, strict=True) if not is_there][:moves]
-        in_ram = self.layers.ram.are_resident(self.layer_idx, resident)
-        left = [i for i, is_in_ram in zip(resident, in_ram, strict=True) if is_in_ram][:-moves]
-        return [i for i in resident if i not in left], []
+        in_ram = self.layers.ram.are_resident(self.layer_idx, ids)
+        division = divide(there, in_ram, self.layers.moves(self.layer_idx, len(ids)))
+        return [ids[i] for i in division.on_device], [ids[i] for i in division.copied]
 
     def launch_to_stay(
         self, rows: StepRows, expert_ids: list[int], addresses: list[int], after: list[int]

@@ -1,7 +1,8 @@
-"""One token's layers on device and CPU in one native call, where nothing has to be read or copied.
+"""One token's layers on device and CPU in one native call, where nothing has to be read.
 
-What hybrid_step.py does layer by layer, from tables: where experts are (the caches keep those), and what the
-scheduler does with so many of them on the device. Both caches learn of the layers afterwards.
+What hybrid_step.py does layer by layer, from tables: where experts are (the caches keep those), what the
+scheduler does with so many of them on the device, and which slots are free for copies. Both caches learn of
+the layers afterwards; where the free slots do not suffice they learn of those so far, and it goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.hybrid import HybridLayer
 from moe_offload.storage.expert_format import ExpertKey
+
+MOST_COPIES = 64  # of a pool, between two looks at who has to leave for them
+
+# layer, ids, weights, ids on the device, (id, slot) of those copied there, CPU seconds, whether rows stayed
+Done = tuple[int, list[int], list[float], list[int], list[tuple[int, int]], float, bool]
 
 
 class HybridRun:
@@ -49,6 +55,10 @@ class HybridRun:
         on_device = 0 if hybrid is None else self._tier.cache.resident_table(layer_idx).ctypes.data
         device_kernel = None if hybrid is None else hybrid.device_kernel
         self._native.set_layer(layer_idx, executor.kernel.native, device_kernel, on_device, in_ram)
+        if hybrid is not None:
+            pool = next(k for k, plan in enumerate(self._tier.cache.plans) if layer_idx in plan.layers)
+            matrix_bytes = [matrix.num_bytes for matrix in executor.kernel.layout.matrices]
+            self._native.set_copies(layer_idx, pool, *self._ram.slots_of(layer_idx), matrix_bytes)
 
     @property
     def is_possible(self) -> bool:
@@ -62,15 +72,21 @@ class HybridRun:
             The layer that stopped it, its attention computed and its experts not; or the number of layers.
         """
         self._tier.absorb()
-        for group in self._groups.values():
-            self._tell_moves(group)
-        computed_s = self._tier.device_counters()["compute_seconds"]
-        stopped = self._native.run(first, cached, capacity, num_tokens, self._layers.is_frozen)
-        self._account(computed_s)
-        failure = self._native.failure
-        if failure is not None:
-            self._hybrid[stopped].failed(DeviceError(failure[0], int(failure[1])))
-        return stopped
+        is_attended = False
+        while True:
+            for group in self._groups.values():
+                self._tell_moves(group)
+            before = self._tier.device_counters()
+            free = self._tier.cache.free_slots(MOST_COPIES)
+            frozen = self._layers.is_frozen
+            stopped = self._native.run(first, cached, capacity, num_tokens, frozen, free, is_attended)
+            num_copied = self._account(before)
+            failure = self._native.failure
+            if failure is not None:
+                self._hybrid[stopped].failed(DeviceError(failure[0], int(failure[1])))
+            if not num_copied or not self._native.lacks_slots:
+                return stopped
+            first, is_attended = stopped, True  # what had to leave for those copies has left
 
     def _tell_moves(self, group: Sequence[int]) -> None:
         moves = self._layers.moves(group[0], self._top_k[group[0]])
@@ -79,42 +95,45 @@ class HybridRun:
                 self._native.set_moves(layer_idx, moves)
             self._moves[group[0]] = moves
 
-    def _account(self, computed_s: float) -> None:
-        """Tell caches, counters and costs of the layers that were computed."""
+    def _account(self, before: dict[str, float]) -> int:
+        """Tell caches, counters and costs of the layers that were computed; returns how many were copied."""
         done = self._native.done()
         if not done:
-            return
+            return 0
         missed, num_missed = list[ExpertKey](), 0
         wants_misses = self._tier.wants_misses
-        for layer_idx, ids, weights, on_device, _, _ in done:
+        for layer_idx, ids, weights, on_device, copied, _, _ in done:
             self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device))
             if layer_idx in self._hybrid:
-                self._tier.cache.used_residents(layer_idx, ids, weights, len(on_device))
+                num_hits = len(on_device) - len(copied)
+                self._tier.cache.used(layer_idx, ids, weights, num_hits, copied)
                 num_missed += len(ids) - len(on_device)
                 if wants_misses and len(on_device) < len(ids):
                     missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
             executor = self._executors[layer_idx]
             assert executor is not None
             executor.on_layer_done(layer_idx)
-        self._count(done, self._tier.device_counters()["compute_seconds"] - computed_s)
+        now = self._tier.device_counters()
+        num_copied = self._count(done, {name: now[name] - before[name] for name in now})
         self._tier.ran_on_cpu(missed, num_missed)
+        return num_copied
 
-    def _count(
-        self, done: list[tuple[int, list[int], list[float], list[int], float, bool]], device_s: float
-    ) -> None:
+    def _count(self, done: list[Done], device: dict[str, float]) -> int:
         counters, costs_of = self._layers.counters, self._layers.costs
         counters.device_wait_s += self._native.wait_s
         cpu: dict[int, tuple[RunningCosts, float, float]] = {}  # by costs: expected and measured seconds
-        device_expected_s = 0.0
-        worked = False
-        for layer_idx, ids, _, on_device, cpu_s, stayed in done:
+        device_expected_s = copies_expected_s = 0.0
+        worked, num_copied = False, 0
+        for layer_idx, ids, _, on_device, copied, cpu_s, stayed in done:
             counters.cpu_s += cpu_s
             if layer_idx not in costs_of:
                 continue
             counters.device_experts += len(on_device)
             counters.cpu_experts += len(ids) - len(on_device)
             costs = costs_of[layer_idx]
-            one_cpu_s, one_gpu_s, _ = costs.of_one_token()
+            counters.copied_experts += len(copied)
+            one_cpu_s, one_gpu_s, copy_s = costs.of_one_token()
+            num_copied, copies_expected_s = num_copied + len(copied), copies_expected_s + copy_s * len(copied)
             _, expected_s, measured_s = cpu.get(id(costs), (costs, 0.0, 0.0))
             more_s = one_cpu_s * (len(ids) - len(on_device))
             cpu[id(costs)] = costs, expected_s + more_s, measured_s + cpu_s
@@ -122,8 +141,11 @@ class HybridRun:
             device_expected_s += 0.0 if stayed else one_gpu_s * len(on_device)
         for costs, expected_s, measured_s in cpu.values():
             costs.saw_cpu(expected_s, measured_s)
-            costs.saw_gpu(device_expected_s, device_s)
+            costs.saw_gpu(device_expected_s, device["compute_seconds"])
+            if num_copied:
+                costs.saw_copies(copies_expected_s, device["busy_seconds"])
         if self._step.away is not None:
             self._layers.count_stayed(next(iter(self._hybrid)), *self._step.away.take_rows_done())
         if worked:
             self._tier.worked()
+        return num_copied
