@@ -7,8 +7,9 @@ void register_decode(pybind11::module_& m);     // csrc/decode/bindings_decode.c
 void register_planning(pybind11::module_& m);   // csrc/planning/bindings_planning.cpp: the horizon policy
 void register_scheduler(pybind11::module_& m);  // csrc/planning/bindings_scheduler.cpp: CPU or GPU, by expert
 void register_lookahead(pybind11::module_& m);  // csrc/planning/bindings_lookahead.cpp: what comes next
-void register_device(pybind11::module_& m);     // csrc/device/bindings_device.cpp: the emulated accelerator
-void register_hybrid(pybind11::module_& m);     // csrc/hybrid/bindings_hybrid.cpp: layers on both at once
+void register_early_reads(pybind11::module_& m);  // csrc/decode/bindings_early_reads.cpp: and reads it
+void register_device(pybind11::module_& m);       // csrc/device/bindings_device.cpp: the emulated accelerator
+void register_hybrid(pybind11::module_& m);       // csrc/hybrid/bindings_hybrid.cpp: layers on both at once
 
 PYBIND11_MODULE(_native, m) {
     m.doc() =
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_native, m) {
     register_planning(m);
     register_scheduler(m);
     register_lookahead(m);
+    register_early_reads(m);
     register_device(m);
     register_hybrid(m);
 }

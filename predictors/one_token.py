@@ -23,6 +23,9 @@ class OneToken:
 
     Args:
         history: kept up to date by ``observe``; None where no forecast looks at the past.
+
+    Attributes:
+        native: what answers, for native code that asks itself (residency/early_reads.py).
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class OneToken:
     ) -> None:
         self._order, self._remembers = order, history is not None
         kept = history or History(1, num_experts)
-        self._lookahead = Lookahead(hidden_size, kept.previous, kept.frequency, kept.decay)
+        self.native = Lookahead(hidden_size, kept.previous, kept.frequency, kept.decay)
 
     def add(
         self, layer_idx: int, later: int, weight: NDArray[Any], bias: Any, top_k: int, curve: Curve
@@ -41,7 +44,7 @@ class OneToken:
             weight: (E, features), float32 or bfloat16 as uint16; see csrc/planning/lookahead.h.
         """
         row = self._order.row_of[later] if self._remembers else 0
-        self._lookahead.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
+        self.native.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
 
     def leave_out(self, slot_tables: Mapping[int, NDArray[np.uint64]]) -> None:
         """Return no expert from now on that has a slot.
@@ -50,12 +53,16 @@ class OneToken:
             slot_tables: by layer, (E, n), the first column 0 where an expert has none; looked at in every
                 call. Layers without one: all their experts are returned.
         """
-        self._lookahead.leave_out(dict(slot_tables))
+        self.native.leave_out(dict(slot_tables))
+
+    def history_row(self, layer_idx: int) -> int:
+        """Return where the history keeps a layer's choices; -1 where nothing is remembered."""
+        return self._order.row_of.get(layer_idx, -1) if self._remembers else -1
 
     def observe(self, layer_idx: int, expert_ids: list[int], weights: list[float]) -> None:
         """Keep a layer's choice."""
         if self._remembers:
-            self._lookahead.observe(self._order.row_of[layer_idx], expert_ids, weights)
+            self.native.observe(self._order.row_of[layer_idx], expert_ids, weights)
 
     def likely(
         self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float], threshold: float
@@ -65,7 +72,7 @@ class OneToken:
         Args:
             hidden: address of (hidden_size,) float32, what the layer's router saw.
         """
-        return self._lookahead.likely(layer_idx, self._order.depth, hidden, expert_ids, weights, threshold)
+        return self.native.likely(layer_idx, self._order.depth, hidden, expert_ids, weights, threshold)
 
 
 def router_rows(weight: Tensor) -> NDArray[Any]:

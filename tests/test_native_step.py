@@ -533,11 +533,11 @@ def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(dem
     step = demo.offload.native_step
     run, calls = step._run_experts, []
 
-    def interrupted(executor):
+    def interrupted(executor, **how):
         calls.append(executor.layer_idx)
         if executor.layer_idx == 5:
             raise KeyboardInterrupt
-        run(executor)
+        run(executor, **how)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(step, "_run_experts", interrupted)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from moe_offload._native import gate_chances
 from moe_offload.planning.eviction import LruPolicy
+from moe_offload.planning.layer_pace import REST_AFTER_STEPS
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, expected_keys, used_by_any
 from moe_offload.predictors.cross_layer_gate import CrossLayerGate
 from moe_offload.predictors.native_gate import NativeGate
 from moe_offload.predictors.routers import Curve, RouterScores, probabilities
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.residency.prefetch_pace import REST_AFTER_STEPS
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey
 

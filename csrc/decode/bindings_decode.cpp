@@ -138,12 +138,12 @@ void add_expert_rows(DecodeStep& step, int64_t layer) {
 
 // (key address, value address) by layer; tables by layer, 0 where there are no experts.
 int64_t run(DecodeStep& step, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
-            int64_t num_tokens, const std::vector<uint64_t>& tables) {
+            int64_t num_tokens, const std::vector<uint64_t>& tables, moe::LayerWatch* watch) {
     const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
     std::vector<const uint64_t*> addresses;
     for (uint64_t table : tables) addresses.push_back(reinterpret_cast<const uint64_t*>(table));
     int64_t stopped = 0;
-    without_gil([&] { stopped = step.run(first, cached, addresses); });
+    without_gil([&] { stopped = step.run(first, cached, addresses, watch); });
     return stopped;
 }
 
@@ -205,6 +205,7 @@ void prompt_logits(PromptStep& step, int64_t first, uint64_t out) {
 }  // namespace
 
 void register_decode(py::module_& m) {
+    py::class_<moe::LayerWatch>(m, "LayerWatch", "Who is told of layers that run in one call.");
     py::class_<DenseStep>(m, "DenseStep", "The dense part of decode steps on a device")
         .def(py::init(&make_dense_step), py::arg("device"), py::arg("shape"), py::arg("first_layer"),
              py::arg("capacity"), py::arg("layers"), py::arg("final_norm"), py::arg("head"),
@@ -247,7 +248,9 @@ void register_decode(py::module_& m) {
              "there")
         .def("device_rows", device_rows, py::arg("kernel"), py::arg("positions"), py::arg("addresses"),
              "Compute some of them there, and leave them")
-        .def("run", run, "The layers from one on, up to one that chose what is not in memory")
+        .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
+             py::arg("tables"), py::arg("watch") = nullptr,
+             "The layers from one on, up to one that chose what is not in memory")
         .def("choices", choices, py::arg("first"), py::arg("end"),
              "What run() chose in some layers, (ids, weights)")
         .def("logits", logits, "The token's logits");

@@ -217,33 +217,38 @@ void DecodeStep::experts(int64_t layer, const uint64_t* addresses) {
 }
 
 int64_t DecodeStep::run(int64_t first, const std::vector<CachedTokens>& cached,
-                        const std::vector<const uint64_t*>& tables) {
+                        const std::vector<const uint64_t*>& tables, LayerWatch* watch) {
     const int64_t num_layers = decoder_.num_layers();
     check_equal(kOp, "number of layers' caches", num_layers, int64_t(cached.size()));
     check_equal(kOp, "number of layers' tables", num_layers, int64_t(tables.size()));
     choices_.resize(num_layers);
+    if (watch && first == 0) watch->begins(residual_.data());
     for (int64_t layer = first; layer < num_layers; ++layer) {
         const bool has_experts = decoder_.layer(layer).router.top_k > 0;
         check(has_experts == (tables[layer] != nullptr), kOp, "a table for each layer that has experts");
         attend(layer, cached[layer]);
         if (!has_experts) continue;
-        if (!find_chosen(layer, tables[layer])) return layer;
+        const int64_t num_missing = find_chosen(layer, tables[layer]);
+        if (watch) watch->routed(layer, choice_, num_missing);
+        if (num_missing) return layer;
+        if (watch) watch->before_experts(layer, choice_, normed_.data());
         experts(layer, chosen_addresses_.data());
         choices_[layer] = choice_;
     }
     return num_layers;
 }
 
-// Collects the addresses of the chosen experts; false when one is not in memory.
-bool DecodeStep::find_chosen(int64_t layer, const uint64_t* table) {
+// Collects the addresses of the chosen experts; returns how many are not resident.
+int64_t DecodeStep::find_chosen(int64_t layer, const uint64_t* table) {
     const int64_t width = num_matrices(layer);
+    int64_t num_missing = 0;
     chosen_addresses_.clear();
     for (int32_t id : choice_.ids) {
         const uint64_t* expert = table + id * width;
-        if (expert[0] <= kOnItsWay) return false;
+        num_missing += expert[0] <= kOnItsWay;
         chosen_addresses_.insert(chosen_addresses_.end(), expert, expert + width);
     }
-    return true;
+    return num_missing;
 }
 
 void DecodeStep::expert_rows(int64_t layer, const std::vector<int32_t>& positions,

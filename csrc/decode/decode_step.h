@@ -14,6 +14,7 @@
 #include "cpu/activation_buffer.h"
 #include "cpu/ops.h"
 #include "decode/decoder.h"
+#include "decode/layer_watch.h"
 #include "decode/token_parts.h"
 #include "device/dense_step.h"
 
@@ -64,9 +65,9 @@ class DecodeStep {
     // attend() and experts() of the layers from ``first`` on, as far as nothing has to be read. ``tables``
     // has, for each layer with experts, its resident table (resident_table.h); nullptr for other layers.
     // Returns the layer whose router chose what is not in memory, its experts() still to be called, or
-    // num_layers().
+    // num_layers(). ``watch``, where there is one, has heard of that layer's choice then.
     int64_t run(int64_t first, const std::vector<CachedTokens>& cached,
-                const std::vector<const uint64_t*>& tables);
+                const std::vector<const uint64_t*>& tables, LayerWatch* watch = nullptr);
 
     // What the last run() chose, by layer.
     const std::vector<Choice>& choices() const { return choices_; }
@@ -80,7 +81,7 @@ class DecodeStep {
 
   private:
     struct TokenPairs;
-    bool find_chosen(int64_t layer, const uint64_t* table);
+    int64_t find_chosen(int64_t layer, const uint64_t* table);
     struct Product {
         const Linear* linear;
         float* out;

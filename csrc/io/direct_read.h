@@ -81,6 +81,8 @@ class DirectReader {
     // True when nothing of it had been issued: it never will be. Otherwise it runs to its end.
     bool cancel(Ticket ticket);
     TicketState state(Ticket ticket) const;
+    // Whether the read is finished or its record was dropped.
+    bool is_over(Ticket ticket) const;
     // Waits until done, failed or cancelled; false after timeout_s.
     bool wait(Ticket ticket, double timeout_s, const CheckInterrupt& check_interrupt) const;
     std::optional<ReadError> error(Ticket ticket) const;

@@ -7,9 +7,13 @@
 #include <map>
 #include <optional>
 
-#include "planning/lookahead.h"
+#include "planning/kept_lookahead.h"
+#include "planning/layer_pace.h"
+#include "planning/prefetch_plan.h"
 
 namespace py = pybind11;
+using moe::KeptLookahead;
+using moe::LayerPace;
 using moe::Lookahead;
 
 namespace {
@@ -17,35 +21,12 @@ namespace {
 using Floats = py::array_t<float, py::array::c_style>;
 using Bfloat16s = py::array_t<uint16_t, py::array::c_style>;
 
-// Keeps the arrays that the native object points into.
-struct KeptLookahead {
-    KeptLookahead(int64_t hidden_size, Floats previous, Floats frequency, float decay)
-        : lookahead(hidden_size, history_of(previous, frequency, decay)),
-          hidden_size(hidden_size),
-          kept{std::move(previous), std::move(frequency)} {}
-
-    static moe::RouteHistory history_of(Floats& previous, Floats& frequency, float decay) {
-        const bool agree = previous.ndim() == 2 && frequency.ndim() == 2 &&
-                           previous.shape(0) == frequency.shape(0) && previous.shape(1) == frequency.shape(1);
-        if (!agree) throw py::value_error("Lookahead: previous and frequency must both be (L, E)");
-        return {previous.mutable_data(), frequency.mutable_data(), previous.shape(0), previous.shape(1),
-                decay};
-    }
-
-    void check_choice(const std::vector<int64_t>& expert_ids, const std::vector<float>& weights) {
-        const int64_t experts = lookahead.history().num_experts;
-        const bool known = std::all_of(expert_ids.begin(), expert_ids.end(),
-                                       [&](int64_t id) { return 0 <= id && id < experts; });
-        if (!known || expert_ids.size() != weights.size())
-            throw py::value_error(
-                "Lookahead: an expert id is out of range, or there is not a weight for each");
-    }
-
-    Lookahead lookahead;
-    int64_t hidden_size;
-    std::vector<py::object> kept;
-    std::map<int64_t, py::array> slot_tables;
-};
+moe::RouteHistory history_of(Floats& previous, Floats& frequency, float decay) {
+    const bool agree = previous.ndim() == 2 && frequency.ndim() == 2 &&
+                       previous.shape(0) == frequency.shape(0) && previous.shape(1) == frequency.shape(1);
+    if (!agree) throw py::value_error("Lookahead: previous and frequency must both be (L, E)");
+    return {previous.mutable_data(), frequency.mutable_data(), previous.shape(0), previous.shape(1), decay};
+}
 
 void add(KeptLookahead& self, int64_t layer_idx, int64_t later, const py::array& weight,
          const std::optional<Floats>& bias, int64_t top_k, float slope, float offset, int64_t history_row) {
@@ -106,6 +87,40 @@ py::list likely(KeptLookahead& self, int64_t layer_idx, int64_t depth, uintptr_t
     return out;
 }
 
+using GuessTuple = std::tuple<int64_t, int64_t, int64_t, double, int64_t>;
+
+std::vector<std::pair<int64_t, int64_t>> plan_reads(const std::vector<GuessTuple>& guesses,
+                                                    double queued_bytes, double window_bytes,
+                                                    double threshold) {
+    std::vector<moe::Guess> wanted;
+    for (const auto& [windows, layer_idx, expert_id, probability, num_bytes] : guesses)
+        wanted.push_back({windows, layer_idx, expert_id, probability, num_bytes});
+    std::vector<std::pair<int64_t, int64_t>> plan;
+    for (const moe::Guess& guess : moe::plan_reads(std::move(wanted), queued_bytes, window_bytes, threshold))
+        plan.emplace_back(guess.layer_idx, guess.expert_id);
+    return plan;
+}
+
+void register_layer_pace(py::module_& m) {
+    py::class_<LayerPace>(m, "LayerPace", "What looking ahead costs and may save; planning/layer_pace.py.")
+        .def(py::init<double, double>(), py::arg("window_s"), py::arg("submit_s"))
+        .def_readwrite("window_s", &LayerPace::window_s)
+        .def_readwrite("submit_s", &LayerPace::submit_s)
+        .def_readwrite("read_s", &LayerPace::read_s)
+        .def_readwrite("predict_s", &LayerPace::predict_s)
+        .def_readonly("num_steps", &LayerPace::num_steps)
+        .def("begin_step", &LayerPace::begin_step, "Forget where the last forward pass ended.")
+        .def("rests", &LayerPace::rests, py::arg("layer_idx"), py::arg("needs"),
+             "Note what a layer needed; whether for long no layer needed what was not resident.")
+        .def("look", &LayerPace::look, py::arg("now"), py::arg("stall_s"), "Measure the window.")
+        .def("is_worth_predicting", &LayerPace::is_worth_predicting, py::arg("layer_idx"),
+             "Whether what a prediction may save is above what it takes.")
+        .def("predicted", &LayerPace::predicted, py::arg("seconds"), "Note what a prediction took.")
+        .def("submitted", &LayerPace::submitted, py::arg("seconds"), py::arg("num_reads"),
+             "Note what asking for reads took.")
+        .def("mean_needs", &LayerPace::mean_needs, "Of all layers, smoothed; None before any step.");
+}
+
 void observe(KeptLookahead& self, int64_t row, const std::vector<int64_t>& expert_ids,
              const std::vector<float>& weights) {
     self.check_choice(expert_ids, weights);
@@ -116,7 +131,30 @@ void observe(KeptLookahead& self, int64_t row, const std::vector<int64_t>& exper
 
 }  // namespace
 
+namespace moe {
+
+KeptLookahead::KeptLookahead(int64_t hidden_size, Floats previous, Floats frequency, float decay)
+    : lookahead(hidden_size, history_of(previous, frequency, decay)),
+      hidden_size(hidden_size),
+      kept{std::move(previous), std::move(frequency)} {}
+
+void KeptLookahead::check_choice(const std::vector<int64_t>& expert_ids, const std::vector<float>& weights) {
+    const int64_t experts = lookahead.history().num_experts;
+    const bool known = std::all_of(expert_ids.begin(), expert_ids.end(),
+                                   [&](int64_t id) { return 0 <= id && id < experts; });
+    if (!known || expert_ids.size() != weights.size())
+        throw py::value_error("Lookahead: an expert id is out of range, or there is not a weight for each");
+}
+
+}  // namespace moe
+
 void register_lookahead(py::module_& m) {
+    register_layer_pace(m);
+    m.def("plan_reads", &plan_reads, py::arg("guesses"), py::arg("queued_bytes"), py::arg("window_bytes"),
+          py::arg("threshold"),
+          "Of (windows, layer_idx, expert_id, probability, num_bytes) what to read now, (layer_idx, "
+          "expert_id), "
+          "in order.");
     py::class_<KeptLookahead>(m, "Lookahead",
                               "Forecasts for one token, and what they remember of earlier ones.")
         .def(py::init<int64_t, Floats, Floats, float>(), py::arg("hidden_size"),

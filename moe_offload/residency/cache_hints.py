@@ -46,6 +46,33 @@ class CacheHints(CachePools):
         """Return the bytes of guesses being read or about to be, for the pool of a layer."""
         return self._pool_of[layer_idx].guessed_bytes()
 
+    # Guesses that native code reads (early_reads.py).
+
+    def lend_for_guesses(self, most: int, after_layer: int, reach: int) -> list[list[int]]:
+        """Return by pool the addresses of at most ``most`` slots for guesses of the next ``reach`` layers.
+
+        None while a stream is open: it uses all the slots. The loan ends with ``take_back``.
+        """
+        if isinstance(self._open, int):
+            return []
+        return [pool.lend(most, after_layer, reach) for pool in self._pools]
+
+    def book_guess(self, key: ExpertKey, slot_address: int, ticket: int) -> None:
+        """Take note of a read that was begun in a lent slot; again: nothing happens."""
+        self._pool_of[key.layer_idx].book(key, slot_address, ticket)
+
+    def book_cancelled(self, key: ExpertKey, ticket: int) -> None:
+        """Take note of a guess's read that was cancelled; again: nothing happens."""
+        pool = self._pool_of[key.layer_idx]
+        entry = pool.guesses.get(key)
+        if entry is not None and entry.ticket == ticket:
+            pool.cancel(entry)
+
+    def take_back(self) -> None:
+        """End the loan: slots that nothing was booked for are free again."""
+        for pool in self._pools:
+            pool.take_back()
+
     # The start of a run (warm_start.py).
 
     def preload(self, keys: Iterable[ExpertKey]) -> None:

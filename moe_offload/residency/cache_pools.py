@@ -184,6 +184,21 @@ class CachePools:
         pool = self._pool_of[layer_idx]
         return pool.first_address, pool.slot_bytes
 
+    def pool_numbers(self) -> dict[int, int]:
+        """Return the place of each layer's pool among all."""
+        number = {id(pool): i for i, pool in enumerate(self._pools)}
+        return {layer_idx: number[id(pool)] for layer_idx, pool in self._pool_of.items()}
+
+    @property
+    def store(self) -> ExpertSource | None:
+        """Where all pools read from; None: there is no pool."""
+        return self._pools[0].store if self._pools else None
+
+    @property
+    def has_slots_for_all(self) -> bool:
+        """Whether no expert ever has to leave for another."""
+        return all(pool.is_full_size for pool in self._pools)
+
     def slot_tables(self) -> dict[int, NDArray[np.uint64]]:
         """Return ``resident_table`` of all layers, to see who has a slot: their first column is not 0."""
         return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload._native import LayerWatch
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Forecast, Predictor
@@ -24,6 +25,7 @@ from moe_offload.planning.prefetch_plan import (
     lookahead_depth,
     plan_reads,
 )
+from moe_offload.residency.early_reads import EarlyReads
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.prefetch_pace import LINK_RATE, LinkCounters, Pace
 from moe_offload.storage.expert_format import ExpertKey
@@ -67,6 +69,7 @@ class Prefetcher:
         self.threshold = Threshold()
         self._pace = Pace(link, speeds, clock)
         self._needs_before_step = 0
+        self._begins_in_run = False  # the token before began in a run, and so will the next
         self._rank: Rank | None = None
         self._set_depth_limit()
 
@@ -132,22 +135,24 @@ class Prefetcher:
             return
         if is_new_text:
             self._predictor.new_sequence()
-        self._pace.begin_step()
+        self._pace.layers.begin_step()
         if not self.is_on:
             self._pace.rest()
+        elif self._begins_in_run and token_ids is not None and len(token_ids) == 1:
+            self._begins_in_run = False  # until a run has begun
+            self._measure()
         elif not self._cache.has_every_expert:
-            self._read(self._first_guesses(token_ids))
+            self._look_at_the_beginning(token_ids)
 
-    def _first_guesses(self, token_ids: NDArray[np.int64] | None) -> list[Guess]:
+    def _look_at_the_beginning(self, token_ids: NDArray[np.int64] | None) -> None:
         assert self._predictor is not None
         if self._one_token is None or token_ids is None or len(token_ids) != 1:
-            return self._guesses(self._predictor.begin_step(token_ids))
+            return self._read(self._guesses(self._predictor.begin_step(token_ids)))
         first_input = getattr(self._predictor, "first_input", None)
         hidden = None if first_input is None else first_input(token_ids)
-        if hidden is None:
-            return []
-        likely = self._one_token.likely(FIRST, hidden.data_ptr(), [], [], self.threshold.value)
-        return self._absent_of(likely)
+        if hidden is not None:
+            likely = self._one_token.likely(FIRST, hidden.data_ptr(), [], [], self.threshold.value)
+            self._read(self._absent_of(likely))
 
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time; a step's prefetching is switched as a whole."""
@@ -214,14 +219,50 @@ class Prefetcher:
 
         self._look_ahead(layer_idx, ask)
 
+    # Where a token's layers run in one call.
+
+    @property
+    def looks_natively(self) -> bool:
+        """Whether ``begin_run`` and ``look_ahead_natively`` may be called instead of ``..._one``."""
+        return self._early is not None
+
+    def begin_run(self, after_layer: int) -> LayerWatch | None:
+        """Return who watches the layers after ``after_layer`` (-1: from the first) run in one call.
+
+        None where nothing is prefetched. Every run is followed by ``end_run``, also when it failed.
+        """
+        if self._early is None or not self.is_on or self._cache.has_every_expert:
+            return None
+        if after_layer == FIRST:  # the next token's first layers are looked at there, too
+            self._begins_in_run = True
+        depth = self._most_depth if self._order is None else self._order.depth
+        value = self.threshold.value
+        return self._early.begin(value, depth, self._most_depth, PARALLEL_BYTES, after_layer)
+
+    def end_run(self) -> None:
+        """Book what was read in a run; also after an interrupt, wherever it came."""
+        if self._early is not None:
+            self._early.end()
+
+    def look_ahead_natively(
+        self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float]
+    ) -> None:
+        """``look_ahead_one`` after a layer that stopped a run, which has told what the layer routed.
+
+        The next run, or ``end_run``, ends it.
+        """
+        if self.begin_run(layer_idx) is not None:
+            assert self._early is not None
+            self._early.native.look_ahead(layer_idx, hidden, expert_ids, weights)
+
     def _look_ahead(self, layer_idx: int, ask: Callable[[], list[Guess]]) -> None:
         cache, pace = self._cache, self._pace
         if not self.is_on or cache.has_every_expert or pace.rests(layer_idx, cache.needs_not_resident):
             return
-        if pace.look(cache.stats.stall_s) and pace.measure_link(cache.largest_expert_bytes):
-            self._settle()
+        pace.look(cache.stats.stall_s)
+        self._measure()
         queued_bytes = cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
-        if self._is_link_full(queued_bytes) or not pace.is_worth_predicting(layer_idx):
+        if self._is_link_full(queued_bytes) or not pace.layers.is_worth_predicting(layer_idx):
             return
         pace.predicting()
         self._read(ask(), queued_bytes)
@@ -269,10 +310,12 @@ class Prefetcher:
         reach_bytes = self._most_depth * self._pace.window_bytes
         return queued_bytes + 0.5 * self._cache.largest_expert_bytes > reach_bytes
 
-    def _settle(self) -> None:
-        """Adapt threshold and depth to the link's speed and to what was wasted."""
+    def _measure(self) -> None:
+        """Now and then, adapt threshold and depth to the link's speed and to what was wasted."""
         stats, pace = self._cache.stats, self._pace
-        worth = break_even(pace.read_s, pace.submit_s)
+        if not pace.is_time_to_measure or not pace.measure_link(self._cache.largest_expert_bytes):
+            return
+        worth = break_even(pace.layers.read_s, pace.layers.submit_s)
         self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, worth)
         self._set_depth()
 
@@ -288,6 +331,10 @@ class Prefetcher:
         leave_out = getattr(self._one_token, "leave_out", None)
         if leave_out is not None:  # a rank judges the residents with the others
             leave_out(self._cache.slot_tables() if self._rank is None else {})
+        self._early: EarlyReads | None = None
+        self._begins_in_run = False
+        if self._rank is None and (store := EarlyReads.serves(self._cache, self._one_token)) is not None:
+            self._early = EarlyReads(self._cache, store, self._one_token, self._pace)
 
     def _set_depth(self) -> None:
         """Look as many layers ahead as it takes to read what a layer needs, and one more.
@@ -295,7 +342,7 @@ class Prefetcher:
         A read that begins with its own window is late more often than not: others go before, and it waits for
         the disk as long as it reads.
         """
-        needs = self._pace.mean_needs
+        needs = self._pace.layers.mean_needs()
         if self._order is not None and needs is not None:
             depth = lookahead_depth(needs * self._cache.largest_expert_bytes, self._pace.window_bytes)
             self._order.depth = min(self._most_depth, depth + 1)

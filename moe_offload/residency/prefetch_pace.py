@@ -6,16 +6,13 @@ import math
 import time
 from collections.abc import Callable
 
+from moe_offload._native import LayerPace
 from moe_offload.planning.correction import RunningCorrection
 
-REST_AFTER_STEPS = 64  # a few tokens
 MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
-SMOOTHING = 0.2  # of measured windows
 BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 DISK_RATE, LINK_RATE = "disk_bytes_per_s", "link_bytes_per_s"  # names in a RunningCorrection
 SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measured
-EXPECTED_RECALL = 0.7  # share of a layer's needs that a prediction finds, for judging what it is worth
-PROBE_EVERY = 16  # a prediction that is not worth its cost is made all the same now and then
 
 LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
 
@@ -28,10 +25,8 @@ class Pace:
         speeds: what to expect of the link and of a layer ("layer_s"), and where the measurements go.
 
     Attributes:
-        window_s: a layer's compute time; inf: not known.
+        layers: of layer steps and predictions (planning/layer_pace.py); native code keeps it up to date too.
         bytes_per_s: of the link.
-        read_s: an expert's read, as they come.
-        submit_s: what asking for a read takes from computing.
         now: when the last layer step was looked at.
     """
 
@@ -43,20 +38,12 @@ class Pace:
     ) -> None:
         self.clock = clock
         self._speeds = speeds or RunningCorrection()
-        self.window_s = self._speeds.get("layer_s")
-        self.read_s = math.inf
-        self.submit_s = SUBMIT_S
+        self.layers = LayerPace(self._speeds.get("layer_s"), SUBMIT_S)
         self.now = 0.0
-        self._predict_s = 0.0  # with planning its reads
         self._submitting_s = 0.0  # in the prediction under way
-        self._last_look: tuple[float, float] | None = None  # (time, stall_s so far) of the last layer step
         self._link_seen = (0, 0.0)
-        self._steps = 0
-        self._steps_without_need = 0
+        self._measured_at = 0  # number of layer steps
         self._needs_seen = -1
-        self._needs: dict[int, float] = {}  # by layer: experts of a step that are not resident, smoothed
-        self._next_layer: dict[int, int] = {}  # as steps have shown
-        self._last_layer = -1
         self.turn_to(link, DISK_RATE)
 
     def turn_to(self, link: LinkCounters | None, rate: str) -> None:
@@ -71,17 +58,7 @@ class Pace:
     @property
     def window_bytes(self) -> float:
         """What the link brings while a layer computes."""
-        return self.window_s * self.bytes_per_s
-
-    @property
-    def mean_needs(self) -> float | None:
-        """Experts that a layer's step needs and that are not resident; None before any step."""
-        return sum(self._needs.values()) / len(self._needs) if self._needs else None
-
-    def begin_step(self) -> None:
-        """Forget where the last forward pass ended."""
-        self._last_look = None
-        self._last_layer = -1
+        return self.layers.window_s * self.bytes_per_s
 
     def rest(self) -> None:
         """Nobody looks at what layers need for a while."""
@@ -95,33 +72,28 @@ class Pace:
         """
         new = needs - self._needs_seen if self._needs_seen >= 0 else 1
         self._needs_seen = needs
-        before = self._needs.get(layer_idx)
-        self._needs[layer_idx] = new if before is None else before + SMOOTHING * (new - before)
-        if self._last_layer >= 0:
-            self._next_layer[self._last_layer] = layer_idx
-        self._last_layer = layer_idx
-        self._steps_without_need = 0 if new else self._steps_without_need + 1
-        return self._steps_without_need > REST_AFTER_STEPS
+        return self.layers.rests(layer_idx, new)
 
-    def look(self, stall_s: float) -> bool:
-        """Bring the window's compute time up to date; whether it is time to measure the link.
+    def look(self, stall_s: float) -> None:
+        """Bring the window's compute time up to date.
 
         Args:
             stall_s: waited for experts, so far.
         """
-        self.now = now = self.clock()
-        if self._last_look is not None:
-            window_s = max(1e-6, now - self._last_look[0] - (stall_s - self._last_look[1]))
-            known = self.window_s < math.inf
-            self.window_s = self.window_s + SMOOTHING * (window_s - self.window_s) if known else window_s
-            self._speeds.note("layer_s", self.window_s)
-        self._last_look = (now, stall_s)
-        self._steps += 1
-        return self.link is not None and self._steps % MEASURE_EVERY_STEPS == 0
+        self.now = self.clock()
+        self.layers.look(self.now, stall_s)
+
+    @property
+    def is_time_to_measure(self) -> bool:
+        """Whether enough layer steps were made since ``measure_link``."""
+        return self.link is not None and self.layers.num_steps - self._measured_at >= MEASURE_EVERY_STEPS
 
     def measure_link(self, expert_bytes: int) -> bool:
         """Bring the link's speed up to date; whether it has read since the last time."""
         assert self.link is not None
+        self._measured_at = self.layers.num_steps
+        if self.layers.window_s < math.inf:
+            self._speeds.note("layer_s", self.layers.window_s)
         bytes_read, busy_s = self.link()
         new_bytes, new_s = bytes_read - self._link_seen[0], busy_s - self._link_seen[1]
         self._link_seen = (bytes_read, busy_s)
@@ -131,15 +103,8 @@ class Pace:
         best = self.bytes_per_s * BEST_SPEED_KEPT
         self.bytes_per_s = speed if best == math.inf else max(speed, best)
         self._speeds.note(self._rate, self.bytes_per_s)
-        self.read_s = expert_bytes / speed
+        self.layers.read_s = expert_bytes / speed
         return True
-
-    def is_worth_predicting(self, layer_idx: int) -> bool:
-        """Whether the stall that a prediction may save is above the time that it takes."""
-        needs = self._needs.get(self._next_layer.get(layer_idx, -1))
-        if needs is None or self._steps % PROBE_EVERY == 0:
-            return True
-        return EXPECTED_RECALL * needs * (self.read_s - self.submit_s) > self._predict_s
 
     def predicting(self) -> None:
         """Note that a prediction begins, which began to cost at the last look."""
@@ -147,11 +112,9 @@ class Pace:
 
     def predicted(self) -> None:
         """Note that the prediction was made and its reads were asked for."""
-        predict_s = self.clock() - self.now - self._submitting_s
-        self._predict_s += SMOOTHING * (predict_s - self._predict_s)
+        self.layers.predicted(self.clock() - self.now - self._submitting_s)
 
     def submitted(self, started: float, num_reads: int) -> None:
         """Note that ``num_reads`` were asked for since ``started``."""
-        submit_s = (self.clock() - started) / num_reads
-        self.submit_s += SMOOTHING * (submit_s - self.submit_s)
-        self._submitting_s = submit_s * num_reads
+        self._submitting_s = self.clock() - started
+        self.layers.submitted(self._submitting_s, num_reads)

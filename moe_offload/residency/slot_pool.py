@@ -127,12 +127,35 @@ class SlotPool(SlotReads):
         Args:
             after_layer: the layer that has just routed; the next one is the first to be needed.
         """
+        if self._room_for_guesses() > 0:
+            return True
+        return self._discard_farthest(after_layer, self._layers_until(key.layer_idx, after_layer))
+
+    def lend(self, most: int, after_layer: int, reach: int) -> list[int]:
+        """Return the addresses of at most ``most`` slots that native code may begin guesses in.
+
+        They are those that ``make_room_for_hint`` would find for guesses of the next ``reach`` layers; a
+        finished guess gives way where there is no other. The loan ends with ``take_back``; nobody else may
+        look for a slot before.
+        """
+        room = max(0, self._room_for_guesses())
+        if room == 0 and self._discard_farthest(after_layer, after_layer + reach):
+            room = 1
+        self.lent = [self.free.pop() for _ in range(min(most, room, len(self.free)))]
+        return [self.slot_address(slot) for slot in self.lent]
+
+    def _room_for_guesses(self) -> int:
+        """Return how many slots a guess may have without another giving way."""
         if self.draining:
             self.reap()
+        if self.is_full_size:
+            return len(self.free)
         num_guesses = len(self.staged) - len(self.warming) + len(self.draining)
-        if self.free and (self.is_full_size or num_guesses < self.num_staging):
-            return True
-        farthest, distance = None, self._layers_until(key.layer_idx, after_layer)
+        return min(len(self.free), self.num_staging - num_guesses)
+
+    def _discard_farthest(self, after_layer: int, distance: int) -> bool:
+        """Free the slot of the finished guess that is needed last, if that is beyond ``distance``."""
+        farthest = None
         for entry in self.unclaimed():
             if self.settle(entry) is None:
                 return True

@@ -42,6 +42,7 @@ class SlotReads:
         self.store, self.policy, self.stats = store, policy, stats
         self.first_address, self.clock = first_address, clock
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
+        self.lent: list[int] = []  # slots that native code may begin guesses in (early_reads.py)
         self.residents: dict[ExpertKey, Entry] = {}
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
         # Of the staged: speculation that no step has asked for, and that nobody has seen arrive.
@@ -85,10 +86,26 @@ class SlotReads:
         except Exception:
             self.free.append(slot)
             raise
+        return self._enter(key, slot, ticket, speculative=speculative)
+
+    def book(self, key: ExpertKey, slot_address: int, ticket: int) -> None:
+        """Take note of a guess's read that native code began in a lent slot; told again, do nothing."""
+        slot = (slot_address - self.first_address) // self.slot_bytes
+        if slot in self.lent:
+            self.lent.remove(slot)
+            self._enter(key, slot, ticket, speculative=True)
+
+    def take_back(self) -> None:
+        """End a loan of slots: those that nothing was booked for are free again."""
+        if self.lent:
+            self.free += self.lent
+            self.lent = []
+
+    def _enter(self, key: ExpertKey, slot: int, ticket: int, *, speculative: bool) -> Entry:
         entry = Entry(
             key=key,
             slot=slot,
-            addresses=self.store.addresses(key, address),
+            addresses=self.store.addresses(key, self.slot_address(slot)),
             num_bytes=self.store.expert_bytes(key),
             ticket=ticket,
             state=SlotState.IN_FLIGHT,

@@ -7,6 +7,7 @@ prefetch see the same calls on both ways.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,15 +122,16 @@ class NativeStep:
     def _tables(self) -> list[int] | None:
         """Return the addresses of the layers' expert tables, 0 for a dense layer.
 
-        None while a device computes some of them, while the routing is recorded, or while there is something
-        to prefetch: then Python decides between a layer's router and its experts.
+        None while a device computes some of them, while the routing is recorded, or while only Python can
+        look ahead: then it decides between a layer's router and its experts.
         """
         if not self._moe_executors:
             return [0] * len(self._executors)
         first = self._moe_executors[0]
         if any(executor.is_hybrid for executor in self._moe_executors):
             return None
-        if first.on_route is not None or not self._prefetch_rests(first):
+        looks_natively = first.prefetcher.looks_natively
+        if first.on_route is not None or not (self._prefetch_rests(first) or looks_natively):
             return None
         if self._table_addresses is None:
             self._table_addresses = [
@@ -139,26 +141,35 @@ class NativeStep:
         return self._table_addresses
 
     def _prefetch_rests(self, executor: ExpertExecutor) -> bool:
-        """Whether no token has needed what was not resident for some tokens, or nothing prefetches."""
+        """Whether nothing prefetches, or nothing has to leave and no token needed a read for some tokens."""
         needs = executor.prefetcher.needs_not_resident
         self._tokens_without_need = self._tokens_without_need + 1 if needs == self._needs_seen else 0
         self._needs_seen = needs
-        return not executor.prefetcher.is_on or self._tokens_without_need > REST_AFTER_TOKENS
+        rests = self._tokens_without_need > REST_AFTER_TOKENS and executor.cache.has_slots_for_all
+        return not executor.prefetcher.is_on or rests
 
     def _run_residents(
         self, cached: list[tuple[int, int]], capacity: int, num_tokens: int, tables: list[int]
     ) -> None:
         """Compute layer after layer without coming back, but where an expert has to be read."""
+        prefetcher = self._moe_executors[0].prefetcher if self._moe_executors else None
         layer_idx = 0
-        while layer_idx < len(self._executors):
-            first = layer_idx
-            layer_idx = self._step.run(first, cached, capacity, num_tokens, tables)
-            self._count_residents(first, layer_idx)
-            if layer_idx < len(self._executors):
-                executor = self._executors[layer_idx]
-                assert executor is not None, "only a layer with experts stops the run"
-                self._run_experts(executor)
-                layer_idx += 1
+        try:
+            while layer_idx < len(self._executors):
+                first = layer_idx
+                watch = None if prefetcher is None else prefetcher.begin_run(first - 1)
+                layer_idx = self._step.run(first, cached, capacity, num_tokens, tables, watch)
+                if prefetcher is not None:
+                    prefetcher.end_run()
+                self._count_residents(first, layer_idx)
+                if layer_idx < len(self._executors):
+                    executor = self._executors[layer_idx]
+                    assert executor is not None, "only a layer with experts stops the run"
+                    self._run_experts(executor, was_watched=watch is not None)
+                    layer_idx += 1
+        finally:
+            if prefetcher is not None:
+                prefetcher.end_run()
 
     def _may_share_in_runs(self) -> bool:
         """Whether a device computes some experts, and Python has nothing to do but decide who does."""
@@ -206,33 +217,42 @@ class NativeStep:
             if executor is not None:
                 self._run_experts(executor)
 
-    def _run_experts(self, executor: ExpertExecutor) -> None:
-        """Serve the chosen experts from the caches, those at hand while the others are read."""
-        layer_idx, prefetcher = executor.layer_idx, executor.prefetcher
+    def _run_experts(self, executor: ExpertExecutor, *, was_watched: bool = False) -> None:
+        """Serve the chosen experts from the caches, those at hand while the others are read.
+
+        Args:
+            was_watched: a run came to this layer, and who watched it has heard of the choice.
+        """
         expert_ids, weights = self._step.choice()
-        quick = executor.on_route is None and prefetcher.serves_one_token
-        watched = executor.on_route is not None or prefetcher.is_on
-        if watched and quick:
-            prefetcher.routed_one(layer_idx, expert_ids, weights)
-        elif watched:
-            router_input, chosen = self._router_input(), np.array([expert_ids])
-            chosen_weights = np.array([weights], np.float32)
-            if executor.on_route is not None:
-                tensors = torch.from_numpy(chosen), torch.from_numpy(chosen_weights)
-                executor.on_route(layer_idx, router_input, *tensors)
-            prefetcher.routed(layer_idx, expert_ids, chosen, chosen_weights)
-
-        def look_ahead() -> None:
-            if watched and quick:
-                prefetcher.look_ahead_one(layer_idx, self._step.router_input, expert_ids, weights)
-            elif watched:
-                prefetcher.look_ahead(layer_idx, router_input, chosen, chosen_weights)
-
+        if was_watched:
+            seen, natively = self._step.router_input, executor.prefetcher.look_ahead_natively
+            look_ahead: Callable[[], None] = partial(natively, executor.layer_idx, seen, expert_ids, weights)
+        else:
+            look_ahead = self._tell_routed(executor, expert_ids, weights)
         if executor.is_hybrid:
             self._share_with_device(executor, expert_ids, weights, look_ahead)
         else:
             self._serve_from_ram(executor, expert_ids, weights, look_ahead)
-        executor.on_layer_done(layer_idx)
+        executor.on_layer_done(executor.layer_idx)
+
+    def _tell_routed(
+        self, executor: ExpertExecutor, expert_ids: list[int], weights: list[float]
+    ) -> Callable[[], None]:
+        """Tell recorder and prefetcher what a layer chose; return what looks ahead from there."""
+        layer_idx, prefetcher = executor.layer_idx, executor.prefetcher
+        if executor.on_route is None and not prefetcher.is_on:
+            return _nothing
+        if executor.on_route is None and prefetcher.serves_one_token:
+            prefetcher.routed_one(layer_idx, expert_ids, weights)
+            seen = self._step.router_input
+            return partial(prefetcher.look_ahead_one, layer_idx, seen, expert_ids, weights)
+        router_input, chosen = self._router_input(), np.array([expert_ids])
+        chosen_weights = np.array([weights], np.float32)
+        if executor.on_route is not None:
+            tensors = torch.from_numpy(chosen), torch.from_numpy(chosen_weights)
+            executor.on_route(layer_idx, router_input, *tensors)
+        prefetcher.routed(layer_idx, expert_ids, chosen, chosen_weights)
+        return partial(prefetcher.look_ahead, layer_idx, router_input, chosen, chosen_weights)
 
     def _share_with_device(
         self,
@@ -301,3 +321,7 @@ class OneTokenRows:
         """Fill in the rows of the experts at ``positions``, from the addresses of their matrices."""
         if positions:
             self.step.expert_rows(self._layer_idx, positions, addresses)
+
+
+def _nothing() -> None:
+    """Look at nothing: nobody prefetches."""

@@ -229,6 +229,8 @@ class OffloadHandle:
         try:
             yield
         except KeyboardInterrupt:
+            if self.prefetcher is not None:
+                self.prefetcher.end_run()
             if self.hybrid is not None:
                 self.hybrid.tier.recover()
             if self.cache is not None:
@@ -257,6 +259,8 @@ class OffloadHandle:
     def _relieve_memory(self) -> None:
         """Give slots back before the machine swaps."""
         wanted_bytes = self._guard.bytes_to_give_back()
+        if wanted_bytes and self.prefetcher is not None:
+            self.prefetcher.end_run()
         if wanted_bytes and self.cache is not None:
             self.cache.give_back(wanted_bytes)
 

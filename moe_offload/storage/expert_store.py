@@ -106,6 +106,20 @@ class ExpertStore:
         self._keys[ticket] = key
         return ticket
 
+    def segments(self, layer_idx: int) -> list[npt.NDArray[np.int64]] | None:
+        """Return what ``read`` submits for each expert of a layer, from the slot's start.
+
+        None where blocks are put together after the reads.
+        """
+        keys = [ExpertKey(layer_idx, i) for i in range(self._index.layouts[layer_idx].num_experts)]
+        if any(key in self._relayouts for key in keys):
+            return None
+        return [self._segments[key] for key in keys]
+
+    def adopt(self, ticket: int, key: ExpertKey) -> None:
+        """Take note of a read that somebody else submitted to ``reader``: as if ``read`` had."""
+        self._keys[ticket] = key
+
     def done(self, ticket: int) -> bool:
         """Whether the read is finished: its bytes are there, or it failed, or it was cancelled."""
         return self.reader.state(ticket) >= TicketState.DONE

@@ -1,0 +1,119 @@
+#include "decode/early_reads.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "decode/resident_table.h"
+
+namespace moe {
+
+namespace {
+
+double now_s() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+bool has(const Choice& choice, int64_t expert_id) {
+    return std::binary_search(choice.ids.begin(), choice.ids.end(), static_cast<int32_t>(expert_id));
+}
+
+}  // namespace
+
+void EarlyReads::routed(int64_t layer, const Choice& choice, int64_t num_missing) {
+    rests_ = pace_.rests(layer, num_missing);
+    const auto found = layers_.find(layer);
+    if (found != layers_.end() && found->second.history_row >= 0) {
+        const std::vector<int64_t> ids(choice.ids.begin(), choice.ids.end());
+        lookahead_.history().observe(found->second.history_row, ids, choice.weights);
+    }
+    std::erase_if(under_way_, [&](const Read& read) {
+        if (read.layer_idx != layer) return false;
+        if (has(choice, read.expert_id)) return true;  // a step waits for it from now on
+        if (reader_.is_over(read.ticket) || !reader_.cancel(read.ticket)) return false;
+        events_.push_back({false, read.layer_idx, read.expert_id, 0, read.ticket});
+        return true;
+    });
+}
+
+void EarlyReads::begins(const float* residual) {
+    constexpr int64_t kFirst = -1;
+    look(kFirst, {}, residual, queued_bytes(kFirst) - settings_.free_bytes);
+}
+
+void EarlyReads::before_experts(int64_t layer, const Choice& choice, const float* hidden) {
+    if (rests_) return;
+    const double started = now_s();
+    pace_.look(started, settings_.stall_s);
+    const double queued = queued_bytes(layer) - settings_.free_bytes;
+    if (!is_worth_looking(layer, queued)) return;
+    look(layer, choice, hidden, queued);
+    pace_.predicted(now_s() - started - submitting_s_);
+}
+
+void EarlyReads::look(int64_t layer, const Choice& choice, const float* hidden, double queued) {
+    submitting_s_ = 0.0;
+    const double window_bytes = pace_.window_s * settings_.bytes_per_s;
+    read(plan_reads(guesses(layer, choice, hidden), queued, window_bytes, settings_.threshold));
+}
+
+// Not where guesses keep the link busy for as long as a forecast reaches, nor where one saves less than it
+// costs.
+bool EarlyReads::is_worth_looking(int64_t layer, double queued_bytes) const {
+    const double reach_bytes = settings_.reach_windows * pace_.window_s * settings_.bytes_per_s;
+    if (queued_bytes + 0.5 * static_cast<double>(largest_bytes_) > reach_bytes) return false;
+    return pace_.is_worth_predicting(layer);
+}
+
+// Bytes of guesses that are being read or about to be, for the pool of a layer.
+double EarlyReads::queued_bytes(int64_t layer) {
+    std::erase_if(under_way_, [&](const Read& read) { return reader_.is_over(read.ticket); });
+    const auto found = layers_.find(layer);
+    double queued = 0.0;
+    for (const Read& read : under_way_) {
+        if (found == layers_.end() || read.pool == found->second.pool)
+            queued += static_cast<double>(read.num_bytes);
+    }
+    return queued;
+}
+
+std::vector<Guess> EarlyReads::guesses(int64_t layer, const Choice& choice, const float* hidden) {
+    const std::vector<int64_t> ids(choice.ids.begin(), choice.ids.end());
+    const float threshold = static_cast<float>(settings_.threshold);
+    std::vector<Guess> guesses;
+    for (const Lookahead::Likely& likely :
+         lookahead_.likely(layer, settings_.depth, hidden, ids, choice.weights, threshold)) {
+        const auto found = layers_.find(likely.layer_idx);
+        if (found == layers_.end()) continue;
+        guesses.push_back({likely.windows, likely.layer_idx, likely.expert_id,
+                           static_cast<double>(likely.chance), found->second.num_bytes});
+    }
+    return guesses;
+}
+
+void EarlyReads::read(const std::vector<Guess>& plan) {
+    if (plan.empty()) return;
+    const double started = now_s();
+    int64_t num_reads = 0;
+    for (const Guess& guess : plan) num_reads += begin(guess);
+    if (num_reads == 0) return;
+    submitting_s_ = now_s() - started;
+    pace_.submitted(submitting_s_, num_reads);
+}
+
+// Into a lent slot; false where none is left.
+bool EarlyReads::begin(const Guess& guess) {
+    const Layer& layer = layers_.at(guess.layer_idx);
+    const auto lent = lent_.find(layer.pool);
+    if (lent == lent_.end() || lent->second.empty()) return false;
+    const int64_t slot_address = lent->second.back();
+    segments_ = layer.segments[static_cast<size_t>(guess.expert_id)];
+    for (Segment& segment : segments_) segment.region += slot_address;
+    const int64_t ticket = reader_.submit(segments_, true);
+    lent->second.pop_back();
+    layer.table[guess.expert_id * layer.stride] = kOnItsWay;
+    events_.push_back({true, guess.layer_idx, guess.expert_id, slot_address, ticket});
+    under_way_.push_back({guess.layer_idx, guess.expert_id, ticket, guess.num_bytes, layer.pool});
+    return true;
+}
+
+}  // namespace moe

@@ -1,0 +1,93 @@
+// Looks ahead while a token's layers run in one call, and starts the reads itself: what residency/prefetch.py
+// does layer by layer, without leaving native code.
+//
+// The cache lends slots before a call and books afterwards what was read into which
+// (residency/early_reads.py); in between nobody else reads. A guess is cancelled, when its layer's router
+// chose otherwise, as long as nothing of its read was issued. One thread calls.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "decode/layer_watch.h"
+#include "io/direct_read.h"
+#include "planning/layer_pace.h"
+#include "planning/lookahead.h"
+#include "planning/prefetch_plan.h"
+
+namespace moe {
+
+class EarlyReads : public LayerWatch {
+  public:
+    struct Layer {
+        std::vector<std::vector<Segment>> segments;  // by expert; regions count from the slot's start
+        int64_t num_bytes;                           // of an expert in the file
+        int64_t pool;
+        int64_t history_row;  // of the look-ahead; -1: it keeps no history
+        uint64_t* table;      // (num_experts, stride): resident_table.h
+        int64_t stride;
+    };
+    struct Settings {
+        double threshold = 1.0;
+        int64_t depth = 1;           // layers ahead
+        double bytes_per_s = 0.0;    // of the link
+        double reach_windows = 1.0;  // for as long as the most distant forecast
+        double free_bytes = 0.0;     // of reads under way that hold up nobody
+        double stall_s = 0.0;        // waited for experts, so far
+    };
+    // A read that was begun into a lent slot, or the end of one that nothing of was issued.
+    struct Event {
+        bool is_read;
+        int64_t layer_idx, expert_id;
+        int64_t slot_address;
+        int64_t ticket;
+    };
+
+    EarlyReads(DirectReader& reader, Lookahead& lookahead, LayerPace& pace, int64_t largest_expert_bytes)
+        : reader_(reader), lookahead_(lookahead), pace_(pace), largest_bytes_(largest_expert_bytes) {}
+
+    void add_layer(int64_t layer_idx, Layer layer) { layers_[layer_idx] = std::move(layer); }
+    void set(const Settings& settings) { settings_ = settings; }
+
+    // Slots of a pool that reads may begin into, the last one first, instead of those lent before.
+    void lend(int64_t pool, std::vector<int64_t> slot_addresses) { lent_[pool] = std::move(slot_addresses); }
+    void lend_nothing() { lent_.clear(); }
+
+    void set_stall_s(double stall_s) { settings_.stall_s = stall_s; }
+
+    void begins(const float* residual) override;
+    void routed(int64_t layer, const Choice& choice, int64_t num_missing) override;
+    void before_experts(int64_t layer, const Choice& choice, const float* hidden) override;
+
+    // What happened since the events were last cleared, in order.
+    const std::vector<Event>& events() const { return events_; }
+    void clear_events() { events_.clear(); }
+
+  private:
+    struct Read {
+        int64_t layer_idx, expert_id, ticket, num_bytes, pool;
+    };
+
+    void look(int64_t layer, const Choice& choice, const float* hidden, double queued);
+    bool is_worth_looking(int64_t layer, double queued_bytes) const;
+    double queued_bytes(int64_t layer);
+    std::vector<Guess> guesses(int64_t layer, const Choice& choice, const float* hidden);
+    void read(const std::vector<Guess>& plan);
+    bool begin(const Guess& guess);
+
+    DirectReader& reader_;
+    Lookahead& lookahead_;
+    LayerPace& pace_;
+    int64_t largest_bytes_;
+    Settings settings_;
+    std::map<int64_t, Layer> layers_;
+    std::map<int64_t, std::vector<int64_t>> lent_;
+    std::vector<Read> under_way_;
+    std::vector<Event> events_;
+    std::vector<Segment> segments_;
+    bool rests_ = false;
+    double submitting_s_ = 0.0;  // of the look-ahead under way
+};
+
+}  // namespace moe

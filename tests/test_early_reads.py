@@ -1,0 +1,141 @@
+"""Looking ahead and reading natively: the decisions are those of planning/, and the books stay exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_offload
+from moe_offload import _native
+from moe_offload.planning import layer_pace, prefetch_plan
+from moe_offload.storage.expert_format import ExpertKey
+
+PROMPT = torch.tensor([[5, 300, 17, 42]])
+SECONDS = st.floats(0.0, 1e-2)
+
+GUESSES = st.lists(
+    st.tuples(
+        st.integers(1, 3), st.integers(0, 4), st.integers(0, 9), st.floats(0.0, 1.0), st.integers(0, 9)
+    ),
+    max_size=12,
+)
+
+
+@given(GUESSES, st.floats(-9.0, 20.0), st.floats(0.0, 20.0) | st.just(np.inf), st.floats(0.0, 1.0))
+def test_what_is_read_natively_is_what_the_plan_says(guesses, queued, window, threshold) -> None:
+    plan = prefetch_plan.plan_reads(
+        [
+            prefetch_plan.Guess(ExpertKey(layer_idx, expert_id), probability, num_bytes, windows)
+            for windows, layer_idx, expert_id, probability, num_bytes in guesses
+        ],
+        queued_bytes=queued,
+        window_bytes=window,
+        threshold=threshold,
+    )
+    natively = _native.plan_reads(guesses, queued, window, threshold)
+    assert natively == [(key.layer_idx, key.expert_id) for key in plan]
+
+
+CALLS = st.one_of(
+    st.tuples(st.just("begin_step")),
+    st.tuples(st.just("rests"), st.integers(0, 3), st.integers(0, 2)),
+    st.tuples(st.just("look"), SECONDS, SECONDS),
+    st.tuples(st.just("is_worth_predicting"), st.integers(0, 3)),
+    st.tuples(st.just("predicted"), SECONDS),
+    st.tuples(st.just("submitted"), SECONDS, st.integers(1, 4)),
+    st.tuples(st.just("mean_needs")),
+)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([np.inf, 1e-3]), SECONDS, st.lists(CALLS, max_size=120))
+def test_the_native_pace_is_the_reference_to_the_bit(window_s, read_s, calls) -> None:
+    one, other = layer_pace.LayerPace(window_s, 2e-5), _native.LayerPace(window_s, 2e-5)
+    one.read_s = other.read_s = read_s
+    for name, *arguments in calls:
+        assert getattr(one, name)(*arguments) == getattr(other, name)(*arguments), (name, arguments)
+        for figure in ("window_s", "submit_s", "predict_s", "num_steps"):
+            assert getattr(one, figure) == getattr(other, figure), figure
+
+
+def load(experts: int = 96, **kwargs: Any) -> Any:
+    return moe_offload.from_pretrained(experts=experts, context=64, warm_start=False, **kwargs)
+
+
+def generate(model: Any) -> list[int]:
+    tokens: torch.Tensor = model.generate(PROMPT, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    return tokens.tolist()
+
+
+def always_on(model: Any) -> Any:
+    """Let the prefetcher of a model read whatever is likely, however slow this machine is."""
+    prefetcher = model.offload.prefetcher
+    prefetcher.use(prefetcher._predictor, switch=None)
+    prefetcher.threshold.value, prefetcher.threshold.update = 0.3, lambda *known: None
+    return prefetcher
+
+
+def test_native_look_aheads_change_neither_tokens_nor_residents_nor_any_sum(monkeypatch) -> None:
+    """Beside going layer by layer through Python, and not prefetching at all."""
+    seen = {}
+    for way in ("natively", "through Python", "not at all"):
+        model = load(prefetch=way != "not at all")
+        loaded_bytes = model.offload.reader.counters()["bytes_read"]
+        if way != "not at all":
+            prefetcher = always_on(model)
+            assert prefetcher.looks_natively
+        if way == "through Python":
+            monkeypatch.setattr(model.offload.native_step, "_tables", lambda: None)
+        tokens = generate(model)
+        cache, stats = model.offload.cache, model.offload.stats()
+        cache.finish_reads()
+        cache.check()
+        assert not any(pool.lent for pool in cache._pools)
+        needs = stats.misses + stats.prefetch_hits
+        seen[way] = tokens, stats.hits, needs, stats.evictions, cache.residents(), cache.log.events()[0]
+        if way == "natively":
+            early = stats.prefetch_useful_bytes + stats.prefetch_late_bytes + stats.prefetch_wasted_bytes
+            left = sum(entry.num_bytes for pool in cache._pools for entry in pool.unclaimed())
+            read = model.offload.reader.counters()["bytes_read"] - loaded_bytes
+            assert early > 0, "nothing was read early"
+            assert read == stats.stream_bytes + stats.demand_bytes + early + left
+        model.offload.close()
+    assert seen["natively"] == seen["through Python"] == seen["not at all"]
+
+
+def test_an_interrupt_after_a_run_loses_no_slot(monkeypatch) -> None:
+    """Ctrl-C is noticed when native code has returned, before anything of it is booked."""
+    model = load()
+    always_on(model)
+    expected = generate(model)
+    step, cache, calls = model.offload.native_step, model.offload.cache, []
+    num_slots = [pool.num_slots for pool in cache._pools]
+
+    class Interrupted:
+        """The native step, whose runs end in an interrupt once something was read."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(native, name)
+
+        def run(self, *arguments: Any) -> int:
+            stopped: int = native.run(*arguments)
+            calls.append(len(arguments[-1].events()))
+            if calls[-1]:
+                raise KeyboardInterrupt
+            return stopped
+
+    native = step._step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, "_step", Interrupted())
+        generate(model)
+    assert calls[-1], "no run has read anything"
+    assert [pool.num_slots for pool in cache._pools] == num_slots
+    cache.finish_reads()
+    cache.check()
+    assert generate(model) == expected
+    model.offload.close()
