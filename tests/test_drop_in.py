@@ -265,8 +265,8 @@ def test_a_wrapper_that_only_calls_generate(pair, tokenizer):
 
 
 def resources():
-    """Open files, threads and resident bytes of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), process_bytes()
+    """Open files, threads (by id: another test's may end meanwhile) and resident bytes of this process."""
+    return len(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), process_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +325,10 @@ def test_a_closed_model_gives_everything_back(heavy):
     model = load(heavy, experts="all")
     use_every_expert(model)
     held = resources()
-    assert held[0] > files and held[1] > threads and held[2] > resident + 80 * MIB
+    assert held[0] > files and held[1] - threads and held[2] > resident + 80 * MIB
     model.offload.close()
     after = resources()  # the object is still alive, and of no more use
-    assert after[:2] == (files, threads)
+    assert after[0] == files and after[1] <= threads
     assert after[2] < resident + 16 * MIB
 
 
@@ -339,7 +339,8 @@ def test_a_dropped_model_is_closed_by_itself(heavy):
     reference = weakref.ref(model)
     del model
     gc.collect()
-    assert reference() is None and resources()[:2] == (files, threads)
+    after = resources()
+    assert reference() is None and after[0] == files and after[1] <= threads
 
 
 def test_two_models_share_one_budget(heavy, tiny_moe):

@@ -187,6 +187,7 @@ def test_a_scheduler_is_chosen_kept_and_used_with_a_device(
     ran = fake_runs(monkeypatch, lambda choice, number: 1.0 if choice.scheduler == "hybrid" else 0.8)
     monkeypatch.setattr(TuningRun, "write", short_text)
     monkeypatch.setattr(cli_tune, "TIERS_SHARE", 0.002)
+    monkeypatch.setattr(tune, "MOST_CANDIDATES", 16)  # one of every setting, whatever the figures say
     output, threads = tmp_path / "p.toml", ops.num_threads()
     arguments = ["tune", "--ram", "2GiB", "--experts", "50%", "--seconds", "600", "-o", str(output)]
     try:
