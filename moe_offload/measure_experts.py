@@ -29,6 +29,7 @@ from moe_offload.stats import OffloadStats
 COMPUTE_S, READ_S = 0.02, 0.1  # for each round of a measurement, without and with reads
 LEAST_RUNS, ROUNDS = 2, 2
 FEW_TOKENS = (1, 4, 16, 32, 64, 128)  # of an expert in a chunk
+STREAMED_TOKENS = (16, 64, 128)
 RESIDENT_CALLS = 4  # experts in one call, as a prompt's residents come
 TURNS = 8  # of experts that follow one another, so that no cache has them
 
@@ -96,12 +97,18 @@ class LayerExperts:
         counts = [tokens for tokens in FEW_TOKENS if tokens <= max(16, busiest)]
         return tuple((float(tokens), self.resident_s(tokens)) for tokens in counts)
 
-    def handling_s(self, curve: Curve, read_s: float) -> float:
-        """Return what a read takes from those that compute, seen where these take twice as long as reads."""
-        slow = [tokens for tokens in range(1, PREFILL_CHUNK_TOKENS) if value_at(curve, tokens) >= 2 * read_s]
-        if not slow:
-            return 0.0
-        return min(read_s, max(0.0, self.streamed_s(slow[0]) - self.resident_s(slow[0])))
+    def handling_curve(self, resident: Curve, read_s: float) -> Curve:
+        """Return what an expert that is read takes beyond the longer of reading and computing, by tokens.
+
+        Args:
+            resident: ``prompt_curve``.
+            read_s: ``streamed_s`` of one token.
+        """
+        counts = [tokens for tokens in STREAMED_TOKENS if tokens <= resident[-1][0]]
+        return tuple(
+            (float(count), max(0.0, self.streamed_s(count) - max(read_s, value_at(resident, count))))
+            for count in counts
+        )
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Return the ids of residents and of all others, those used longest ago first."""

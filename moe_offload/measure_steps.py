@@ -69,7 +69,7 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
                 dense_macs_per_s=dense,
                 expert_s=curve,
                 read_s=streamed_s,
-                handling_s=layer.handling_s(curve, streamed_s),
+                handling_s=layer.handling_curve(curve, streamed_s),
                 score_s=score_s,
                 own_share=own_share,
             ),

@@ -102,14 +102,15 @@ def _machine(values: Mapping[str, Any]) -> MachineSpeed:
 
 
 def _prompt(values: Mapping[str, Any]) -> PromptSpeed:
-    dense, expert = (
-        tuple((_number(x), _number(y)) for x, y in values[name]) for name in ("dense_macs_per_s", "expert_s")
+    dense, expert, handling = (
+        tuple((_number(x), _number(y)) for x, y in values[name])
+        for name in ("dense_macs_per_s", "expert_s", "handling_s")
     )
     return PromptSpeed(
         dense_macs_per_s=dense,
         expert_s=expert,
         read_s=_number(values["read_s"]),
-        handling_s=_number(values["handling_s"]),
+        handling_s=handling,
         score_s=_number(values["score_s"]),
         own_share=_number(values["own_share"]),
     )

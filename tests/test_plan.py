@@ -260,7 +260,7 @@ def test_what_was_kept_counts_while_it_is_young_and_whole(
     spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    prompt = PromptSpeed(((1.0, 2e9), (64.0, 3e9)), ((1.0, 1e-4),), 2e-4, 1e-5, 1e-9, 0.5)
+    prompt = PromptSpeed(((1.0, 2e9), (64.0, 3e9)), ((1.0, 1e-4),), 2e-4, ((16.0, 1e-5),), 1e-9, 0.5)
     machine = replace(MACHINE, submit_s=1e-5, expert_bytes_per_s=2000.0, prompt=prompt)
     rehearsals.keep("model", machine)
     kept = rehearsals.kept_steps("model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import plan_accuracy as accuracy
 
 
-def case(predicted: float, measured: float, pace: float = 1.0) -> dict[str, dict[str, float]]:
+def case(predicted: float, measured: float, pace: float = 1.0, afterwards: float = 0.0) -> Any:
     return {
-        "predicted": {"tokens_per_s": predicted, "pace_s": [1.0, 2.0]},
+        "predicted": {"tokens_per_s": predicted, "afterwards": afterwards or predicted, "pace_s": [1.0, 2.0]},
         "measured": {"tokens_per_s": measured, "pace_s": [1.0, 2 * pace]},
     }
 
@@ -31,7 +32,8 @@ def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
     cases[prompt] = case(30.0, 10.0, pace=0.7)
     found = accuracy.summary(cases)
     assert not found["met"] and found["prefill"] == {
-        "cases": 1, "within": 0, "share": 0.0, "median_error": 2.0, "worst_error": 2.0, "machine_changed": 1,
+        "cases": 1, "within": 0, "share": 0.0, "median_error": 2.0, "worst_error": 2.0,
+        "steady": {"cases": 0},
     }  # fmt: skip
     cases[prompt] = case(11.0, 10.0)
     cases[accuracy.case_key("m", "25%", 64, "warm")] = case(1.0, 10.0)
@@ -45,6 +47,7 @@ def test_the_attempt_with_the_least_change_of_the_machine_counts_not_the_truest(
         accuracy.settle(cases, "key", attempt["predicted"], attempt["measured"])
     assert cases["key"]["predicted"] == steady["predicted"] and cases["key"]["attempts"] == 3
     assert accuracy.change(steady) == pytest.approx(0.1) and accuracy.change(later) == pytest.approx(0.25)
+    assert accuracy.change(case(10.0, 10.0, 1.1, afterwards=5.0)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("path", [accuracy.ROOT / "moe_offload/demo/tiny-moe.gguf", Path("synthetic.gguf")])

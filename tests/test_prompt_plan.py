@@ -46,9 +46,11 @@ def test_reads_hide_behind_products_or_products_behind_reads() -> None:
     assert seconds(MACHINE, chunk) == pytest.approx(16.0 + 2 * 4 * 5.0 + 2.0)  # 5 s a read, 4 s to compute
     late = replace(MACHINE, disk_latency_s=3.0)
     assert seconds(late, chunk) == pytest.approx(16.0 + 2 * (4 * 5.0 + 3.0) + 2.0)
-    handled = replace(MACHINE, prompt=replace(PROMPT, handling_s=2.0))
-    assert seconds(handled, chunk) == pytest.approx(16.0 + 2 * 4 * 6.0 + 2.0)
+    handled = replace(MACHINE, prompt=replace(PROMPT, handling_s=((4, 1.0), (12, 3.0), (16, 4.0))))
+    assert seconds(handled, chunk) == pytest.approx(16.0 + 2 * 4 * (5.0 + 2.0) + 2.0)  # eight tokens each
     assert seconds(handled, replace(chunk, read=1)) == pytest.approx(16.0 + 2 * (4 * 4.0 + 2.0) + 2.0)
+    many = replace(chunk, num_tokens=64)  # 32 each, 16 s to compute; handling goes no further than measured
+    assert seconds(handled, many) == pytest.approx(64 / 2 + 2 * 4 * (16.0 + 4.0) + 2.0)
 
 
 def test_each_chunk_pays_for_its_layers_elements_and_attention() -> None:

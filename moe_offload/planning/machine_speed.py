@@ -70,7 +70,8 @@ class PromptSpeed:
         dense_macs_per_s: of a dense product, by tokens.
         expert_s: of an expert in memory, by the tokens that chose it.
         read_s: from one expert to the next where all come from disk and computing does not hold them up.
-        handling_s: what reading an expert takes from those that compute.
+        handling_s: what an expert that is read takes more than the longer of reading and computing it, by the
+            tokens that chose it: its read's submission and arrival take from those that compute.
         score_s: of attention, for one head, one token and one that it looks at.
         own_share: of its own chunk's tokens, how many a token's attention computes: half where it skips those
             that come later, all where it computes and masks them.
@@ -79,7 +80,7 @@ class PromptSpeed:
     dense_macs_per_s: Curve
     expert_s: Curve
     read_s: float
-    handling_s: float = 0.0
+    handling_s: Curve = ((1.0, 0.0),)
     score_s: float = 0.0
     own_share: float = 1.0
 

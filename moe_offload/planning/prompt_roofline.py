@@ -59,12 +59,12 @@ def prefill_speed(
     total_s = work.head_bytes / machine.ram_bytes_per_s
     for chunk in chunks:
         before_s = _before_experts_s(machine, shape, work, prompt, chunk)
-        computed_s = shape.moe_layers * _computed_s(prompt, shape, chunk)
+        computed_s, handling_s = (shape.moe_layers * part for part in _experts_s(prompt, shape, chunk))
         latency_s = machine.disk_latency_s * min(1.0, chunk.read)
         read_s = shape.moe_layers * (chunk.read * prompt.read_s + latency_s)
-        total_s += before_s["compute"] + before_s["overhead"] + max(computed_s, read_s)
+        total_s += before_s["compute"] + before_s["overhead"] + max(computed_s, read_s) + handling_s
         ram_s = shape.moe_layers * chunk.used * work.expert_bytes / _expert_bytes_per_s(machine)
-        more = {"RAM": ram_s, "disk": read_s, "compute": before_s["compute"] + computed_s}
+        more = {"RAM": ram_s, "disk": read_s, "compute": before_s["compute"] + computed_s + handling_s}
         for wall, seconds in (more | {"overhead": before_s["overhead"]}).items():
             walls_s[wall] = walls_s.get(wall, 0.0) + seconds
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
@@ -86,12 +86,14 @@ def _before_experts_s(
     }
 
 
-def _computed_s(prompt: PromptSpeed, shape: DecoderShape, chunk: Chunk) -> float:
-    """Return the seconds of a layer's experts, reading not waited for."""
+def _experts_s(prompt: PromptSpeed, shape: DecoderShape, chunk: Chunk) -> tuple[float, float]:
+    """Return the seconds of a layer's experts, reading not waited for, and what reading takes beside."""
     if not chunk.used:
-        return 0.0
+        return 0.0, 0.0
     tokens_each = chunk.num_tokens * shape.top_k / chunk.used
-    return chunk.used * value_at(prompt.expert_s, tokens_each) + chunk.read * prompt.handling_s
+    measured = min(tokens_each, prompt.handling_s[-1][0])  # it does not grow on
+    handling_s = chunk.read * value_at(prompt.handling_s, measured)
+    return chunk.used * value_at(prompt.expert_s, tokens_each), handling_s
 
 
 def _expert_bytes_per_s(machine: MachineSpeed) -> float:
