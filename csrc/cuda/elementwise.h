@@ -1,4 +1,5 @@
-// Quantizing activations and the gate functions: csrc/cpu/elementwise.inc, one element at a time.
+// Quantizing activations and the gate functions: csrc/cpu/quantize.inc and elementwise.inc, one element at a
+// time.
 #pragma once
 
 #include "cuda/portable.h"
