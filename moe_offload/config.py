@@ -14,7 +14,7 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "tiny-moe.gguf"  # what runs where
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-PREFILL_CHUNK_TOKENS = 512  # a constant, never derived from the budget: it decides rounding
+PREFILL_CHUNK_TOKENS = 512  # of transformers' layers, whatever the budget: it decides rounding
 DECODE_STEP_MAX_TOKENS = 16  # steps of more tokens stream past the decode cache
 DEFAULT_CONTEXT_TOKENS = 4096
 

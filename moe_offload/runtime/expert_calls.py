@@ -25,6 +25,9 @@ def expert_calls(pair_offsets: NDArray[np.int32], pair_macs: int) -> Iterator[Pi
         pair_offsets: (n + 1,), as in ``executor.Routing``; needs not begin at 0.
         pair_macs: multiply-adds of one pair.
     """
+    if int(pair_offsets[-1]) - int(pair_offsets[0]) <= EXPERT_PAIRS:
+        yield np.arange(len(pair_offsets) - 1), pair_offsets
+        return
     positions, offsets = in_pieces(pair_offsets, EXPERT_PAIRS)
     most_pairs = max(EXPERT_PAIRS, CALL_MACS // max(1, pair_macs))
     start = 0
