@@ -158,6 +158,15 @@ def test_plan_times_the_attention_that_prompts_run(monkeypatch):
     assert len(calls) > measure_steps.LEAST_RUNS
 
 
+@pytest.mark.parametrize("token_id", [-1, VOCAB])
+def test_a_token_that_the_model_does_not_have_is_refused(token_id):
+    """Not by the thread that would have embedded it: an exception there ended the process."""
+    prompt = Prompt({}, 0, 40)
+    prompt.tokens[20] = token_id
+    with pytest.raises(moe_offload.ConfigError, match=rf"token_id must be in \[0, {VOCAB}\), got {token_id}"):
+        prompt.in_chunks([40])
+
+
 def test_no_room_for_a_chunk_is_refused():
     prompt = Prompt({}, 0, 4)
     prompt.num_past = 1

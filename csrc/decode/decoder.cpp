@@ -67,10 +67,15 @@ const DecoderLayer& Decoder::layer(int64_t index) const {
     return layers_[index];
 }
 
+void Decoder::check_token(int64_t token_id) const {
+    const int64_t rows = embedding_.matrix.rows;
+    check(token_id >= 0 && token_id < rows, kOp,
+          "token_id must be in [0, " + std::to_string(rows) + "), got " + std::to_string(token_id));
+}
+
 void Decoder::embed(int64_t token_id, float* out) const {
+    check_token(token_id);
     const Matrix& table = embedding_.matrix;
-    check(token_id >= 0 && token_id < table.rows, kOp,
-          "token_id must be in [0, " + std::to_string(table.rows) + "), got " + std::to_string(token_id));
     const int64_t row_bytes = embedding_.weight_bytes / table.rows;
     kernels().dequantize[table.type](embedding_.weight + token_id * row_bytes, table.cols, out);
 }

@@ -75,6 +75,8 @@ class Decoder {
     const Linear& head() const { return head_; }
     const float* final_norm() const { return final_norm_; }
 
+    // Throws for an id without a row; where threads embed, before they do.
+    void check_token(int64_t token_id) const;
     // The embedding row of a token, (hidden_size,).
     void embed(int64_t token_id, float* out) const;
 

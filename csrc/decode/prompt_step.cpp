@@ -33,6 +33,7 @@ float* at_least(std::vector<float>& buffer, int64_t size) {
 }  // namespace
 
 void PromptStep::begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states) {
+    for (int64_t token = 0; token < num_tokens; ++token) decoder_.check_token(token_ids[token]);
     ThreadPool::Operation operation(ThreadPool::instance());
     num_tokens_ = num_tokens;
     states_ = states;
