@@ -1,5 +1,6 @@
 // A token's norms, rotary, attention, softmax and choice. Sums run in the CPU's order: eight chains by
 // element mod 8 and one tree, ranges of 256 cached tokens, one after the other.
+#include "common/half.h"
 #include "cuda/activations.h"
 #include "cuda/dense_kernels.h"
 #include "cuda/float_rows.h"
@@ -17,25 +18,6 @@ MOE_HD float square_root(float x) {
 #else
     return __builtin_sqrtf(x);
 #endif
-}
-
-// csrc/decode/cached_attention.cpp: to_half, to_bfloat16.
-MOE_HD uint16_t to_half(float value) {
-    const uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) {
-        const float shifted = as_float(magnitude) + 0.5f;
-        return uint16_t(sign | (as_bits(shifted) - 0x3f000000u));
-    }
-    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
-    return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
-}
-
-MOE_HD uint16_t to_bfloat16(float value) {
-    const uint32_t bits = as_bits(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 MOE_HD int64_t element_bytes(int type) {

@@ -1,21 +1,15 @@
 #include "decode/cached_attention.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
+#include "common/half.h"
 #include "decode/packed_cache.h"
 #include "decode/token_kernels.h"
 
 namespace moe {
 
 namespace {
-
-uint16_t to_bfloat16(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 RangeFn attend_of(int type) {
     const TokenKernels& table = token_kernels();
@@ -24,20 +18,6 @@ RangeFn attend_of(int type) {
 }
 
 }  // namespace
-
-// Adding 2^(e - 10 + 23) leaves the 10 bits of a half, rounded to nearest even; see IEEE 754.
-uint16_t to_half(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds beyond 65504
-    if (magnitude < 0x38800000u) {                                  // subnormal half: steps of 2^-24
-        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-        return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
-    }
-    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
-    return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
-}
 
 void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range) {
     const auto& [shape, cached, first_token, end_token, query, max, sum, out] = heads;

@@ -24,8 +24,6 @@ inline int64_t first_seen(int64_t position, int64_t window) {
 // key/value head.
 void attend_range(const CachedHeads& heads, int64_t kv_head, int64_t range);
 
-uint16_t to_half(float value);  // round to nearest even
-
 // Rounds to nearest even into F32, F16 or BF16, or to blocks of Q8_0 (packed_cache.h).
 void store_floats(int type, const float* from, int64_t count, uint8_t* to);
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/half.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "decode/cached_attention.h"

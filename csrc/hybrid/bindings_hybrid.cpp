@@ -62,6 +62,8 @@ void register_hybrid(py::module_& m) {
              "CPU seconds, whether rows "
              "stayed there)")
         .def_property_readonly("wait_s", &TokenRun::wait_s)
+        .def_property_readonly("device_s", &TokenRun::device_s)
+        .def_property_readonly("link_s", &TokenRun::link_s)
         .def_property_readonly("lacks_slots", &TokenRun::lacks_slots)
         .def_property_readonly("failure", &TokenRun::failure);
 }

@@ -115,6 +115,16 @@ int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached, bo
     wait_s_ = 0;
     failure_.reset();
     lacks_slots_ = false;
+    const double device_s = engine_.launches().counters().busy_seconds;
+    const double link_s = engine_.copies().counters().busy_seconds;
+    const int64_t stopped = run_layers(first, cached, keeps_residents, is_attended, check_interrupt);
+    device_s_ = engine_.launches().counters().busy_seconds - device_s;
+    link_s_ = engine_.copies().counters().busy_seconds - link_s;
+    return stopped;
+}
+
+int64_t TokenRun::run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+                             bool is_attended, const CheckInterrupt& check_interrupt) {
     for (int64_t layer = first; layer < step_.num_layers(); ++layer) {
         if (layer > first || !is_attended) step_.attend(layer, cached[layer]);
         if (layers_[layer].of && !compute(layer, keeps_residents, check_interrupt)) return layer;

@@ -69,6 +69,8 @@ class TokenRun {
     // the device failed at the layer where the run stopped.
     const std::vector<SharedLayerDone>& done() const { return done_; }
     double wait_s() const { return wait_s_; }
+    double device_s() const { return device_s_; }      // in which it computed rows that came home
+    double link_s() const { return link_s_; }          // in which the link to it was busy
     bool lacks_slots() const { return lacks_slots_; }  // that is why it stopped
     const std::optional<DeviceFailure>& failure() const { return failure_; }
 
@@ -84,6 +86,8 @@ class TokenRun {
     class Copies;
 
     SharedLayer& described(int64_t layer);
+    int64_t run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+                       bool is_attended, const CheckInterrupt& check_interrupt);
 
     bool compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt);
     bool divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents);
@@ -103,7 +107,7 @@ class TokenRun {
     std::vector<std::pair<int32_t, uint64_t>> copied_;  // of the layer under way: expert and slot
     bool lacks_slots_ = false;
     std::vector<SharedLayerDone> done_;
-    double wait_s_ = 0, cpu_s_ = 0;
+    double wait_s_ = 0, cpu_s_ = 0, device_s_ = 0, link_s_ = 0;
     std::optional<DeviceFailure> failure_;
 };
 

@@ -5,15 +5,11 @@
 #include <cstring>
 #include <utility>
 
+#include "common/half.h"
+
 namespace moe {
 
 namespace {
-
-// The bits of a bfloat16, rounded to nearest even; the coefficients are finite.
-uint32_t to_bfloat16(float value) {
-    const auto bits = std::bit_cast<uint32_t>(value);
-    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
 
 // One addition per element in any case: wider registers change the time only.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -137,7 +133,7 @@ void HorizonForecast::fill_row(int64_t position, int64_t expert_id, const float*
     int64_t j = 0;
     const auto append = [&](float value) {
         const Half half = half_of(j++);
-        row[half.word] |= to_bfloat16(value) << half.shift;
+        row[half.word] |= uint32_t(to_bfloat16(value)) << half.shift;
     };
     const float* from = own + (position * num_experts_ + expert_id) * num_rates_ * num_experts_;
     for (int64_t rate = 0; rate < num_rates_; ++rate) {  // a choice raises a decayed frequency by its rate

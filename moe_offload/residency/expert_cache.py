@@ -148,7 +148,8 @@ class ExpertCache(CacheHints, CacheUpkeep):
             self._stats.misses += 1
             self._stats.demand_bytes += entry.num_bytes
         self.used_residents(layer_idx, expert_ids, weights, num_hits)
-        self._evict_excess(pool)
+        if read:
+            self._evict_excess(pool)
 
     def abort(self, step: Step) -> None:
         """Give up a step after an error or an interrupt; never blocks, the cache stays usable."""

@@ -8,6 +8,7 @@ the layers afterwards; where the free slots do not suffice they learn of those s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from moe_offload import _native
 from moe_offload._native import DecodeStep
@@ -46,6 +47,7 @@ class HybridRun:
             alike = id(self._layers.costs[layer_idx]), top_k[layer_idx]
             self._groups.setdefault(alike, []).append(layer_idx)
         self._moves: dict[int, list[int]] = {}  # by a group's first layer, as native code has them
+        self._copies: dict[int, bool] = {}  # alike: whether they may ask for a copy
         for layer_idx, executor in enumerate(executors):
             if executor is not None:
                 self._describe(layer_idx, executor, self._hybrid.get(layer_idx))
@@ -76,11 +78,10 @@ class HybridRun:
         while True:
             for group in self._groups.values():
                 self._tell_moves(group)
-            before = self._tier.device_counters()
-            free = self._tier.cache.free_slots(MOST_COPIES)
+            free = self._tier.cache.free_slots(MOST_COPIES) if any(self._copies.values()) else []
             frozen = self._layers.is_frozen
             stopped = self._native.run(first, cached, capacity, num_tokens, frozen, free, is_attended)
-            num_copied = self._account(before)
+            num_copied = self._account()
             failure = self._native.failure
             if failure is not None:
                 self._hybrid[stopped].failed(DeviceError(failure[0], int(failure[1])))
@@ -94,8 +95,9 @@ class HybridRun:
             for layer_idx in group:
                 self._native.set_moves(layer_idx, moves)
             self._moves[group[0]] = moves
+            self._copies[group[0]] = max(moves) > 0
 
-    def _account(self, before: dict[str, float]) -> int:
+    def _account(self) -> int:
         """Tell caches, counters and costs of the layers that were computed; returns how many were copied."""
         done = self._native.done()
         if not done:
@@ -113,39 +115,54 @@ class HybridRun:
             executor = self._executors[layer_idx]
             assert executor is not None
             executor.on_layer_done(layer_idx)
-        now = self._tier.device_counters()
-        num_copied = self._count(done, {name: now[name] - before[name] for name in now})
+        num_copied = self._count(done)
         self._tier.ran_on_cpu(missed, num_missed)
         return num_copied
 
-    def _count(self, done: list[Done], device: dict[str, float]) -> int:
+    def _count(self, done: list[Done]) -> int:
         counters, costs_of = self._layers.counters, self._layers.costs
         counters.device_wait_s += self._native.wait_s
-        cpu: dict[int, tuple[RunningCosts, float, float]] = {}  # by costs: expected and measured seconds
-        device_expected_s = copies_expected_s = 0.0
-        worked, num_copied = False, 0
+        sums: dict[int, _Sum] = {}  # by costs
         for layer_idx, ids, _, on_device, copied, cpu_s, stayed in done:
             counters.cpu_s += cpu_s
-            if layer_idx not in costs_of:
+            costs = costs_of.get(layer_idx)
+            if costs is None:
                 continue
-            counters.device_experts += len(on_device)
-            counters.cpu_experts += len(ids) - len(on_device)
-            costs = costs_of[layer_idx]
-            counters.copied_experts += len(copied)
-            one_cpu_s, one_gpu_s, copy_s = costs.of_one_token()
-            num_copied, copies_expected_s = num_copied + len(copied), copies_expected_s + copy_s * len(copied)
-            _, expected_s, measured_s = cpu.get(id(costs), (costs, 0.0, 0.0))
-            more_s = one_cpu_s * (len(ids) - len(on_device))
-            cpu[id(costs)] = costs, expected_s + more_s, measured_s + cpu_s
-            worked = worked or bool(on_device)
-            device_expected_s += 0.0 if stayed else one_gpu_s * len(on_device)
-        for costs, expected_s, measured_s in cpu.values():
-            costs.saw_cpu(expected_s, measured_s)
-            costs.saw_gpu(device_expected_s, device["compute_seconds"])
-            if num_copied:
-                costs.saw_copies(copies_expected_s, device["busy_seconds"])
+            part = sums.get(id(costs))
+            if part is None:
+                part = sums[id(costs)] = _Sum(costs)
+            part.cpu_s += cpu_s
+            part.on_cpu += len(ids) - len(on_device)
+            part.on_device += len(on_device)
+            part.at_home += 0 if stayed else len(on_device)
+            part.copied += len(copied)
+        for part in sums.values():
+            self._see(part)
         if self._step.away is not None:
             self._layers.count_stayed(next(iter(self._hybrid)), *self._step.away.take_rows_done())
-        if worked:
+        if any(part.on_device for part in sums.values()):
             self._tier.worked()
-        return num_copied
+        return sum(part.copied for part in sums.values())
+
+    def _see(self, part: _Sum) -> None:
+        """Bring counters and costs up to date; what device and link did is not known apart by costs."""
+        counters, costs = self._layers.counters, part.costs
+        counters.cpu_experts += part.on_cpu
+        counters.device_experts += part.on_device
+        counters.copied_experts += part.copied
+        one_cpu_s, one_gpu_s, copy_s = costs.of_one_token()
+        costs.saw_cpu(one_cpu_s * part.on_cpu, part.cpu_s)
+        costs.saw_gpu(one_gpu_s * part.at_home, self._native.device_s)
+        costs.saw_copies(copy_s * part.copied, self._native.link_s)
+
+
+@dataclass
+class _Sum:
+    """Of the layers whose experts cost alike; counts are of experts."""
+
+    costs: RunningCosts
+    cpu_s: float = 0.0
+    on_cpu: int = 0
+    on_device: int = 0
+    at_home: int = 0  # of those on the device: their rows came home
+    copied: int = 0
