@@ -40,6 +40,7 @@ SHARES = ("12.5%", "25%", "50%", "100%")
 CONTEXTS = (64, 640)
 COLD_TOKENS, BETWEEN_TOKENS, WARM_TOKENS = 64, 32, 128  # topics of the synthetic models last 128 tokens
 PHASES = ("prefill", "cold", "warm")
+PARTS = ("predicted", "measured")
 DECODED_TOKENS = COLD_TOKENS + BETWEEN_TOKENS + WARM_TOKENS
 MEASURED_FROM = 2000  # the measured text's first token
 OTHERS_FROM = (1, 1100, 3000)  # those of traced texts, of a synthetic model
@@ -58,6 +59,7 @@ def main() -> None:
     record = load_record(args)
     for name, path in models(args):
         bench_model(name, path, record, args)
+    record["changes"] = changes(record["cases"])
     record["summary"] = summary(record["cases"])
     write(record, args.out)
     print(json.dumps({key: record[key] for key in ("bench", "machine", "commit", "summary")}))
@@ -386,8 +388,30 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         steady = [case for case in found if change(case) <= SAME_MACHINE]
         result[kind] = of_errors([error(case) for case in found])
         result[kind]["steady"] = of_errors([error(case) for case in steady])
+    result["changes"] = of_errors([change["error"] for change in changes(cases).values()])
     result["met"] = all(result[kind]["share"] >= GOAL_SHARE for kind in ("decode", "prefill"))
     return result
+
+
+def changes(cases: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return what more memory was said to bring to decoding and what it brought: `plan`'s "to change it".
+
+    Each budget against the next smaller one, both loaded and measured; rates as a multiple of the smaller's.
+    """
+    found = {}
+    for key, case in cases.items():
+        name, share, rest = key.split(", ", 2)
+        position = SHARES.index(share.split()[0])
+        smaller = cases.get(f"{name}, {SHARES[position - 1]} of the experts, {rest}") if position else None
+        if smaller is None or rest.endswith("prefill"):
+            continue
+        said, seen = (case[part]["tokens_per_s"] / smaller[part]["tokens_per_s"] for part in PARTS)
+        found[f"{SHARES[position - 1]} to {key}"] = {
+            "predicted": said,
+            "measured": seen,
+            "error": said / seen - 1,
+        }
+    return found
 
 
 def of_errors(errors: list[float]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def case(predicted: float, measured: float, pace: float = 1.0, afterwards: float
 
 def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
     cases = {
-        accuracy.case_key("m", "25%", 64, f"cold {i}"): case(predicted, 10.0)
+        accuracy.case_key(f"m{i}", "25%", 64, "cold"): case(predicted, 10.0)
         for i, predicted in enumerate([10, 11, 9, 12, 8, 10, 10, 10, 10, 12.1])
     }
     prompt = accuracy.case_key("m", "25%", 64, "prefill")
@@ -38,6 +38,20 @@ def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
     cases[prompt] = case(11.0, 10.0)
     cases[accuracy.case_key("m", "25%", 64, "warm")] = case(1.0, 10.0)
     assert not accuracy.summary(cases)["met"]
+
+
+def test_what_more_memory_brings_is_held_against_what_it_was_said_to() -> None:
+    cases = {
+        accuracy.case_key("m", share, 64, phase): case(predicted, measured)
+        for share, predicted, measured in (("12.5%", 10.0, 8.0), ("25%", 20.0, 20.0), ("100%", 40.0, 50.0))
+        for phase in ("prefill", "warm")
+    }
+    found = accuracy.changes(cases)
+    assert list(found) == ["12.5% to " + accuracy.case_key("m", "25%", 64, "warm")], "neighbours, decoding"
+    (change,) = found.values()
+    assert (change["predicted"], change["measured"]) == (2.0, 2.5)
+    assert change["error"] == pytest.approx(-0.2)
+    assert accuracy.summary(cases)["changes"]["within"] == 1
 
 
 def test_the_attempt_with_the_least_change_of_the_machine_counts_not_the_truest() -> None:
