@@ -129,20 +129,25 @@ class SlotPool(SlotReads):
         """
         if self._room_for_guesses() > 0:
             return True
-        return self._discard_farthest(after_layer, self._layers_until(key.layer_idx, after_layer))
+        num_free = len(self.free)
+        farthest = self._finished_beyond(after_layer, self._layers_until(key.layer_idx, after_layer))
+        if farthest:
+            self.discard(farthest[0])
+        return len(self.free) > num_free  # also where one turned out to have failed
 
     def lend(self, most: int, after_layer: int, reach: int) -> list[int]:
         """Return the addresses of at most ``most`` slots that native code may begin guesses in.
 
-        They are those that ``make_room_for_hint`` would find for guesses of the next ``reach`` layers; a
-        finished guess gives way where there is no other. The loan ends with ``take_back``; nobody else may
-        look for a slot before.
+        They are those that ``make_room_for_hint`` would find for guesses of the next ``reach`` layers: free
+        ones, and those of finished guesses, which give way where a read is booked there. The loan ends with
+        ``take_back``; nobody else may look for a slot before.
         """
-        room = max(0, self._room_for_guesses())
-        if room == 0 and self._discard_farthest(after_layer, after_layer + reach):
-            room = 1
-        self.lent = [self.free.pop() for _ in range(min(most, room, len(self.free)))]
-        return [self.slot_address(slot) for slot in self.lent]
+        room = min(self._room_for_guesses(), len(self.free), most)
+        self.lent = [self.free.pop() for _ in range(max(0, room))]
+        if len(self.lent) < most:
+            farthest = self._finished_beyond(after_layer, after_layer + reach)[: most - len(self.lent)]
+            self.exchanged = {entry.slot: entry for entry in farthest}
+        return [self.slot_address(slot) for slot in (*reversed(self.exchanged), *self.lent)]
 
     def _room_for_guesses(self) -> int:
         """Return how many slots a guess may have without another giving way."""
@@ -153,19 +158,15 @@ class SlotPool(SlotReads):
         num_guesses = len(self.staged) - len(self.warming) + len(self.draining)
         return min(len(self.free), self.num_staging - num_guesses)
 
-    def _discard_farthest(self, after_layer: int, distance: int) -> bool:
-        """Free the slot of the finished guess that is needed last, if that is beyond ``distance``."""
-        farthest = None
+    def _finished_beyond(self, after_layer: int, distance: int) -> list[Entry]:
+        """Return the finished guesses needed more than ``distance`` ahead, the one needed last first."""
+        found = []
         for entry in self.unclaimed():
-            if self.settle(entry) is None:
-                return True
             entry_distance = self._layers_until(entry.key.layer_idx, after_layer)
-            if entry.state is SlotState.STAGED and entry_distance > distance:
-                farthest, distance = entry, entry_distance
-        if farthest is None:
-            return False
-        self.discard(farthest)
-        return True
+            if entry_distance > distance and self.settle(entry) and entry.state is SlotState.STAGED:
+                found.append((entry_distance, entry))
+        found.sort(key=lambda pair: -pair[0])
+        return [entry for _, entry in found]
 
     def _layers_until(self, layer_idx: int, after_layer: int) -> int:
         """Return how far ahead a layer is: those up to ``after_layer`` come again with the next token."""
@@ -223,6 +224,9 @@ class SlotPool(SlotReads):
         for layer_idx, row in self.table.items():
             row[:] = [None] * len(row)
             self.resident_table[layer_idx][:] = 0
+        for slot in self.exchanged:  # a read may be under way there that nobody knows
+            entries.pop(slot, None)
+        self.lent, self.exchanged = [], {}
         drained = {slot for _, slot in self.draining}
         self.draining = [pair for pair in self.draining if not self.was_forgotten(pair[0])]
         known_free = set(self.free) - drained - entries.keys()

@@ -42,7 +42,9 @@ class SlotReads:
         self.store, self.policy, self.stats = store, policy, stats
         self.first_address, self.clock = first_address, clock
         self.free = list(range(plan.num_slots - 1, -1, -1))  # taken from the end
-        self.lent: list[int] = []  # slots that native code may begin guesses in (early_reads.py)
+        # Slots that native code may begin guesses in (early_reads.py): free ones, and of finished guesses.
+        self.lent: list[int] = []
+        self.exchanged: dict[int, Entry] = {}
         self.residents: dict[ExpertKey, Entry] = {}
         self.staged: dict[ExpertKey, Entry] = {}  # in flight or staged, oldest first
         # Of the staged: speculation that no step has asked for, and that nobody has seen arrive.
@@ -91,12 +93,20 @@ class SlotReads:
     def book(self, key: ExpertKey, slot_address: int, ticket: int) -> None:
         """Take note of a guess's read that native code began in a lent slot; told again, do nothing."""
         slot = (slot_address - self.first_address) // self.slot_bytes
-        if slot in self.lent:
+        given = self.exchanged.pop(slot, None)
+        if given is not None:
+            self.stats.prefetch_wasted_bytes += given.num_bytes
+            del self.staged[given.key]
+            self._forget(given.key)
+        elif slot in self.lent:
             self.lent.remove(slot)
-            self._enter(key, slot, ticket, speculative=True)
+        else:
+            return
+        self._enter(key, slot, ticket, speculative=True)
 
     def take_back(self) -> None:
         """End a loan of slots: those that nothing was booked for are free again."""
+        self.exchanged = {}
         if self.lent:
             self.free += self.lent
             self.lent = []
