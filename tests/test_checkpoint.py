@@ -16,9 +16,12 @@ from toy_models import FAMILIES, cached_elements, experts_by_layer, model_on_met
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_offload import CheckpointError
+from moe_offload.runtime.dense_tensors import read_float
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
-from moe_offload.storage.expert_format import ExpertKey, GgmlType, RowOrder, Span
+from moe_offload.storage.expert_format import ExpertKey, GgmlType, IntegerType, RowOrder, Span
+from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.hf_config import DENSE_FAMILIES, MOE_FAMILIES, model_spec
+from moe_offload.storage.io import open_reader
 
 TORCH_TYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 
@@ -165,6 +168,33 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_table_from_token_ids_to_experts_is_read_as_integers(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, name = save_toy_model("qwen3_moe", tmp_path), "model.layers.0.mlp.gate.tid2eid"
+    table = torch.randint(0, 1 << 30, (300, 2), dtype=dtype)
+    change_tensors(folder, lambda tensors: tensors.update({name: table}))
+    checkpoint = open_checkpoint(folder)
+    info = checkpoint.dense[name]
+    assert info.ggml_type is (IntegerType.I64 if dtype == torch.int64 else IntegerType.I32)
+    store = ExpertStore(checkpoint.experts, checkpoint.files, open_reader())
+    try:
+        read = read_float(info, store, torch.bfloat16)  # the model's dtype is of numbers
+    finally:
+        store.close()
+    assert read.dtype == dtype and torch.equal(read, table)
+
+
+def test_integers_of_any_other_name_are_refused(tmp_path: Path) -> None:
+    folder = save_toy_model("qwen3_moe", tmp_path)
+    change_tensors(
+        folder, lambda tensors: tensors.update({"model.norm.bits": torch.ones(3, dtype=torch.int64)})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.bits' has dtype I64; F32, F16, BF16 are supported"
+    ):
+        open_checkpoint(folder)
 
 
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -18,6 +18,7 @@ from moe_offload.storage.expert_format import (
     FLOAT_TYPES,
     FP8_BLOCK,
     GgmlType,
+    IntegerType,
     Relayout,
     Span,
     WeightType,
@@ -31,6 +32,8 @@ TORCH_DTYPES: dict[WeightType, torch.dtype] = {
     GgmlType.F32: torch.float32,
     GgmlType.F16: torch.float16,
     GgmlType.BF16: torch.bfloat16,
+    IntegerType.I32: torch.int32,
+    IntegerType.I64: torch.int64,
 }
 
 
@@ -49,10 +52,12 @@ def read_packed(info: TensorInfo, store: ExpertStore) -> Tensor:
 
 
 def read_float(info: TensorInfo, store: ExpertStore, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in ``dtype``; quantized ones are dequantized."""
+    """Return a tensor in ``dtype``; quantized ones are dequantized, integers stay what they are."""
     if info.recipe is not None:
         parts = [read_float(part, store, torch.float32) for part in info.recipe.parts]
         return _apply(info.recipe, parts).reshape(info.shape).to(dtype).contiguous()
+    if isinstance(info.ggml_type, IntegerType):
+        return _read_converted(info, store, TORCH_DTYPES[info.ggml_type])
     if info.ggml_type in FLOAT_TYPES:
         return _read_converted(info, store, dtype)
     cols = info.shape[-1]

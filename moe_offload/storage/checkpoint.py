@@ -24,7 +24,13 @@ from moe_offload.storage.gguf_tensors import map_tensors
 from moe_offload.storage.header_reader import read_json_object
 from moe_offload.storage.hf_config import model_spec, next_token_layers, text_config
 from moe_offload.storage.model_files import locate as locate
-from moe_offload.storage.safetensors import WEIGHT_TYPES, SafetensorsFolder, read_folder, weight_type
+from moe_offload.storage.safetensors import (
+    WEIGHT_TYPES,
+    SafetensorsFolder,
+    read_folder,
+    table_type,
+    weight_type,
+)
 from moe_offload.storage.safetensors_experts import find_experts, index_experts
 from moe_offload.storage.scaled_tensors import pair_scales, quantization_method
 from moe_offload.storage.text_only import text_tensors
@@ -107,6 +113,8 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _dense_tensor(folder: SafetensorsFolder, name: str) -> TensorInfo:
     tensor = folder.tensors[name]
     ggml_type = weight_type(tensor)
+    if ggml_type is None:
+        ggml_type = table_type(tensor)
     if ggml_type is None:
         raise CheckpointError(
             f"{folder.files[tensor.span.file_id]}: tensor {name!r} has dtype {tensor.dtype}; "

@@ -54,7 +54,14 @@ class OwnType(IntEnum):
     F8_E4M3 = 63  # a float32 scale and 128 codes
 
 
-WeightType = GgmlType | OwnType
+class IntegerType(IntEnum):
+    """Of tables that routers look tokens up in; no kernel multiplies them. ggml's numbers."""
+
+    I32 = 26
+    I64 = 27
+
+
+WeightType = GgmlType | OwnType | IntegerType
 
 
 class Relayout(IntEnum):
@@ -104,7 +111,11 @@ BLOCK_SIZES: dict[GgmlType, BlockSize] = {
     GgmlType.NVFP4: BlockSize(64, 36),
 }
 
-OWN_BLOCK_SIZES = {OwnType.F8_E4M3: BlockSize(FP8_BLOCK, 4 + FP8_BLOCK)}
+OWN_BLOCK_SIZES: dict[WeightType, BlockSize] = {
+    OwnType.F8_E4M3: BlockSize(FP8_BLOCK, 4 + FP8_BLOCK),
+    IntegerType.I32: BlockSize(1, 4),
+    IntegerType.I64: BlockSize(1, 8),
+}
 
 FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 # Multiplied by kernels of their own on every instruction set but the baseline (csrc/cpu/kernels.inc); the
@@ -132,7 +143,7 @@ def row_bytes(ggml_type: WeightType, cols: int) -> int:
     Raises:
         CheckpointError: ``cols`` is not a whole number of the type's blocks.
     """
-    block = OWN_BLOCK_SIZES[ggml_type] if isinstance(ggml_type, OwnType) else BLOCK_SIZES[ggml_type]
+    block = BLOCK_SIZES[ggml_type] if isinstance(ggml_type, GgmlType) else OWN_BLOCK_SIZES[ggml_type]
     if cols % block.elements:
         raise CheckpointError(
             f"{ggml_type.name} stores blocks of {block.elements} weights, but a row has {cols}"

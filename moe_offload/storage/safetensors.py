@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.errors import CheckpointError
-from moe_offload.storage.expert_format import GgmlType, OwnType, Relayout, Span, WeightType
+from moe_offload.storage.expert_format import GgmlType, IntegerType, OwnType, Relayout, Span, WeightType
 from moe_offload.storage.header_reader import HeaderReader, parse_json_object, read_json_object
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -26,6 +26,8 @@ DTYPE_BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+TABLE_NAMES = ("tid2eid",)  # DeepSeek-V4's hash routing: from token ids to experts
+TABLE_TYPES = {"I32": IntegerType.I32, "I64": IntegerType.I64}
 WEIGHT_TYPES = {"F32": GgmlType.F32, "F16": GgmlType.F16, "BF16": GgmlType.BF16}
 SCALED_TYPES: dict[str, WeightType] = {"MXFP4": GgmlType.MXFP4, "F8_E4M3": OwnType.F8_E4M3}
 
@@ -56,6 +58,12 @@ def weight_type(tensor: SafetensorsTensor) -> WeightType | None:
     """Return the type of its numbers; None for one that no kernel reads."""
     types = WEIGHT_TYPES if tensor.scales is None else SCALED_TYPES
     return types.get(tensor.dtype)
+
+
+def table_type(tensor: SafetensorsTensor) -> IntegerType | None:
+    """Return the integer type of a table that a router looks tokens up in; None for any other tensor."""
+    is_table = tensor.name.rpartition(".")[2] in TABLE_NAMES
+    return TABLE_TYPES.get(tensor.dtype) if is_table else None
 
 
 @dataclass(frozen=True)
