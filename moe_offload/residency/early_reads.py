@@ -15,7 +15,7 @@ from moe_offload.residency.prefetch_pace import Pace
 from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.storage.expert_store import ExpertStore
 
-LENT_SLOTS = 3  # of each pool: more than are read between two returns, as a rule
+LENT_SLOTS = 8  # of each pool: more than are read between two returns, as a rule
 
 
 class EarlyReads:
