@@ -358,6 +358,9 @@ def schedule_layer(
     cpu_start_s: float,
     gpu_start_s: float,
 ) -> tuple[npt.NDArray[np.bool_], float]: ...
+def schedule_token(
+    count: int, cpu_s: float, gpu_s: float, copy_s: float
+) -> tuple[list[int], list[float]]: ...
 def divide_token(
     there: Sequence[bool], in_ram: Sequence[bool], moves: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]: ...

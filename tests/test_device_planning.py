@@ -270,3 +270,14 @@ def test_native_code_divides_a_tokens_experts_alike(data: st.DataObject) -> None
     assert all(there[i] for i in division.on_device) and not any(there[i] for i in division.copied)
     assert all(in_ram[i] for i in division.on_cpu if there[i]), "what RAM has not stays where it is"
     assert len(division.copied) == max(0, moves[sum(there)])
+
+
+@given(st.integers(1, 10), *(st.floats(1e-6, 1e-2) for _ in range(3)))
+def test_a_tokens_moves_are_the_schedulers_in_one_call(
+    count: int, cpu_s: float, gpu_s: float, copy_s: float
+) -> None:
+    asked = SCHEDULERS["hybrid"]
+    one_by_one = lambda work: asked(work)  # noqa: E731 - the same answers by the general way
+    costs = count, cpu_s, gpu_s, copy_s
+    assert moves_of(asked, *costs) == moves_of(one_by_one, *costs)
+    assert savings_of(asked, *costs) == savings_of(one_by_one, *costs)

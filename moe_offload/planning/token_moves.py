@@ -12,8 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from moe_offload import _native
 from moe_offload.planning.expert_costs import RunningCosts
-from moe_offload.planning.scheduler import LayerWork, Schedule
+from moe_offload.planning.scheduler import LayerWork, Schedule, hybrid
 
 CHANGE = 0.05  # of a cost, before the scheduler is asked again
 
@@ -25,6 +26,8 @@ def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_
 
     Below zero: so many of those on the device are left to the CPU.
     """
+    if scheduler is hybrid:
+        return _native.schedule_token(count, cpu_s, gpu_s, copy_s)[0]
     moves = []
     for residents in range(count + 1):
         choice = scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).on_gpu
@@ -59,6 +62,9 @@ def divide(there: Sequence[bool], in_ram: Sequence[bool], moves: Sequence[int]) 
 
 def savings_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[float]:
     """Return, for 0 to ``count`` - 1 of a token's experts on the device, the seconds that one more saves."""
+    if scheduler is hybrid:
+        finish_s = _native.schedule_token(count, cpu_s, gpu_s, copy_s)[1]
+        return [max(0.0, before - after) for before, after in pairwise(finish_s)]
     finish_s = [
         scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).finish_s for residents in range(count + 1)
     ]
