@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from cuda_stand_in import build_stand_in
 from hypothesis import settings
 
 from moe_offload import profile_store
@@ -32,6 +33,13 @@ profile_store.keep(profile_store.quick_profile(MachineSpeed(20e9, 1e9, 1e11), nu
 settings.register_profile("default", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=5_000)  # make fuzz
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> str:
+    """csrc/cuda over stand-ins for runtime and grid, as a library."""
+    return str(build_stand_in())
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_stand_in import build_stand_in
 from op_cases import packed_weight
 from test_cuda_device import card
 from test_device_dense import decode, ids_of
@@ -29,11 +28,6 @@ from moe_offload.residency import accelerator
 from moe_offload.storage.expert_format import GgmlType
 
 MEMORY = 8 << 20
-
-
-@pytest.fixture(scope="module")
-def stand_in() -> str:
-    return str(build_stand_in())
 
 
 @pytest.fixture(params=["stand-in", pytest.param("card", marks=pytest.mark.cuda)])

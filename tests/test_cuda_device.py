@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_stand_in import build_stand_in
 from op_cases import EXPERT_CASES, FORMAT_EXPERT_CASES, ExpertCase
 from test_device_launches import SLOT, OnDevice
 from test_expert_ops import Layer
@@ -31,11 +30,6 @@ def card() -> str:
     if not report["on"]:
         pytest.skip(f"no card: {report['reason']}")
     return str(cuda.LIBRARY)
-
-
-@pytest.fixture(scope="module")
-def stand_in() -> str:
-    return str(build_stand_in())
 
 
 @pytest.fixture(params=["stand-in", pytest.param("card", marks=pytest.mark.cuda)])
