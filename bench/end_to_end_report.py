@@ -132,7 +132,7 @@ def place_result(
     same_prompt = [
         row
         for row in usable_everywhere(rows, mix)
-        if prompt_tokens_of(row["place"], prompt_tokens) == prompt_tokens
+        if prompt_tokens_of(row["place"], 0) == prompt_tokens_of(place, 0)
     ]
     choices = {tuple(row["choices"]) for row in same_prompt}
     shortest = min(len(choice) for choice in choices)
