@@ -73,7 +73,8 @@ FIGURES: dict[str, dict[str, Bounds]] = {
     },
     "model": {
         "expert_size": (BYTES, 1.0, 2.0**40),
-        "layer_overhead": (SECONDS, 0.0, 1.0),
+        "layer_overhead": (SECONDS, 0.0, 1.0),  # of a layer that misses nothing
+        "stall_overhead": (SECONDS, 0.0, 1.0),  # what misses add, beside waiting for them
         "recall": (COUNT, 0.0, 1.0),  # of the predictor in [settings], a layer ahead
         "predict_time": (SECONDS, 0.0, 1.0),  # of asking it, for a layer
     },

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload import ops
+from moe_offload.planning.profile_speed import split_overhead
 from moe_offload.planning.scheduler import SCHEDULERS
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.planning.tuning import (
@@ -72,7 +73,8 @@ class Stage:
     verdict: str = ""
     pairs: int = 0
     tokens: int = 0
-    layer_overhead_s: float = 0.0
+    layer_overhead_s: float = 0.0  # of a layer that misses nothing
+    stall_overhead_s: float | None = None  # what misses add to one; None: there were too few
     predictors: Mapping[str, Predictability] = field(default_factory=dict)  # by name, as they were measured
     ram_bytes: int = 0
     slots: int = 0
@@ -239,7 +241,9 @@ class Tuner:
         base = times[stage.defaults]
         tokens = run.counted_tokens(stage.tokens)
         if base and not stage.runs:
-            stage.layer_overhead_s = self._layer_overhead(run, base, facts, stage.tokens)
+            layer_s = self._layer_overhead(run, base, facts, stage.tokens)
+            stalled = 1.0 - facts.hit_rate[self.defaults.policy] ** self.checkpoint.spec.top_k
+            stage.layer_overhead_s, stage.stall_overhead_s = split_overhead(layer_s, stalled)
         for choice, seconds in times.items():
             if not seconds:
                 continue

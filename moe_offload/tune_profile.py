@@ -34,9 +34,11 @@ def assemble(
         device: the key of what computed beside the CPU.
     """
     choice, best = combined(stages)
-    overhead_s = stages[0].layer_overhead_s
     note = f"beside bytes and waiting, {stages[0].name}"
-    tiers.figures["model"]["layer_overhead"] = Figure(overhead_s, "measured", note)
+    overheads = {"layer_overhead": stages[0].layer_overhead_s, "stall_overhead": stages[0].stall_overhead_s}
+    tiers.figures["model"] |= {
+        name: Figure(value, "measured", note) for name, value in overheads.items() if value is not None
+    }
     tiers.figures["model"] |= _prediction(choice, stages[-1])
     keep_the_possible(tiers)
     evidence: dict[str, Any] = {

@@ -29,7 +29,7 @@ from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.planning.profile_speed import profile_speed
+from moe_offload.planning.profile_speed import TYPICAL_OVERHEADS, profile_speed, split_overhead
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS, Choice
 from moe_offload.profile_schema import Curve, Figure
@@ -176,6 +176,14 @@ def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) ->
     assert stage.runs and subject.budget.spent_s < 0.45
     assert len(offload.live_handles) == alive
     ops.set_num_threads(threads)
+
+
+def test_what_misses_cost_is_not_charged_to_layers_that_miss_nothing() -> None:
+    layer_s, stall_s = split_overhead(400e-6, 0.8)
+    assert stall_s is not None and layer_s + 0.8 * stall_s == pytest.approx(400e-6)
+    proportion = TYPICAL_OVERHEADS.stalled_layer_s / TYPICAL_OVERHEADS.native_layer_s
+    assert stall_s / layer_s == pytest.approx(proportion)
+    assert split_overhead(40e-6, 0.01) == (40e-6, None), "few misses say nothing of what one adds"
 
 
 DEVICE = "emulated:vram=8MiB,link=2GB/s"

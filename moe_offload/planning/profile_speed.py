@@ -17,6 +17,7 @@ TYPICAL_OVERHEADS = Overheads(
     native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, stalled_layer_s=150e-6,
     token_s=100e-6, chunk_layer_s=1.1e-3,
 )  # fmt: skip
+FEW_STALLS = 0.1  # of the layers
 MORE_IN_PYTHON_S = TYPICAL_OVERHEADS.python_layer_s - TYPICAL_OVERHEADS.native_layer_s
 
 
@@ -33,7 +34,7 @@ def profile_speed(profile: DeviceProfile) -> MachineSpeed:
         macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
         disk_latency_s=profile.get("disk", "latency") or 0.0,
         ahead=_ahead(profile),
-        overheads=_overheads(profile.get("model", "layer_overhead")),
+        overheads=_overheads(*(profile.get("model", name) for name in ("layer_overhead", "stall_overhead"))),
         device=_device(profile),
     )
 
@@ -58,11 +59,29 @@ def _device(profile: DeviceProfile) -> DeviceSpeed | None:
     )
 
 
-def _overheads(layer_s: float | None) -> Overheads:
-    """Return the typical ones, with a layer's of the native step as it was measured."""
-    if layer_s is None:
-        return TYPICAL_OVERHEADS
-    return replace(TYPICAL_OVERHEADS, native_layer_s=layer_s, python_layer_s=layer_s + MORE_IN_PYTHON_S)
+def _overheads(layer_s: float | None, stalled_s: float | None) -> Overheads:
+    """Return the typical ones, with a layer's of the native step, and what misses add, as measured."""
+    found = TYPICAL_OVERHEADS
+    if layer_s is not None:
+        found = replace(found, native_layer_s=layer_s, python_layer_s=layer_s + MORE_IN_PYTHON_S)
+    return found if stalled_s is None else replace(found, stalled_layer_s=stalled_s)
+
+
+def split_overhead(layer_s: float, stalled_share: float) -> tuple[float, float | None]:
+    """Return what a layer that misses nothing costs beside bytes and waiting, and what misses add to it.
+
+    A run under one budget shows only their sum, and a plan is of any budget: it is divided in the typical
+    proportion.
+
+    Args:
+        layer_s: the mean over a run's layers.
+        stalled_share: of these layers, those with a miss; few tell nothing of what one adds (None).
+    """
+    if stalled_share < FEW_STALLS:
+        return layer_s, None
+    native_s, stalled_s = TYPICAL_OVERHEADS.native_layer_s, TYPICAL_OVERHEADS.stalled_layer_s
+    scale = layer_s / (native_s + stalled_share * stalled_s)
+    return scale * native_s, scale * stalled_s
 
 
 def _sustained(profile: DeviceProfile, section: str, name: str) -> float:
