@@ -4,9 +4,10 @@
     python bench/gpu.py --device emulated:vram=64MiB,link=2GB/s   # where there is none: small, and labelled
 
 Builds csrc/cuda for this machine's cards, checks bits, measures ceilings, kernels and link, then runs a
-model of random weights: decode (cold, warm, after a change of topic) and prefill with 25, 50, 12 and 100% of
-the experts' bytes in VRAM, for ours and the named baselines. The file is written after every row, so that
-a run that is cut off leaves what it had; what was not reached reads "not run", with the reason.
+model of random weights (where emulated: the bundled demo): decode (cold, warm, after a change of topic) and
+prefill with 25, 50, 12 and 100% of the experts' bytes in VRAM, for ours and the named baselines. The file is
+written after every row, so that a run that is cut off leaves what it had; what was not reached reads
+"not run", with the reason.
 
 ``label`` says what a number is: "measured" on a card, "emulated" (order and concurrency, no GPU's speed), or
 "modelled" (gpu_modelled.py: the cost model on a profile). Neither of the latter is ever a GPU's.
@@ -81,8 +82,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help='default: "cuda"; or "emulated:link=2GB/s"')
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--model", type=Path, help="a GGUF; default: one of random weights, made here")
-    parser.add_argument("--like", help="its shape; default: qwen3-30b-a3b on a card, toy where emulated")
+    parser.add_argument(
+        "--model", type=Path, help="a GGUF; default: random weights, where emulated the bundled demo"
+    )
+    parser.add_argument("--like", help="shape of random weights; default: qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--shares", default=",".join(map(str, SHARES)))
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -90,8 +93,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int)
     args = parser.parse_args()
     is_card = args.device.startswith("cuda")
-    args.like = args.like or ("qwen3-30b-a3b" if is_card else "toy")
-    args.decode_tokens = args.decode_tokens or (48 if is_card else 8)
+    if not is_card and args.model is None and args.like is None:
+        args.model = ROOT / "moe_offload" / "demo" / "tiny-moe.gguf"
+    args.like = args.like or "qwen3-30b-a3b"
+    args.decode_tokens = args.decode_tokens or (48 if is_card else 96)  # a switch needs dozens of tokens
     args.prefill_tokens = args.prefill_tokens or (1024 if is_card else 64)
     args.shares = [int(share) for share in args.shares.split(",")]
     args.methods = args.methods.split(",")
