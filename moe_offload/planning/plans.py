@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_offload.config import STAGING_PER_TOP_K, gib
@@ -55,7 +56,7 @@ class DevicePlan:
 
     @property
     def expert_bytes(self) -> int:
-        return sum(pool.num_bytes for pool in self.pools)
+        return expert_bytes(self.pools)
 
     @property
     def dense_bytes(self) -> int:
@@ -64,12 +65,10 @@ class DevicePlan:
 
     def describe(self) -> str:
         """Return where the memory goes, in one line."""
-        slots = sum(pool.num_slots for pool in self.pools)
-        experts = sum(pool.num_experts for pool in self.pools)
         parts = [
             f"driver {gib(self.context_bytes)}",
             f"workspace {gib(self.workspace_bytes)}",
-            f"experts {gib(self.expert_bytes)} ({slots} of {experts})",
+            _describe_experts(self.pools),
         ]
         if self.dense is not None:
             sizes = f"{gib(self.dense.weight_bytes)}, keys and values {gib(self.dense.kv_bytes)}: "
@@ -112,7 +111,7 @@ class PlacementPlan:
 
     @property
     def expert_bytes(self) -> int:
-        return sum(pool.num_bytes for pool in self.pools)
+        return expert_bytes(self.pools)
 
     @property
     def total_bytes(self) -> int:
@@ -120,13 +119,21 @@ class PlacementPlan:
 
     def describe(self) -> str:
         """Return where the budget goes, in one line."""
-        slots = sum(pool.num_slots for pool in self.pools)
-        experts = sum(pool.num_experts for pool in self.pools)
         parts = [
             f"libraries {gib(self.base_bytes)}",
             f"dense weights {gib(self.dense_bytes)}",
             f"key/value cache {gib(self.kv_bytes)} for {self.context_tokens} tokens",
             f"workspace {gib(self.workspace_bytes)}",
-            f"experts {gib(self.expert_bytes)} ({slots} of {experts})",
+            _describe_experts(self.pools),
         ]
         return f"{gib(self.ram_bytes)} at most; planned {gib(self.total_bytes)}: {', '.join(parts)}"
+
+
+def expert_bytes(pools: Sequence[PoolPlan]) -> int:
+    """Return what all slots take."""
+    return sum(pool.num_bytes for pool in pools)
+
+
+def _describe_experts(pools: Sequence[PoolPlan]) -> str:
+    slots, experts = (sum(getattr(pool, name) for pool in pools) for name in ("num_slots", "num_experts"))
+    return f"experts {gib(expert_bytes(pools))} ({slots} of {experts})"
