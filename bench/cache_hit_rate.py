@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import random
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from card import commit, cpu_name
+from hit_rate_replays import Traces, bytes_of, run_all
 from hit_rate_report import print_tables, write_files
 from starts import print_starts, start_rates
 from trace_statistics import segment_cache_hit_rates, segment_routing
@@ -35,16 +33,10 @@ from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import ORACLES, POLICIES, make_policy
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.replay import layer_pools, replay
-from moe_offload.replay_layers import replay_layers, scorer_of
-from moe_offload.stats import OffloadStats
-from moe_offload.terminal import Progress
-from moe_offload.trace import RoutingTrace, read_trace, sequence_digests
+from moe_offload.replay import replay
+from moe_offload.trace import RoutingTrace, read_trace
 
 SRP_WINDOWS, SCH_WINDOW = (4, 16, 64, 256), 16
-ASSUMED_EXPERT_BYTES = 1 << 20
-
-TRACES: list[tuple[str, RoutingTrace]] = []  # what the worker processes inherit
 
 
 def main() -> int:
@@ -54,21 +46,20 @@ def main() -> int:
         if args.profile:
             use_profile(args)
         names = policy_names(args.policies)
-        TRACES.extend((path.stem, load(path, args)) for path in args.trace)
+        traces = [(path.stem, load(path, args)) for path in args.trace]
         if args.as_run:
-            return report_runs(args)
+            return report_runs(traces, args)
         check_names(names)
-        sizes = [sizes_of(trace, args) for _, trace in TRACES]
-        for (stem, trace), counts in zip(TRACES, sizes, strict=True):
+        sizes = [sizes_of(trace, args) for _, trace in traces]
+        for (stem, trace), counts in zip(traces, sizes, strict=True):
             describe(stem, trace, counts, args)
-        rows = run_all(names, sizes, args)
+        rows = run_all(traces, names, sizes, args)
     except (ConfigError, CheckpointError) as error:
         print(f"cache_hit_rate: error: {error}", file=sys.stderr)
         return 2
-    add_bounds(rows)
     print_tables(rows)
     starts = (
-        start_rates(TRACES, [n for n in names if n not in ORACLES], sizes, args.starts) if args.starts else []
+        start_rates(traces, [n for n in names if n not in ORACLES], sizes, args.starts) if args.starts else []
     )
     if starts:
         print_starts(starts)
@@ -155,14 +146,6 @@ def load(path: Path, args: argparse.Namespace) -> RoutingTrace:
     return trace
 
 
-def bytes_of(trace: RoutingTrace, args: argparse.Namespace) -> dict[int, int]:
-    """Return an expert's bytes by layer."""
-    if args.expert_bytes:
-        return dict.fromkeys(trace.layers, parse_bytes(args.expert_bytes))
-    known = trace.metadata.get("expert_bytes", {})
-    return {layer_idx: int(known.get(str(layer_idx), ASSUMED_EXPERT_BYTES)) for layer_idx in trace.layers}
-
-
 def sizes_of(trace: RoutingTrace, args: argparse.Namespace) -> list[int]:
     """Return the cache sizes in resident experts a layer."""
     if args.bytes:
@@ -201,83 +184,11 @@ def describe(stem: str, trace: RoutingTrace, sizes: list[int], args: argparse.Na
     print()
 
 
-def run_all(names: list[str], sizes: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Replay every trace under every policy, several processes at a time."""
-    wanted = dict.fromkeys(["lru", "belady", *names])  # the two bounds always
-    tasks = [(index, name) for index in range(len(TRACES)) for name in wanted]
-    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    context = multiprocessing.get_context("fork")
-    with (
-        Progress("replaying", sys.stderr, lambda count: f"{count:.0f} replays") as progress,
-        ProcessPoolExecutor(max(1, args.jobs), mp_context=context) as pool,
-    ):
-        futures = {pool.submit(run_one, i, name, sizes[i], args): (i, name) for i, name in tasks}
-        for count, future in enumerate(as_completed(futures), start=1):
-            rows[futures[future]] = future.result()
-            progress.update(count, len(tasks))
-    return [{**row, "asked": name in names} for i, name in tasks for row in rows[i, name]]
-
-
-def run_one(index: int, name: str, sizes: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Replay one trace under one policy in all sizes."""
-    stem, trace = TRACES[index]
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    base = {"trace": stem, "policy": name, "pool": args.pool}
-    policy = make_policy(name, oracles=True)
-    shared = set(getattr(policy, "trained_on", ())) & set(sequence_digests(trace))
-    if shared:
-        refusal = f"{len(shared)} of its {len(trace.seq_len)} sequences are among the policy's training data"
-        return [{**base, "slots": size, "hit_rate": None, "refused": refusal} for size in sizes]
-    expert_bytes = bytes_of(trace, args)
-    started = time.perf_counter()
-    scorer = scorer_of(policy, trace) if args.pool == "layer" else None
-    if scorer is not None:
-        results = replay_layers(trace, scorer, sizes, expert_bytes)
-    else:
-        results = [
-            replay(
-                trace,
-                layer_pools(trace, size, shared=args.pool == "shared"),
-                lambda: make_policy(name, oracles=True),
-                expert_bytes,
-            )
-            for size in sizes
-        ]
-    took_s = (time.perf_counter() - started) / len(sizes)
-    return [
-        {**base, "slots": size, **figures(stats, trace, args), "replay_s": round(took_s, 2)}
-        for size, stats in zip(sizes, results, strict=True)
-    ]
-
-
-def figures(stats: OffloadStats, trace: RoutingTrace, args: argparse.Namespace) -> dict[str, Any]:
-    read_s = stats.misses * args.latency_s + stats.demand_bytes / args.link_bytes_per_s
-    return {
-        "hit_rate": stats.hit_rate,
-        "hits": stats.hits,
-        "misses": stats.misses,
-        "bytes_moved": stats.demand_bytes,
-        "modelled_read_s_per_token": read_s / trace.num_tokens,
-    }
-
-
-def add_bounds(rows: list[dict[str, Any]]) -> None:
-    """Set each row's distance to Belady, and the share of the way from LRU to it."""
-    bounds = {(r["trace"], r["slots"], r["policy"]): r["hit_rate"] for r in rows}
-    for row in rows:
-        lru, belady = (bounds[row["trace"], row["slots"], name] for name in ("lru", "belady"))
-        if row["hit_rate"] is not None:
-            row["below_belady"] = belady - row["hit_rate"]
-            row["closed"] = (row["hit_rate"] - lru) / (belady - lru) if belady > lru else None
-    rows[:] = [row for row in rows if row.pop("asked")]
-
-
-def report_runs(args: argparse.Namespace) -> int:
+def report_runs(traces: Traces, args: argparse.Namespace) -> int:
     """Replay recorded runs under their own plan and policy, and compare the counters."""
     names = ("hits", "misses", "demand_bytes", "stream_bytes", "evictions")
     results, same = [], True
-    for stem, trace in TRACES:
+    for stem, trace in traces:
         missing = sorted({"plan", "policy", "expert_bytes", "stats"} - set(trace.metadata))
         if missing:
             raise ConfigError(f"{stem} is no recorded run: its metadata lacks {', '.join(missing)}")

@@ -1,9 +1,9 @@
 """The replay of replay.py for caches of one layer each, all layers and several sizes at once.
 
-Possible for a policy whose scores do not depend on what is resident: it sees each decode token's
-experts of all layers in one call, and numpy evicts in all caches together. Of those that look at what is
-resident, least_stale's arrivals and moe_infinity's stretches are kept for all caches here, and ARC's lists
-natively (csrc/planning/arc_replay.h). tests/test_replay.py holds the counters equal to replay.py's.
+Possible for a policy whose scores do not depend on what is resident: it sees each decode token's experts of
+all layers in one call, and all caches evict together (csrc/planning/layer_caches.h). Of those that look at
+what is resident, least_stale's arrivals and moe_infinity's stretches are kept for all caches here, and ARC's
+lists natively (csrc/planning/arc_replay.h). tests/test_replay.py holds the counters equal to replay.py's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload._native import arc_replay
+from moe_offload._native import LayerCaches, arc_replay
 from moe_offload.planning.eviction import EvictionPolicy, EwmaPolicy, LruPolicy
 from moe_offload.planning.policies.arc import ArcPolicy, FatePolicy
 from moe_offload.planning.policies.belady import NEVER, BeladyPolicy
@@ -80,28 +80,20 @@ def replay_layers(
         weights = np.take_along_axis(trace.weights, order, axis=2).astype(np.float32).astype(np.float64)
     equal: Weights = np.full((num_layers, top_k), 1.0 / top_k)
     rows = np.arange(num_layers)[:, None]
-    resident = np.zeros((len(sizes), num_layers, trace.num_experts), np.bool_)
-    counts = np.zeros((len(sizes), num_layers), np.int64)
-    hits, evicted = np.zeros_like(counts), np.zeros(len(sizes), np.int64)
+    caches = LayerCaches(num_layers, trace.num_experts, sizes.tolist())
     come = getattr(scorer, "come", None)
-    for token, ids in enumerate(experts.astype(np.intp)):
-        was_resident = resident[:, rows, ids]  # (S, L, K)
-        found = was_resident.sum(axis=2)
-        hits += found
-        resident[:, rows, ids] = True
-        counts += top_k - found
+    for token, ids in enumerate(experts.astype(np.int64)):
+        is_over = caches.serve(ids)
         scorer.pass_count += 1
         scorer.clock += 1.0
         if come is not None:
-            come(rows, ids, ~was_resident)
+            come(rows, ids, caches.was_new())
         scorer.observe(rows, ids, equal if weights is None else weights[token])
-        excess = counts - sizes[:, None]
-        if excess.max() > 0:
-            evicted += _evict(resident, np.maximum(excess, 0), scorer.scores())
-            np.minimum(counts, sizes[:, None], out=counts)
+        if is_over:
+            caches.evict(scorer.scores())
         if on_progress is not None and token % 512 == 0:
             on_progress(token)
-    return _stats(trace, hits, evicted.tolist(), expert_bytes)
+    return _stats(trace, caches.hits(), caches.evictions(), expert_bytes)
 
 
 def _stats(
@@ -119,26 +111,6 @@ def _stats(
         )
         for layer_hits, gone in zip(hits, evictions, strict=True)
     ]
-
-
-def _evict(resident: NDArray[np.bool_], excess: NDArray[np.int64], scores: FloatArray) -> NDArray[np.int64]:
-    """Clear the ``excess`` (S, L) residents of the lowest scores of each cache; return (S,) how many."""
-    most = int(excess.max())
-    masked = np.where(resident, scores, np.inf)  # (S, L, E)
-    if most * 4 < masked.shape[2]:
-        for round_ in range(most):  # the first of equals: ties go to the smaller id
-            caches = np.nonzero(excess > round_)
-            lowest = masked[caches].argmin(axis=1)
-            masked[(*caches, lowest)] = np.inf
-            resident[(*caches, lowest)] = False
-    else:
-        order = np.argsort(masked, axis=2, kind="stable")
-        leaves = np.arange(masked.shape[2]) < excess[:, :, None]
-        gone = np.zeros_like(resident)
-        np.put_along_axis(gone, order, leaves, axis=2)
-        resident &= ~gone
-    total: NDArray[np.int64] = excess.sum(axis=1)
-    return total
 
 
 def next_uses(trace: RoutingTrace) -> NDArray[np.float64]:

@@ -88,9 +88,8 @@ def test_sch_is_what_counting_ahead_gives(seed, window, size):
 
 
 def run(capsys, monkeypatch, *arguments):
-    """Run the benchmark; return exit code, stdout, the object of its last line, stderr."""
-    cache_hit_rate.TRACES.clear()
-    monkeypatch.setattr(sys, "argv", ["cache_hit_rate.py", *map(str, arguments)])
+    """Run the benchmark in one process; return exit code, stdout, the object of its last line, stderr."""
+    monkeypatch.setattr(sys, "argv", ["cache_hit_rate.py", "--jobs", "1", *map(str, arguments)])
     code = cache_hit_rate.main()
     out, err = capsys.readouterr()
     return code, out, json.loads(out.splitlines()[-1]) if code == 0 else None, err
@@ -151,6 +150,17 @@ def test_every_policy_by_the_word_all_and_a_size_in_bytes(capsys, monkeypatch, t
     assert {row["slots"] for row in result["results"]} == {3}
     assert {"lru", "ewma", "arc", "plec", "belady", "belady_no_bypass"} <= set(rates)
     assert max(rates.values()) == rates["belady"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_processes_count_what_one_counts_and_find_policies_by_their_path(capsys, monkeypatch, trace_file):
+    arguments = ("--trace", trace_file, "--slots", "2,3", "--policies", f"horizon,{__name__}:OwnPolicy")
+    results = [
+        run(capsys, monkeypatch, *arguments, "--no-statistics", "--jobs", jobs)[2]["results"]
+        for jobs in (1, 2)
+    ]
+    timeless = [[{**row, "replay_s": 0} for row in rows] for rows in results]
+    assert timeless[0] == timeless[1]
 
 
 def test_a_policys_training_data_is_not_counted(capsys, monkeypatch, trace_file):

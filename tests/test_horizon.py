@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_offload._native import HorizonForecast
+from moe_offload._native import HorizonCoefficients, HorizonForecast
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.policies.horizon import (
@@ -158,8 +158,8 @@ def test_a_fit_beats_recency_and_frequency_where_experts_follow_one_another(tmp_
 def test_the_native_forecast_refuses_what_it_has_no_coefficients_for():
     fit = random_fit()
     with pytest.raises(ValueError, match="do not agree"):
-        HorizonForecast(fit.own[:3], list(RATES), fit.before, fit.constant)
-    forecast = HorizonForecast(fit.own, list(RATES), fit.before, fit.constant)
+        HorizonCoefficients(fit.own[:3], list(RATES), fit.before, fit.constant)
+    forecast = HorizonForecast(HorizonCoefficients(fit.own, list(RATES), fit.before, fit.constant))
     for position, expert_ids, width in (
         (NUM_LAYERS, [0], 1),
         (-1, [0], 1),
@@ -183,7 +183,7 @@ def test_the_native_forecast_adds_one_by_one_in_a_fixed_order(num_experts):
     own = generator.normal(size=(layers, num_experts, len(RATES), num_experts)).astype(np.float32)
     before = generator.normal(size=(layers, num_before, num_experts, num_experts)).astype(np.float32)
     constant = generator.normal(size=(layers, num_experts)).astype(np.float32)
-    forecast = HorizonForecast(own, list(RATES), before, constant)
+    forecast = HorizonForecast(HorizonCoefficients(own, list(RATES), before, constant))
     rates = np.array(RATES, np.float32)[:, None]
     parts = np.zeros((layers, len(RATES), num_experts), np.float32)
     said = np.zeros((layers, num_before, num_experts), np.float32)  # by a layer, of the one n + 1 after it

@@ -1,4 +1,4 @@
-// The forecasts of planning/policies/horizon.py, kept up to date event by event, and who leaves first.
+// A pool's forecasts for planning/policies/horizon.py, kept up to date event by event, and who leaves first.
 #pragma once
 
 #include <cstdint>
@@ -6,52 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include "planning/horizon_forecast.h"
+
 namespace moe {
-
-using ExpertIds = std::vector<int64_t>;
-
-// Coefficients fitted to a checkpoint. L layers of E experts; R rates of decayed frequencies; N layers before
-// that are looked at.
-class HorizonForecast {
-  public:
-    HorizonForecast(int64_t num_layers, int64_t num_experts, std::vector<float> rates, int64_t num_before,
-                    const float* own,       // (L, E, R, E): own[l][i][r][j]
-                    const float* before,    // (L, N, E, E)
-                    const float* constant)  // (L, E)
-        ;
-
-    // Layer `position` chose `expert_ids` (each below E); writes its forecast as of now, out[num_out],
-    // num_out <= E.
-    void observe(int64_t position, const ExpertIds& expert_ids, float* out, int64_t num_out);
-
-    // Writes the forecast of a layer as of its last event; what other layers chose since does not count.
-    void forecast(int64_t position, float* out, int64_t num_out) const;
-
-    float* parts(int64_t position) { return parts_.data() + position * num_rates_ * num_experts_; }
-    int64_t num_layers() const { return num_layers_; }
-    int64_t num_experts() const { return num_experts_; }
-    int64_t num_rates() const { return num_rates_; }
-
-  private:
-    void fill_row(int64_t position, int64_t expert_id, const float* own, const float* before);
-    float* said(int64_t position, int64_t n) {
-        return said_.data() + (position * num_before_ + n) * num_experts_;
-    }
-
-    int64_t num_layers_, num_experts_, num_rates_, num_before_;
-    int64_t row_size_;  // (R + N) * E, rounded up to what is summed at once
-    std::vector<float> rates_;
-    // (L, E, row_size / 2), two bfloat16 a word (horizon.cpp's half_of); memory traffic is what an event
-    // costs: all that a choice says, of its own layer by each rate and of the N layers after it, is one
-    // stretch of memory.
-    std::vector<uint32_t> table_;
-    std::vector<float> constant_;
-    std::vector<float> parts_;           // (L, R, E): each rate's contribution to the forecast
-    std::vector<float> said_;            // (L, N, E): by a layer's last choice, of the one n + 1 after it
-    std::vector<float> sum_;             // (R + N, E): scratch
-    std::vector<const uint32_t*> rows_;  // scratch
-    std::vector<const float*> terms_;    // scratch
-};
 
 // A pool's forecasts and residents. Layers are rows in ascending order and appear as they are used, and so do
 // experts; a layer without fitted coefficients is forecast by its experts' own frequencies.

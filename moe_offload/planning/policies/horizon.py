@@ -19,6 +19,7 @@ the frequency does, and a choice adds rows of coefficients.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload._native import HorizonForecast, HorizonTable
+from moe_offload._native import HorizonCoefficients, HorizonForecast, HorizonTable
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
 from moe_offload.storage.expert_format import ExpertKey
@@ -97,12 +98,6 @@ def read_fit(path: str | Path) -> HorizonFit:
     """
     if not Path(path).is_file():
         raise ConfigError(f"horizon={path}: there is no such file; make one with bench/fit_horizon.py")
-    return _read_fit(Path(path), Path(path).stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=2)
-def _read_fit(path: Path, mtime_ns: int) -> HorizonFit:
-    """Read a version of a file once: every pool of a run, every replay, has a policy of its own."""
     try:
         with np.load(path, allow_pickle=False) as file:
             own, before, constant = (file[name].astype(np.float32) for name in ("own", "before", "constant"))
@@ -113,8 +108,29 @@ def _read_fit(path: Path, mtime_ns: int) -> HorizonFit:
         fit = HorizonFit(layers, own, before, constant, tuple(notes["trained_on"]), str(notes["model"]))
         fit.check()
         return fit
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"horizon={path} is no fitted file: {error!r}; make it again") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What the pools of a run, and replays, have in common."""
+
+    coefficients: HorizonCoefficients
+    layers: tuple[int, ...]
+    trained_on: tuple[str, ...]
+
+
+@lru_cache(maxsize=2)
+def _share(path: Path, mtime_ns: int) -> _Shared:
+    """Read a version of a file once."""
+    fit = read_fit(path)
+    coefficients = HorizonCoefficients(fit.own, list(RATES), fit.before, fit.constant)
+    return _Shared(coefficients, fit.layers, fit.trained_on)
+
+
+def _shared_fit(path: Path) -> _Shared:
+    return _share(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 class HorizonPolicy(TablePolicy):
@@ -128,15 +144,14 @@ class HorizonPolicy(TablePolicy):
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
-        fit = None if path is None else read_fit(path)
+        fit = None if path is None else _shared_fit(Path(path))
         self.trained_on = fit.trained_on if fit is not None else ()
         # What the table has not been told of, the evicted first: a crossing costs more than what it does.
         self._evicted: list[ExpertKey] = []
         self._inserted: list[ExpertKey] = []
         self._table = HorizonTable(list(RATES), list(GENERIC_COEFFICIENTS))
         if fit is not None:
-            native_fit = HorizonForecast(fit.own, list(RATES), fit.before, fit.constant)
-            self._table.use_fit(native_fit, list(fit.layers))
+            self._table.use_fit(HorizonForecast(fit.coefficients), list(fit.layers))
 
     def on_route(
         self, layer_idx: int, expert_ids: Sequence[int], expert_weights: Sequence[float] | None
@@ -159,8 +174,7 @@ class HorizonPolicy(TablePolicy):
         return lowest if len(lowest) == wanted else [key for key in lowest if key in candidates][:wanted]
 
     def observe(self, row: Rows, expert_ids: Ids, weights: Weights) -> None:
-        for layer_idx, layer_ids in zip(self._table.layers(), np.asarray(expert_ids).tolist(), strict=True):
-            self._table.observe(layer_idx, layer_ids)
+        self._table.observe_layers(np.asarray(expert_ids, np.int64))
 
     def scores(self) -> FloatArray:
         return self._table.forecasts().astype(np.float64)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload._native import lowest_residents
 from moe_offload.storage.expert_format import ExpertKey
 
 FloatArray = NDArray[np.float64]
@@ -40,6 +41,7 @@ class TablePolicy(ABC):
         self.pass_count = 0
         self.clock: FloatArray = np.zeros((0, 1))
         self._resident = np.zeros((0, 0), np.bool_)
+        self._num_residents = 0
         self._last_layer = -1
         for field, start in self.fields.items():
             setattr(self, field, np.full((0, 0), start))
@@ -69,22 +71,22 @@ class TablePolicy(ABC):
 
     def on_insert(self, key: ExpertKey) -> None:
         row = self.reach(key.layer_idx, key.expert_id)
+        self._num_residents += not self._resident[row, key.expert_id]
         self._resident[row, key.expert_id] = True
 
     def on_evict(self, key: ExpertKey) -> None:
         self._resident[self.rows[key.layer_idx], key.expert_id] = False
+        self._num_residents -= 1
 
     def victims(self, candidates: Collection[ExpertKey], count: int) -> list[ExpertKey]:
-        flat = np.where(self._resident, self.scores(), np.inf).reshape(-1)
-        width, chosen = self._resident.shape[1], list[ExpertKey]()
         wanted = min(count, len(candidates))
-        while len(chosen) < wanted:
-            position = int(flat.argmin())  # the first of equals: rows and columns ascend with the key
-            assert flat[position] != np.inf, "candidates must have been inserted"
-            flat[position] = np.inf
-            key = ExpertKey(self.layers[position // width], position % width)
-            if key in candidates:
-                chosen.append(key)
+        others = self._num_residents - len(candidates)  # not to be evicted now
+        width = self._resident.shape[1]
+        positions = lowest_residents(self.scores(), self._resident, wanted + others)
+        chosen = [ExpertKey(self.layers[position // width], position % width) for position in positions]
+        if others:
+            chosen = [key for key in chosen if key in candidates][:wanted]
+        assert len(chosen) == wanted, "candidates must have been inserted"
         return chosen
 
     def reach(self, layer_idx: int, expert_id: int) -> int:

@@ -1,19 +1,18 @@
-// What Python sees of csrc/planning; the callers are moe_offload/planning/policies/horizon.py and
-// predictors/native_gate.py.
+// What planning/policies/horizon.py sees of csrc/planning.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
-#include <optional>
+#include <string>
 
-#include "planning/arc_replay.h"
-#include "planning/gate_chances.h"
 #include "planning/horizon.h"
+#include "planning/horizon_forecast.h"
 
 namespace py = pybind11;
 using moe::ExpertIds;
+using moe::HorizonCoefficients;
 using moe::HorizonForecast;
 using moe::HorizonTable;
 
@@ -23,19 +22,20 @@ constexpr int64_t MAX_EXPERTS = 1 << 16;  // of a layer; the expert ids of a tra
 
 using Floats = py::array_t<float, py::array::c_style>;
 
-std::shared_ptr<HorizonForecast> make_horizon_forecast(const Floats& own, std::vector<float> rates,
+std::shared_ptr<HorizonCoefficients> make_coefficients(const Floats& own, std::vector<float> rates,
                                                        const Floats& before, const Floats& constant) {
     if (own.ndim() != 4 || before.ndim() != 4 || constant.ndim() != 2) {
         throw py::value_error(
-            "HorizonForecast: own (L, E, R, E), before (L, N, E, E), constant (L, E) wanted");
+            "HorizonCoefficients: own (L, E, R, E), before (L, N, E, E), constant (L, E) wanted");
     }
     const int64_t layers = constant.shape(0), experts = constant.shape(1);
     const bool fits = own.shape(0) == layers && own.shape(1) == experts && own.shape(3) == experts &&
                       own.shape(2) == static_cast<int64_t>(rates.size()) && before.shape(0) == layers &&
                       before.shape(2) == experts && before.shape(3) == experts;
-    if (!fits) throw py::value_error("HorizonForecast: the shapes of own, before and constant do not agree");
-    return std::make_shared<HorizonForecast>(layers, experts, std::move(rates), before.shape(1), own.data(),
-                                             before.data(), constant.data());
+    if (!fits)
+        throw py::value_error("HorizonCoefficients: the shapes of own, before and constant do not agree");
+    return std::make_shared<HorizonCoefficients>(layers, experts, std::move(rates), before.shape(1),
+                                                 own.data(), before.data(), constant.data());
 }
 
 void check_expert_id(const char* op, int64_t expert_id) {
@@ -70,6 +70,23 @@ void observe_layer(HorizonTable& table, int64_t layer_idx, const py::object& exp
         check_expert_id("HorizonTable.observe", ids[i]);
     }
     table.observe(layer_idx, ids);
+}
+
+// expert_ids: (L, K), a row for each of the table's layers.
+void observe_layers(HorizonTable& table, const py::array_t<int64_t, py::array::c_style>& expert_ids) {
+    const std::vector<int64_t> layers = table.layers();
+    if (expert_ids.ndim() != 2 || expert_ids.shape(0) != static_cast<int64_t>(layers.size()) ||
+        expert_ids.shape(1) == 0) {
+        throw py::value_error("HorizonTable.observe_layers: expert ids (layers, K) wanted");
+    }
+    const int64_t top_k = expert_ids.shape(1);
+    for (int64_t i = 0; i < expert_ids.size(); ++i) {
+        check_expert_id("HorizonTable.observe_layers", expert_ids.data()[i]);
+    }
+    for (std::size_t row = 0; row < layers.size(); ++row) {
+        const int64_t* ids = expert_ids.data(static_cast<int64_t>(row), 0);
+        table.observe(layers[row], ExpertIds(ids, ids + top_k));
+    }
 }
 
 void reach(HorizonTable& table, int64_t layer_idx, int64_t expert_id) {
@@ -163,70 +180,24 @@ void set_parts(HorizonTable& table, const std::vector<int64_t>& layers, const Fl
     }
 }
 
-// hidden: the address of (hidden_size) floats; weight: float32, or bfloat16 as uint16.
-Floats gate_chances(uintptr_t hidden, const py::array& weight, const std::optional<Floats>& bias,
-                    int64_t top_k, float slope, float offset) {
-    using Bfloat16s = py::array_t<uint16_t, py::array::c_style>;
-    moe::GateWeight rows;
-    if (py::isinstance<Floats>(weight)) {
-        rows.floats = static_cast<const float*>(weight.data());
-    } else if (py::isinstance<Bfloat16s>(weight)) {
-        rows.bfloat16s = static_cast<const uint16_t*>(weight.data());
-    } else {
-        throw py::value_error("gate_chances: weight float32, or bfloat16 as uint16, in rows wanted");
-    }
-    if (weight.ndim() != 2 || top_k < 1 || top_k >= weight.shape(0) ||
-        (bias && (bias->ndim() != 1 || bias->shape(0) != weight.shape(0)))) {
-        throw py::value_error("gate_chances: weight (E, H), bias (E) or None, 1 <= top_k < E wanted");
-    }
-    Floats out(weight.shape(0));
-    moe::gate_chances(reinterpret_cast<const float*>(hidden), rows, bias ? bias->data() : nullptr,
-                      weight.shape(0), weight.shape(1), top_k, slope, offset, out.mutable_data());
-    return out;
-}
-
-// experts: (T, L, K) uint16; returns hits (S, L) and evictions (S).
-py::tuple arc_replay(const py::array_t<uint16_t, py::array::c_style>& experts, int64_t num_experts,
-                     const std::vector<int64_t>& sizes) {
-    if (experts.ndim() != 3) throw py::value_error("arc_replay: experts (T, L, K) wanted");
-    const int64_t tokens = experts.shape(0), layers = experts.shape(1), top_k = experts.shape(2);
-    const uint16_t* ids = experts.data();
-    for (int64_t i = 0; i < experts.size(); ++i) {
-        const bool ascends = i % top_k == 0 || ids[i - 1] < ids[i];
-        if (!ascends || ids[i] >= num_experts) {
-            throw py::value_error("arc_replay: a token's ids must ascend and be below num_experts");
-        }
-    }
-    if (sizes.empty() || *std::min_element(sizes.begin(), sizes.end()) < 1) {
-        throw py::value_error("arc_replay: sizes of at least one expert wanted");
-    }
-    moe::ArcCounts counts;
-    {
-        py::gil_scoped_release release;
-        counts = moe::arc_replay(ids, tokens, layers, top_k, num_experts, sizes);
-    }
-    py::array_t<int64_t> hits({static_cast<int64_t>(sizes.size()), layers});
-    std::copy(counts.hits.begin(), counts.hits.end(), hits.mutable_data());
-    return py::make_tuple(hits, counts.evictions);
-}
-
 }  // namespace
 
-void register_planning(py::module_& m) {
-    m.def("gate_chances", &gate_chances, py::arg("hidden"), py::arg("weight"), py::arg("bias"),
-          py::arg("top_k"), py::arg("slope"), py::arg("offset"),
-          "Probabilities (E) that a router chooses each expert for one token.");
-    m.def("arc_replay", &arc_replay, py::arg("experts").noconvert(), py::arg("num_experts"), py::arg("sizes"),
-          "Hits (S, L) and evictions (S) of a decode trace in caches of one layer each, under ARC.");
+void register_horizon(py::module_& m) {
+    py::class_<HorizonCoefficients, std::shared_ptr<HorizonCoefficients>>(m, "HorizonCoefficients")
+        .def(py::init(&make_coefficients), py::arg("own"), py::arg("rates"), py::arg("before"),
+             py::arg("constant"));
     py::class_<HorizonForecast, std::shared_ptr<HorizonForecast>>(m, "HorizonForecast")
-        .def(py::init(&make_horizon_forecast), py::arg("own"), py::arg("rates"), py::arg("before"),
-             py::arg("constant"))
+        .def(py::init([](std::shared_ptr<HorizonCoefficients> coefficients) {
+                 return std::make_shared<HorizonForecast>(std::move(coefficients));
+             }),
+             py::arg("coefficients"))
         .def("observe", &observe, py::arg("position"), py::arg("expert_ids"), py::arg("out").noconvert());
     py::class_<HorizonTable>(m, "HorizonTable")
         .def(py::init<std::vector<float>, std::vector<float>>(), py::arg("rates"), py::arg("coefficients"))
         .def("use_fit", &use_fit, py::arg("fit"), py::arg("layers"))
         .def("reach", &reach, py::arg("layer_idx"), py::arg("expert_id"))
         .def("observe", &observe_layer, py::arg("layer_idx"), py::arg("expert_ids"))
+        .def("observe_layers", &observe_layers, py::arg("expert_ids"))
         .def("lowest", &lowest, py::arg("evicted"), py::arg("inserted"), py::arg("count"),
              py::arg("num_candidates"), py::arg("key_class"))
         .def("layers", &HorizonTable::layers)
