@@ -1,4 +1,4 @@
-"""`moe-offload fit-predictor`: record a text's routing, fit the predictors, keep them for this checkpoint."""
+"""`moe-offload fit-predictor`: record a text's routing, fit predictors and eviction policy, keep both."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     cli_session.import_libraries()
     from moe_offload.predictors import fit_file
+    from moe_offload.residency.policy_fit import policy_fit_path
     from moe_offload.runtime import fit_recording
     from moe_offload.runtime.predictor_choice import fit_path
     from moe_offload.storage.checkpoint import open_checkpoint
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     fitted, held_out = fit_recording.split_documents(documents, HELD_OUT_SHARE, args.seed)
     checkpoint = open_checkpoint(args.model or DEMO_MODEL)
     output = args.output or fit_path(checkpoint)
+    policy_output = args.output.with_suffix(".horizon.npz") if args.output else policy_fit_path(checkpoint)
     args.prefetch, args.no_warm_start, args.context = False, True, fit_recording.WINDOW_TOKENS
     tokenizer = cli_session.load_tokenizer(args)
     with cli_session.loaded_model(args, tokenizer) as loaded:
@@ -53,7 +55,31 @@ def run(args: argparse.Namespace) -> int:
         report(model, fitter.fit, recordings[1], expert_bytes)
     fit_file.write_fit(output, fitter.fit)
     _print(fitter.fit, output)
+    fitted_on, held_out_on = recordings
+    num_experts, automatic = fitter.fit.num_experts, args.output is None
+    _fit_policy(fitted_on, held_out_on, num_experts, policy_output, automatic=automatic)
     return 0
+
+
+def _fit_policy(
+    recording: Recording, held_out: Recording, num_experts: int, path: Path, *, automatic: bool
+) -> None:
+    """Fit horizon, print what it finds at a quarter of the experts, and keep it where it helps."""
+    from moe_offload.runtime.policy_fitting import fit_policy, keep_if_better
+
+    with Progress("fitting the eviction policy", sys.stderr, lambda done: f"{done:.0f} layers") as progress:
+        fit = fit_policy(recording, num_experts, progress.update)
+    report = keep_if_better(fit, held_out, num_experts, path)
+    print(f"\nhit rates with {report.residents} of {num_experts} experts a layer resident, from cold")
+    for name, rate in report.hit_rates.items():
+        closed = report.closed(name)
+        way = "" if closed is None else f"{closed:6.0%} of the way from lru to belady"
+        print(f"{name:18} {rate:7.3f} {way}")
+    if report.is_better:
+        use = "used from now on" if automatic else f"use it by --policy horizon={path}"
+        print(f"{path}: {gib(path.stat().st_size)}; {use}")
+    else:
+        print("the fitted policy finds no more than the general one, and is not kept")
 
 
 def make_fitter(model: Any, recording: Recording, depth: int, key: str) -> Fitter:

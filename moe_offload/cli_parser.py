@@ -54,9 +54,10 @@ headers only."""
 _TRACE = """Answer prompts and write down, for every token and layer, the experts that the router chose and
 their weights. Budget, policy and prefetch change the time and never the trace."""
 
-_FIT = """Run text through the model, fit the predictors that read experts ahead, and say how good they
-are on documents that they were not fitted on. The fit is kept beside the user's cache for this checkpoint
-and used from then on; it changes the time and never a token. See docs/PREDICTORS.md."""
+_FIT = """Run text through the model, fit the predictors that read experts ahead and the policy that evicts
+them, and say how good they are on documents that they were not fitted on. The fits are kept beside the
+user's cache for this checkpoint and used from then on; they change the time and never a token. See
+docs/PREDICTORS.md and docs/POLICIES.md."""
 
 _INFO = """Show the machine, memory, instruction set, how disks are read, packages and what is off and why:
 paste it into a bug report."""
@@ -100,7 +101,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy",
         metavar="NAME",
-        help="eviction policy: horizon (default, unless tuned), ewma, lru, ...: docs/POLICIES.md",
+        help="eviction policy: auto (what was tuned, else horizon with a fit of this checkpoint, if there is "
+        "one), horizon, ewma, lru, ...: docs/POLICIES.md",
     )
     group.add_argument(
         "--predictor",

@@ -23,6 +23,7 @@ from moe_offload.planning.kv_format import KV_PRICE
 from moe_offload.planning.roofline import Speed
 from moe_offload.profile_store import GIVEN, ProfileInUse
 from moe_offload.residency.memory import auto_ram_bytes
+from moe_offload.residency.policy_fit import automatic_policy
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.trace import read_trace
 
@@ -60,6 +61,7 @@ def _planner(checkpoint: Checkpoint, source: Source, args: argparse.Namespace) -
     profile = None if found is None else found.profile
     if found is not None and found.kind != GIVEN and "policy" in found.profile.settings:
         config = replace(config, policy=str(found.profile.settings["policy"]))
+    config = replace(config, policy=automatic_policy(config.policy, checkpoint))
     vram_bytes = _vram_bytes(args.vram, profile)
     return Planner(checkpoint, source.machine, config, vram_bytes=vram_bytes, trace=trace)
 

@@ -142,11 +142,8 @@ def report(args: argparse.Namespace, result: GenerationResult, offload: Any) -> 
     stats = result.stats
     if args.stats:
         now = offload.stats(belady=True)
-        for name, value in [
-            *now.as_dict().items(),
-            ("prefetch_state", now.prefetch_state),
-            ("profile", now.profile),
-        ]:
+        words = ("policy", "predictor", "prefetch_state", "profile")
+        for name, value in [*now.as_dict().items(), *((word, getattr(now, word)) for word in words)]:
             print(
                 f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}",
                 file=sys.stderr,

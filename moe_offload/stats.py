@@ -85,6 +85,8 @@ class OffloadStats:
     prefill_s: float = 0.0
     window_hit_rate: float | None = None  # residents alone, over the last events that are kept
     belady_hit_rate: float | None = None  # what no eviction policy could exceed there, without prefetch
+    policy: str = ""  # of eviction, as make_policy takes it
+    predictor: str = ""  # by name; "none" without prefetch
     prefetch_state: str = ""  # what the prefetcher does, and why
     profile: str = ""  # which figures and settings of the machine are in use
     peak_bytes: int = 0

@@ -13,6 +13,7 @@ from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.tuning import DividedHits, Division, TuningFacts
 from moe_offload.planning.tuning_device import DeviceFacts
 from moe_offload.replay import replay
+from moe_offload.residency.policy_fit import automatic_policy
 from moe_offload.runtime.tuning_run import HISTORIES, Text, TuningRun
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.trace import RoutingTrace, make_trace
@@ -119,7 +120,10 @@ def _hit_rates(
         return dict.fromkeys(policies, 0.0)
     trace = _of_layers(trace, {layer_idx for pool in pools for layer_idx in pool.layers})
     sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
-    return {name: replay(trace, pools, partial(make_policy, name), sizes).hit_rate for name in policies}
+    return {
+        name: replay(trace, pools, partial(make_policy, automatic_policy(name, checkpoint)), sizes).hit_rate
+        for name in policies
+    }
 
 
 def _of_layers(trace: RoutingTrace, layers: Collection[int]) -> RoutingTrace:

@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def write_fit(path: Path, fit: PredictorFit) -> None:
             np.savez(file, **arrays)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise ConfigError(
             f"the fitted predictor cannot be written to {path}: {error.strerror}; set XDG_CACHE_HOME to "
             "another folder or pass -o"

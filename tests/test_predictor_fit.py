@@ -211,6 +211,8 @@ def test_a_fit_of_another_checkpoint_or_a_damaged_one_is_refused(fit, folder, tm
     write_fit(path, other)
     with pytest.raises(CheckpointError, match="shape"):
         read_fit(path)
+    with pytest.raises(ConfigError, match="File exists; set XDG_CACHE_HOME"):
+        write_fit(path / "below-a-file.npz", other)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def cold_cache_warning(plan: PlacementPlan, spec: ModelSpec, policy: str) -> str
         return None
     return (
         f"policy lru hits almost nothing with {resident} resident experts: one token uses {wanted} "
-        f"(top_k {spec.top_k} x {len(spec.moe_layers)} layers); use policy ewma or a larger ram"
+        f"(top_k {spec.top_k} x {len(spec.moe_layers)} layers); use horizon, the default, or a larger ram"
     )
 
 

@@ -124,7 +124,7 @@ def _make_handle(
         config.kv,
         state_tokens(checkpoint.spec, bytes_per_element=model.config.dtype.itemsize, kv=config.kv),
     )
-    handle.policy = config.policy
+    handle.policy, handle.predictor = config.policy, str(decided.choice)
     handle.profile = decided.profile
     handle.speeds = machine_profile.expectations(decided.profile, checkpoint)
     return handle

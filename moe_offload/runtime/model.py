@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moe_offload.planning.plans import DevicePlan, PlacementPlan
 from moe_offload.planning.scheduler import check_scheduler
 from moe_offload.residency.accelerator import check_device
 from moe_offload.residency.memory import auto_ram_bytes
+from moe_offload.residency.policy_fit import AUTO, automatic_policy
 from moe_offload.runtime import machine_profile, quantized, skeleton
 from moe_offload.runtime.arguments import LoadArguments, loading_info, read_arguments
 from moe_offload.runtime.device_setup import plan_vram
@@ -71,7 +73,8 @@ def from_pretrained(
             its cgroup have free; it prints what it took to stderr.
         experts: cap on experts in memory: "25%", a number, or "all".
         context: tokens of key/value cache, over the whole batch; default 4096 or the model's maximum.
-        policy: eviction policy by name or import path; default what was tuned, else "horizon".
+        policy: eviction policy by name or import path; default "auto": what was tuned, else "horizon",
+            with a fit of this checkpoint if there is one.
         predictor: what guesses the next layers' experts: "auto" is the fit of this checkpoint where
             `moe-offload fit-predictor` made one, else "cross_layer_gate"; others: docs/PREDICTORS.md.
         prefetch: read predicted experts early; changes time, never tokens; default what was tuned, else True.
@@ -114,7 +117,7 @@ def from_pretrained(
         ram_bytes=None if arguments.ram == "auto" else parse_bytes(arguments.ram),
         experts=experts,
         context_tokens=context,
-        policy="horizon" if policy is None else policy,
+        policy=policy or AUTO,
         predictor="auto" if predictor is None else predictor,
         prefetch=prefetch is not False,
         num_threads=num_threads,
@@ -125,11 +128,18 @@ def from_pretrained(
         scheduler="hybrid" if scheduler is None else scheduler,
     )
     checkpoint = _open(arguments, config, quant)
-    chosen = {"policy": policy, "predictor": predictor, "prefetch": prefetch, "num_threads": num_threads}
+    chosen = {
+        "policy": None if policy == AUTO else policy,
+        "predictor": predictor,
+        "prefetch": prefetch,
+        "num_threads": num_threads,
+    }
     chosen["scheduler"] = scheduler
     given = [name for name, value in chosen.items() if value is not None]
     found = machine_profile.find_profile(profile, checkpoint, config.device)
     config = machine_profile.with_settings(config, found, given)
+    if policy in (None, AUTO):
+        config = replace(config, policy=automatic_policy(config.policy, checkpoint))
     make_policy(config.policy)  # a wrong name is an error before anything is read
     choice = choose_predictor(config.predictor if config.prefetch else "none", checkpoint)
     model = _build(checkpoint, config, arguments)

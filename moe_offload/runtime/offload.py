@@ -77,6 +77,7 @@ class OffloadHandle:
         self.before_close: Callable[[], None] | None = None  # keeps what the run has learned
         self.started_warm = False
         self.policy = ""  # of eviction, by name
+        self.predictor = ""  # by name; "none" without prefetch
         self.profile: ProfileInUse | None = None
         self.speeds = RunningCorrection()  # what is expected of disk and layers, and what was measured since
         live_handles.add(self)
@@ -102,6 +103,7 @@ class OffloadHandle:
         self._stats.peak_bytes = peak_bytes()
         if self.prefetcher is not None:
             self._stats.prefetch_state = self.prefetcher.describe()
+        self._stats.policy, self._stats.predictor = self.policy, self.predictor
         self._stats.profile = "none" if self.profile is None else self.profile.describe()
         if self.hybrid is not None:
             self._stats.device = self.hybrid.stats()

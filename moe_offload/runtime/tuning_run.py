@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.planning.tuning import Choice, Predictability
 from moe_offload.predictors.evaluate import evaluate
 from moe_offload.predictors.fit import Recording
+from moe_offload.residency.policy_fit import automatic_policy
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.predictor_choice import choose_predictor, make_predictor
 from moe_offload.storage.checkpoint import Checkpoint
@@ -133,7 +135,7 @@ class TuningRun:
             state = self._states[choice] = _State(predictor, GainSwitch(), Threshold())
         offload = self.model.offload
         ops.set_num_threads(choice.num_threads)
-        offload.cache.use_policy(lambda: make_policy(choice.policy), state.policy_states)
+        offload.cache.use_policy(partial(make_policy, self._policy(choice)), state.policy_states)
         offload.cache.use_division(choice.ram_staging, choice.exclusive)
         if state.predictor is None:
             offload.prefetcher.use(None, switch=None)
@@ -145,6 +147,9 @@ class TuningRun:
 
         self._apply_device(choice, state)
 
+    def _policy(self, choice: Choice) -> str:
+        return automatic_policy(choice.policy, self.checkpoint)
+
     def _apply_device(self, choice: Choice, state: _State) -> None:
         """Let the choice's scheduler find what its own last run left on the device: nothing, at first.
 
@@ -153,7 +158,7 @@ class TuningRun:
         hybrid = self.model.offload.hybrid
         if hybrid is None or choice.scheduler is None or not hybrid.tier.is_on:
             return
-        hybrid.tier.cache.use_policy(lambda: make_policy(choice.policy), state.device_states)
+        hybrid.tier.cache.use_policy(partial(make_policy, self._policy(choice)), state.device_states)
         hybrid.tier.cache.use_division(choice.vram_staging)
         hybrid.tier.hold_only(state.on_device)
         hybrid.use(choice.scheduler, state.sharing)

@@ -97,7 +97,10 @@ def read_fit(path: str | Path) -> HorizonFit:
         CheckpointError: it is damaged, or made for other rates.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"horizon={path}: there is no such file; make one with bench/fit_horizon.py")
+        raise ConfigError(
+            f"horizon={path}: there is no such file; moe-offload fit-predictor "
+            "-o makes one, or bench/fit_horizon.py of traces"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             own, before, constant = (file[name].astype(np.float32) for name in ("own", "before", "constant"))
@@ -109,7 +112,10 @@ def read_fit(path: str | Path) -> HorizonFit:
         fit.check()
         return fit
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"horizon={path} is no fitted file: {error!r}; make it again") from error
+        raise CheckpointError(
+            f"horizon={path} is no fitted file ({error!r}); remove it, or make it again "
+            "by moe-offload fit-predictor or bench/fit_horizon.py"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
