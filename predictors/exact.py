@@ -21,7 +21,7 @@ class TokenLookahead:
     Args:
         tables: by layer, (V, K) expert ids of each token id.
         num_experts: of a layer.
-        others: asked for every other layer; None: they are not forecast.
+        others: made for every other layer; None: they are not forecast.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class TokenLookahead:
     def observe(
         self, layer_idx: int, expert_ids: NDArray[np.int64], expert_weights: NDArray[np.float32]
     ) -> None:
-        """Pass on."""
-        if self._others is not None:
+        """Pass on, but for layers that ``others`` have not been told of."""
+        if self._others is not None and layer_idx not in self._tables:
             self._others.observe(layer_idx, expert_ids, expert_weights)
 
     def predict(
@@ -57,8 +57,8 @@ class TokenLookahead:
         expert_ids: NDArray[np.int64],
         expert_weights: NDArray[np.float32],
     ) -> Sequence[Forecast]:
-        """Return what ``others`` says of layers that no table decides."""
-        if self._others is None:
+        """Return what ``others`` say after a layer that no table decides; of the rest they may not know."""
+        if self._others is None or layer_idx in self._tables:
             return ()
         rest = self._others.predict(layer_idx, router_input, expert_ids, expert_weights)
         return [forecast for forecast in rest if forecast.layer_idx not in self._tables]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from toy_models import save_toy_model
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2_moe import modeling_qwen2_moe
 from walk_families import described, discover, text_configs, tiny_config
 
 import moe_offload
 from moe_offload.planning.prediction import StatelessPredictor
+from moe_offload.predictors.exact import TokenLookahead
 from moe_offload.runtime import skeleton
 from moe_offload.storage.families import MOE_FAMILIES, MOE_FAMILIES_BY_TRIAL
 
@@ -111,3 +114,61 @@ def test_every_text_of_a_run_is_announced(tmp_path, monkeypatch):
         model.generate(PROMPT, max_new_tokens=4, do_sample=False)
         assert Counting.texts == text
     model.offload.close()
+
+
+class HashRouter(modeling_qwen2_moe.Qwen2MoeTopKRouter):
+    """DeepSeek-V4's first layers in small: a table says which experts, the weights how much of each."""
+
+    token_ids = torch.zeros(0, dtype=torch.long)  # of the forward pass that runs
+
+    def __init__(self, config):
+        super().__init__(config)
+        generator = torch.Generator().manual_seed(1)
+        table = torch.rand(config.vocab_size, config.num_experts, generator=generator)
+        self.tid2eid = nn.Buffer(table.argsort(dim=1)[:, : config.num_experts_per_tok].contiguous())
+
+    def forward(self, hidden_states):
+        logits, _, _ = super().forward(hidden_states)
+        expert_ids = self.tid2eid[HashRouter.token_ids.reshape(-1)[-len(logits) :]].long()
+        return logits, logits.softmax(dim=-1).gather(1, expert_ids), expert_ids
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """A saved Qwen2-MoE whose first MoE layer of two routes by token id, and its class as long as needed."""
+    block, embed, made = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock, nn.Embedding.forward, []
+    begin = block.__init__
+
+    def begin_hashed(self, config):
+        begin(self, config)
+        if len(made) % 2 == 0:
+            self.gate = HashRouter(config)
+        made.append(self)
+
+    def keep_ids(self, token_ids):
+        HashRouter.token_ids = token_ids
+        return embed(self, token_ids)
+
+    monkeypatch.setattr(block, "__init__", begin_hashed)
+    monkeypatch.setattr(nn.Embedding, "forward", keep_ids)
+    save_toy_model("qwen2_moe", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("others", ["auto", "test_early_routers:Counting"])
+def test_layers_that_route_by_token_id_are_read_with_certainty(hashed, others):
+    """Where the other layers' predictor says nothing, no byte that is read ahead is wasted."""
+    tokens = set()
+    for experts, prefetch in (("all", False), ("50%", False), ("50%", True)):
+        model = moe_offload.from_pretrained(
+            hashed, experts=experts, ram="8GiB", context=64, prefetch=prefetch, predictor=others
+        )
+        tokens.add(str(model.generate(PROMPT, max_new_tokens=24, do_sample=False).tolist()))
+        stats, predictor = model.offload.stats(), model.offload.prefetcher._predictor
+        model.offload.close()
+    assert len(tokens) == 1
+    assert isinstance(predictor, TokenLookahead) and list(predictor._tables) == [1]
+    (forecast,) = (f for f in predictor.begin_step(np.array([7])) if f.layer_idx == 1)
+    assert set(np.flatnonzero(forecast.probabilities)) == set(predictor._tables[1][7])
+    assert stats.prefetch_useful_bytes + stats.prefetch_late_bytes > 0
+    assert others == "auto" or stats.prefetch_wasted_bytes == 0

@@ -210,7 +210,8 @@ def test_token_ids_decide_a_hash_layer_at_once_and_the_others_follow():
     forecasts = {f.layer_idx: f.probabilities.tolist() for f in predictor.begin_step(np.array([2]))}
     assert forecasts[0] == [0, 0, 0, 1, 1]
     assert set(forecasts) == {0, 1}
-    assert [f.layer_idx for f in predictor.predict(0, None, *CHOICE)] == [1, 3]
+    assert predictor.predict(0, None, *CHOICE) == ()  # the others may not know of that layer
+    assert [f.layer_idx for f in predictor.predict(1, None, *CHOICE)] == [3]
 
 
 def test_the_tables_of_deepseek_v4s_hash_routers_are_found():
