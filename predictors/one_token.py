@@ -26,12 +26,14 @@ class OneToken:
 
     Attributes:
         native: what answers, for native code that asks itself (residency/early_reads.py).
+        knows_first: whether it forecasts the first layers from a token's embedding.
     """
 
     def __init__(
         self, order: LayerOrder, num_experts: int, hidden_size: int, history: History | None = None
     ) -> None:
         self._order, self._remembers = order, history is not None
+        self.knows_first = False
         kept = history or History(1, num_experts)
         self.native = Lookahead(hidden_size, kept.previous, kept.frequency, kept.decay)
 
@@ -43,6 +45,7 @@ class OneToken:
         Args:
             weight: (E, features), float32 or bfloat16 as uint16; see csrc/planning/lookahead.h.
         """
+        self.knows_first |= layer_idx == FIRST
         row = self._order.row_of[later] if self._remembers else 0
         self.native.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
 

@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 import moe_offload
 from moe_offload import _native
 from moe_offload.planning import layer_pace, prefetch_plan
+from moe_offload.planning.next_token import NextToken
+from moe_offload.predictors.one_token import FIRST, router_rows
+from moe_offload.predictors.routers import DEFAULT_CURVE
+from moe_offload.runtime import skeleton
 from moe_offload.storage.expert_format import ExpertKey
 
 PROMPT = torch.tensor([[5, 300, 17, 42]])
@@ -73,8 +77,14 @@ def generate(model: Any) -> list[int]:
 
 
 def always_on(model: Any) -> Any:
-    """Let the prefetcher of a model read whatever is likely, however slow this machine is."""
+    """Let the prefetcher of a model read whatever is likely, however slow this machine is.
+
+    It forecasts the first layer, too: by its own router on a token's embedding.
+    """
     prefetcher = model.offload.prefetcher
+    router = skeleton.router_of(model, 0)
+    rows = router_rows(router.weight.detach())
+    prefetcher._one_token.add(FIRST, 0, rows, None, router.top_k, DEFAULT_CURVE)
     prefetcher.use(prefetcher._predictor, switch=None)
     prefetcher.threshold.value, prefetcher.threshold.update = 0.3, lambda *known: None
     return prefetcher
@@ -139,3 +149,49 @@ def test_an_interrupt_after_a_run_loses_no_slot(monkeypatch) -> None:
     cache.check()
     assert generate(model) == expected
     model.offload.close()
+
+
+def test_the_next_token_is_looked_at_before_it_is_chosen() -> None:
+    """What the first layer probably needs is on its way when a token's forward is over."""
+    model = load()
+    prefetcher, seen = always_on(model), []
+    step_done = prefetcher.step_done
+
+    def at_the_end(seconds: float) -> None:
+        guesses = [entry for pool in model.offload.cache._pools for entry in pool.unclaimed()]
+        seen.append(sum(entry.key.layer_idx == 0 for entry in guesses))
+        step_done(seconds)
+
+    prefetcher.step_done = at_the_end
+    generate(model)
+    assert sum(seen) > len(seen) / 2, f"guesses of the first layer by token: {seen}"
+    assert prefetcher._next_token.share > 0.9, "greedy tokens are the likeliest"
+    model.offload.close()
+
+
+def test_who_watches_hears_of_the_likeliest_token() -> None:
+    model = load()
+    step, logits = model.offload.native_step._step, torch.randn(1, 1, model.config.vocab_size)
+    assert step.expect_next(logits.data_ptr()) == int(logits.argmax())
+    logits[0, 0, [7, 400]] = 50.0
+    assert step.expect_next(logits.data_ptr()) == 7, "the lowest of several"
+    logits[:] = torch.nan
+    assert step.expect_next(logits.data_ptr()) == 0
+    model.offload.close()
+
+
+def test_tokens_that_come_otherwise_are_not_expected_any_more() -> None:
+    next_token = NextToken()
+    for number in range(5):
+        assert next_token.is_worth_asking
+        next_token.expect(number, 10.0 * number)
+        next_token.came(number + 1, 10.0 * number + 2.0)
+    assert not next_token.is_trusted
+    asked = sum(next_token.is_worth_asking for _ in range(160))
+    assert asked == 10, "now and then, to see whether they come again"
+    assert 0.5 < next_token.gap_s < 2.0, "smoothed"
+    share = next_token.share
+    next_token.expect(1, 0.0)
+    next_token.came(None, 0.0)  # a prompt
+    next_token.came(1, 0.0)  # nobody was expected
+    assert next_token.share == share

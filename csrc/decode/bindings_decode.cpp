@@ -162,6 +162,12 @@ void logits(DecodeStep& step, uint64_t out) {
     without_gil([&] { step.logits(reinterpret_cast<float*>(out)); });
 }
 
+int64_t expect_next(DecodeStep& step, uint64_t logits, moe::LayerWatch* watch) {
+    int64_t token_id = 0;
+    without_gil([&] { token_id = step.expect_next(floats(logits), watch); });
+    return token_id;
+}
+
 void begin_prompt(PromptStep& step, uint64_t token_ids, int64_t num_tokens,
                   const std::array<uint64_t, 6>& states) {
     const auto [residual, normed, ids, weights, cos, sin] = states;
@@ -253,7 +259,9 @@ void register_decode(py::module_& m) {
              "The layers from one on, up to one that chose what is not in memory")
         .def("choices", choices, py::arg("first"), py::arg("end"),
              "What run() chose in some layers, (ids, weights)")
-        .def("logits", logits, "The token's logits");
+        .def("logits", logits, "The token's logits")
+        .def("expect_next", expect_next, py::arg("logits"), py::arg("watch") = nullptr,
+             "The most likely next token by the logits; who watches hears of it as if its layers began");
     py::class_<PromptStep>(m, "PromptStep", "Many tokens through the decoder of a DecodeStep")
         .def(py::init([](DecodeStep& step) { return std::make_unique<PromptStep>(step.decoder()); }),
              py::keep_alive<1, 2>())

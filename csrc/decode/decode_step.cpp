@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "common/errors.h"
@@ -22,6 +23,20 @@ constexpr int64_t kAloneBytes = 64 << 10;  // waking a worker costs more than re
 
 void add(std::vector<float>& to, const std::vector<float>& what) {
     for (size_t i = 0; i < to.size(); ++i) to[i] = to[i] + what[i];
+}
+
+// Maxima in lanes first: a vocabulary is long, and a running maximum with its place is one value after
+// another.
+int64_t argmax(const float* values, int64_t count) {
+    constexpr int64_t kLanes = 16;
+    float lanes[kLanes];
+    std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+    for (; i < count; ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
+    const float* const found = std::find(values, values + count, *std::max_element(lanes, lanes + kLanes));
+    return found == values + count ? 0 : found - values;
 }
 
 }  // namespace
@@ -294,6 +309,17 @@ void DecodeStep::logits(float* out) {
     token_kernels().rms_norm(residual_.data(), decoder_.final_norm(), shape.eps, shape.hidden_size,
                              normed_.data());
     multiply(normed_.data(), {{&decoder_.head(), out}});
+}
+
+int64_t DecodeStep::expect_next(const float* logits, LayerWatch* watch) {
+    const int64_t token_id = argmax(logits, decoder_.head().matrix.rows);
+    if (!watch) return token_id;
+    {
+        ThreadPool::Operation operation(ThreadPool::instance());  // for its rounding
+        decoder_.embed(token_id, product_.data());
+    }
+    watch->begins(product_.data());
+    return token_id;
 }
 
 }  // namespace moe

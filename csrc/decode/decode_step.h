@@ -74,6 +74,10 @@ class DecodeStep {
 
     void logits(float* out);  // (vocab_size,)
 
+    // The most likely next token by the logits (vocab_size,), the lowest of several; 0 where all are NaN.
+    // ``watch``, where there is one, hears of it as if its layers began. Between tokens.
+    int64_t expect_next(const float* logits, LayerWatch* watch);
+
     const std::vector<float>& residual() const { return residual_; }
 
     int64_t num_layers() const { return decoder_.num_layers(); }

@@ -161,6 +161,11 @@ class CachePools:
             tickets.append(entry.ticket if entry.state is SlotState.IN_FLIGHT else 0)
         return addresses, tickets
 
+    def by_arrival(self, step: Step) -> list[int]:
+        """Return ``step.pending`` in the order that their reads were asked for: so they come, as a rule."""
+        tickets = {entry.key.expert_id: entry.ticket for entry in step.entries}
+        return sorted(step.pending, key=tickets.__getitem__)
+
     def resident_addresses(self, layer_idx: int, expert_ids: Iterable[int]) -> list[int]:
         """Return the first bytes of the matrices of residents, one after the other."""
         row = self._pool_of[layer_idx].table[layer_idx]

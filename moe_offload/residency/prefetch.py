@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moe_offload._native import LayerWatch
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.next_token import NextToken
 from moe_offload.planning.prediction import Forecast, Predictor
 from moe_offload.planning.prefetch_plan import (
     READERS,
@@ -70,6 +71,7 @@ class Prefetcher:
         self._pace = Pace(link, speeds, clock)
         self._needs_before_step = 0
         self._begins_in_run = False  # the token before began in a run, and so will the next
+        self._next_token = NextToken()
         self._rank: Rank | None = None
         self._set_depth_limit()
 
@@ -135,6 +137,8 @@ class Prefetcher:
             return
         if is_new_text:
             self._predictor.new_sequence()
+        came = None if token_ids is None or len(token_ids) != 1 or is_new_text else int(token_ids[0])
+        self._next_token.came(came, self._pace.clock())
         self._pace.layers.begin_step()
         if not self.is_on:
             self._pace.rest()
@@ -244,6 +248,27 @@ class Prefetcher:
         if self._early is not None:
             self._early.end()
 
+    def look_at_next_token(self, expect: Callable[[LayerWatch | None], int]) -> None:
+        """Begin to read for the first layers of the next token, before who samples it has chosen it.
+
+        Args:
+            expect: returns the likeliest token, and tells it to a watch, where there is one.
+        """
+        early, next_token = self._early, self._next_token
+        if early is None or not self.is_on or self._cache.has_every_expert or not self._knows_first:
+            return
+        if not next_token.is_worth_asking:
+            return
+        watch = None
+        if next_token.is_trusted:
+            gap_bytes = next_token.gap_s * self._pace.bytes_per_s if next_token.gap_s else 0.0
+            value, free_bytes = self.threshold.value / next_token.share, PARALLEL_BYTES + gap_bytes
+            watch = early.begin(value, self._most_depth, self._most_depth, free_bytes, FIRST)
+        try:
+            next_token.expect(expect(watch), self._pace.clock())
+        finally:
+            early.end()
+
     def look_ahead_natively(
         self, layer_idx: int, hidden: int, expert_ids: list[int], weights: list[float]
     ) -> None:
@@ -322,6 +347,7 @@ class Prefetcher:
     def _set_depth_limit(self) -> None:
         """Take the layers ahead that the predictor was made for as the most; begin with one."""
         self._one_token = getattr(self._predictor, "one_token", None)
+        self._knows_first = getattr(self._one_token, "knows_first", False)
         self._order = getattr(self._predictor, "order", None)
         self._most_depth = self._order.depth if self._order is not None else 1
         self._tell_slots()

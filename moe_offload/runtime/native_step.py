@@ -117,6 +117,9 @@ class NativeStep:
             self._run_layers(cached, cache.capacity_tokens, num_tokens)
         logits = torch.empty(1, 1, shape.vocab_size)
         self._step.logits(logits.data_ptr())
+        if tables is not None and self._moe_executors:
+            prefetcher = self._moe_executors[0].prefetcher
+            prefetcher.look_at_next_token(partial(self._step.expect_next, logits.data_ptr()))
         return logits
 
     def _tables(self) -> list[int] | None:
@@ -291,7 +294,7 @@ class NativeStep:
     def _compute_as_they_arrive(self, executor: ExpertExecutor, step: Step) -> None:
         layer_idx, cache = executor.layer_idx, executor.cache
         position_of = {expert_id: i for i, expert_id in enumerate(step.expert_ids)}
-        groups = [step.ready, *([expert_id] for expert_id in step.pending)]
+        groups = [step.ready, *([expert_id] for expert_id in cache.by_arrival(step))]
         for expert_ids in groups:
             if not expert_ids:
                 continue
