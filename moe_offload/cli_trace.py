@@ -69,7 +69,8 @@ def read_prompts(path: Path) -> list[str]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = [_prompt_of(json.loads(line)) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}; UTF-8, one prompt per line, is wanted") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--prompts {path}: {reason}; UTF-8, one prompt per line, is wanted") from error
     if not prompts:
         raise ConfigError(f"--prompts {path} holds no prompt")
     return prompts

@@ -181,6 +181,8 @@ def test_a_policys_training_data_is_not_counted(capsys, monkeypatch, trace_file)
         (["--slots", "0"], "holds nothing"),
         (["--as-run"], "is no recorded run"),
         (["--policies", ""], "names none"),
+        (["--csv", "no/such/folder.csv"], "there is no folder"),
+        (["--max-tokens", "-3"], "at least 1"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(capsys, monkeypatch, trace_file, arguments, message):
@@ -221,9 +223,10 @@ def test_without_matplotlib_it_says_so(capsys, monkeypatch, trace_file, tmp_path
     assert code == 0 and "matplotlib is not installed" in err
 
 
-def test_a_recorded_run_is_replayed_as_it_was(capsys, monkeypatch, tiny_moe, tmp_path):
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_recorded_run_is_replayed_as_it_was(capsys, monkeypatch, tiny_moe, tmp_path, prefetch):
     tokenizer = moe_offload.load_tokenizer(tiny_moe)
-    model = moe_offload.from_pretrained(tiny_moe, experts=12, policy="lru", prefetch=False, context=64)
+    model = moe_offload.from_pretrained(tiny_moe, experts=12, policy="lru", prefetch=prefetch, context=64)
     with model.offload.trace() as recorder:
         model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=20, do_sample=False)
     write_trace(tmp_path / "run.npz", recorder.trace())

@@ -37,7 +37,9 @@ def read_documents(paths: Sequence[Path]) -> Documents:
             raw = path.read_bytes()
             text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
         except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-            raise ConfigError(f"--text {path}: {error}; plain text in UTF-8 is wanted") from error
+            raise ConfigError(
+                f"--text {path}: {getattr(error, 'strerror', None) or error}; plain text in UTF-8 is wanted"
+            ) from error
         parts = [part.strip() for part in text.split(SEPARATOR)]
         parts = [part for part in parts if len(part) >= LEAST_DOCUMENT_CHARS]
         documents += parts if len(parts) > 1 else _pieces(text)
