@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from moe_offload.errors import CheckpointError
+from moe_offload.npz import open_npz
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         fields: dict[str, Any] = {name: file[name] for name in _NPZ_ARRAYS if name in file}
         if "weights" not in fields and "probs" in file:
             fields["weights"] = file["probs"]

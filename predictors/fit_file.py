@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.npz import open_npz
 from moe_offload.predictors.routers import Curve
 
 FORMAT = 1
@@ -108,7 +109,7 @@ def read_fit(path: Path, groups: Collection[str] | None = None) -> PredictorFit:
         CheckpointError: it is damaged, or of another version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path) as file:
             about = json.loads(str(file["about"]))
             if about.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is a fit of format {about.get('format')}; {FORMAT} is wanted")

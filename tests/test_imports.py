@@ -16,7 +16,7 @@ REPOSITORY = PACKAGE.parent
 
 # Each part may import itself and what stands above it.
 READING_ORDER = [
-    ("errors", "config"),
+    ("errors", "config", "npz"),
     ("storage.expert_format",),
     ("profile_schema",),
     ("profile_parse", "profile_write"),
@@ -62,6 +62,7 @@ READING_ORDER = [
 WITHOUT_TORCH = {
     "errors",
     "config",
+    "npz",
     "device",
     "profile_schema",
     "profile_parse",

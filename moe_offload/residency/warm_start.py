@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.npz import open_npz
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -106,7 +107,7 @@ def read_state(path: Path, checkpoint: str, num_experts: Mapping[int, int]) -> W
     try:
         if path.stat().st_size > 2 * MOST_FILE_BYTES:
             raise ValueError("it is too large")
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return _checked({name: file[name] for name in file.files}, checkpoint, num_experts)
     except FileNotFoundError:
         return None

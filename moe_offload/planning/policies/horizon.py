@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from moe_offload._native import HorizonCoefficients, HorizonForecast, HorizonTable
 from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.npz import open_npz
 from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -102,7 +103,7 @@ def read_fit(path: str | Path) -> HorizonFit:
             "-o makes one, or bench/fit_horizon.py of traces"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(Path(path)) as file:
             own, before, constant = (file[name].astype(np.float32) for name in ("own", "before", "constant"))
             layers = tuple(int(layer_idx) for layer_idx in file["layers"])
             notes = json.loads(str(file["notes"]))
@@ -113,8 +114,8 @@ def read_fit(path: str | Path) -> HorizonFit:
         return fit
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"horizon={path} is no fitted file ({error!r}); remove it, or make it again "
-            "by moe-offload fit-predictor or bench/fit_horizon.py"
+            f"horizon={path} is no fitted file or is damaged ({error or type(error).__name__}); remove it "
+            "and make it again, by moe-offload fit-predictor or bench/fit_horizon.py"
         ) from error
 
 
