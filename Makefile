@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # setuptools and pybind11 build the extension once more for the sanitizers.
-DEV_TOOLS := pytest hypothesis ruff mypy clang-format onnxruntime onnx matplotlib setuptools pybind11
+DEV_TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format onnxruntime onnx matplotlib setuptools pybind11
 # Held in the environment, so that builds in isolation keep to the same versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,6 +23,9 @@ GGML_FLAGS := avx2:AVX2 fma:FMA f16c:F16C bmi2:BMI2 avx512f:AVX512 avx512_vnni:A
 CPU_FLAGS := $(shell grep -m1 ^flags /proc/cpuinfo)
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=OFF $(foreach pair,$(GGML_FLAGS),\
 	-DGGML_$(word 2,$(subst :, ,$(pair)))=$(if $(filter $(word 1,$(subst :, ,$(pair))),$(CPU_FLAGS)),ON,OFF))
+
+# Most tests keep one core busy. A file stays with one process, whose fixtures it shares.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: help demo test test-quick llama check format fuzz sanitize bench wheel clean
 
@@ -43,10 +46,10 @@ demo: $(VENV)/.installed
 	$(BIN)/moe-offload generate --experts 25% --prompt "The history of the town" --temperature 0.8 --seed 1
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+	$(PYTEST) -m "not cuda" $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not cuda and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not cuda and not slow" $(PYTEST_ARGS)
 
 llama: $(VENV)/.installed-dev
 	CMAKE_ARGS="$(strip $(LLAMA_CMAKE_ARGS))" $(BIN)/python -m pip install llama-cpp-python

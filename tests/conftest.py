@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cuda_stand_in import build_stand_in
+from filelock import FileLock
 from hypothesis import settings
 
 from moe_offload import profile_store
@@ -36,9 +37,16 @@ settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")
-def stand_in() -> str:
-    """csrc/cuda over stand-ins for runtime and grid, as a library."""
-    return str(build_stand_in())
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """csrc/cuda over stand-ins for runtime and grid, as a library; compiled once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    library = folder / "cuda_stand_in.so"
+    with FileLock(f"{library}.lock"):
+        if not library.exists():
+            build_stand_in(library)
+    return str(library)
 
 
 CHAT_TEMPLATE = (

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import platform
 import shutil
 import subprocess
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,14 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@cache
-def build_stand_in() -> Path:
-    """Compile tests/native/cuda_stand_in.cpp, once a session; skips without g++."""
+def build_stand_in(library: Path) -> None:
+    """Compile tests/native/cuda_stand_in.cpp as `library`; skips without g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    folder = Path(tempfile.mkdtemp(prefix="moe-offload-cuda-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    library = folder / "cuda_stand_in.so"
     native = ROOT / "tests" / "native"
     fma = ["-mfma"] if platform.machine() == "x86_64" else []
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", *fma, "-fPIC", "-shared", "-Wno-unknown-pragmas"]
@@ -31,4 +24,3 @@ def build_stand_in() -> Path:
     include = [f"-I{ROOT / 'csrc'}", f"-I{native}"]
     command = ["g++", *flags, *include, "-x", "c++", str(native / "cuda_stand_in.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
-    return library

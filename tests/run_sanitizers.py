@@ -129,16 +129,28 @@ def run_tests(name: str, folder: Path) -> int:
     (library,) = folder.glob("lib*/moe_offload/_native*.so")
     environment = {
         **os.environ, **OPTIONS, "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
+        # The package in the working directory, which was not built for this, stays out of the way.
+        "PYTHONSAFEPATH": "1",
     }  # fmt: skip
-    # -P: the package in the working directory, which was not built for this, stays out of the way.
-    python = [sys.executable, "-P"]
-    asked = [*python, "-c", "import moe_offload._native as native; print(native.__file__)"]
+    asked = [sys.executable, "-c", "import moe_offload._native as native; print(native.__file__)"]
     loaded = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
     if loaded.stdout.strip() != str(library):
         print(f"{library} was built, but {loaded.stdout.strip() or loaded.stderr} is what is loaded")
         return 1
     tests = [str(ROOT / "tests" / test) for test in TESTS[name]]
-    pytest = [*python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    workers = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile"]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *workers,
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+    ]
     return subprocess.run([*pytest, *tests], cwd=ROOT, env=environment).returncode
 
 

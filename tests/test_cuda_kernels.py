@@ -10,7 +10,6 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_stand_in import build_stand_in
 from numpy.typing import NDArray
 from op_cases import activations, cols_of, misaligned, packed_weight
 from op_helpers import assert_same_bits
@@ -26,8 +25,8 @@ NO_ACTIVATION = Activation(ActivationKind.SILU)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build_stand_in()))
+def kernels(stand_in: str) -> ctypes.CDLL:
+    return ctypes.CDLL(stand_in)
 
 
 def pointer(array: NDArray[np.generic] | None) -> ctypes.c_void_p:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_stand_in import build_stand_in
 
 import moe_offload
 from moe_offload import cuda
@@ -17,8 +16,8 @@ PROMPT = torch.tensor([[1, 5, 9, 20, 33, 7]])
 
 
 @pytest.fixture
-def stand_in_card(monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cuda, "LIBRARY", build_stand_in())
+def stand_in_card(monkeypatch: pytest.MonkeyPatch, stand_in: str) -> Path:
+    monkeypatch.setattr(cuda, "LIBRARY", Path(stand_in))
     assert cuda.describe()["on"] and cuda.describe()["devices"][0]["name"] == "stand-in"
     return cuda.LIBRARY
 
