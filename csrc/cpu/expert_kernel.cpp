@@ -321,7 +321,6 @@ void ExpertKernel::down_rows(const Step& step, int64_t expert, int64_t first_row
 void ExpertKernel::add_down_rows(const Step& step, int64_t expert, int64_t first_row,
                                  const float* pair_weights, float* out) const {
     const ExpertPairs& pairs = step.pairs;
-    const auto add_weighted = kernels().add_weighted;
     const int64_t num_rows = std::min<int64_t>(kRowTile, hidden_size() - first_row);
     const uint8_t* next = nullptr;  // the same rows of the next expert
     if (expert + 1 < pairs.num_experts)
@@ -331,9 +330,14 @@ void ExpertKernel::add_down_rows(const Step& step, int64_t expert, int64_t first
     for (int32_t p = pairs.pair_offsets[expert], end; p < pairs.pair_offsets[expert + 1]; p = end) {
         end = std::min(p + kPairTile, pairs.pair_offsets[expert + 1]);
         down_rows(step, expert, first_row, p, end, next, y[0], kRowTile);
+        if (num_rows == kRowTile) {
+            kernels().add_weighted_rows(
+                {y, pairs.pair_tokens + p, pair_weights + p, end - p, out + first_row, hidden_size()});
+            continue;
+        }
         for (int32_t i = p; i < end; ++i)
-            add_weighted(out + pairs.pair_tokens[i] * hidden_size() + first_row, y[i - p], pair_weights[i],
-                         num_rows);
+            kernels().add_weighted(out + pairs.pair_tokens[i] * hidden_size() + first_row, y[i - p],
+                                   pair_weights[i], num_rows);
     }
 }
 

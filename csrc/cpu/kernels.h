@@ -55,6 +55,16 @@ struct Activation {
     float alpha, limit;  // of GPT_OSS_SWIGLU
 };
 
+// Weighted rows of some pairs, in order, to be added to their tokens: kRowTile numbers each.
+struct WeightedRows {
+    float (*y)[kRowTile];  // (count,), free afterwards
+    const int32_t* tokens;
+    const float* weights;
+    int count;
+    float* out;  // out[tokens[i] * out_stride]
+    int64_t out_stride;
+};
+
 using RowsFn = void (*)(const RowsArgs&);
 using DequantizeFn = void (*)(const uint8_t* row, int64_t cols, float* out);
 
@@ -74,6 +84,7 @@ struct Kernels {
                      int64_t n);
     // out[i] = out[i] + weight * y[i], two roundings
     void (*add_weighted)(float* out, const float* y, float weight, int64_t n);
+    void (*add_weighted_rows)(const WeightedRows&);  // the same of several rows
 };
 
 // Codebooks of the IQ types, set once from gguf-py: (entries, width) int8; nullptr until then.
