@@ -202,7 +202,15 @@ class PromptStep:
     def __init__(self, step: DecodeStep) -> None: ...
     def begin(self, token_ids: int, num_tokens: int, states: tuple[int, int, int, int, int, int]) -> None: ...
     def attend(
-        self, layer: int, keys: int, values: int, capacity: int, past_tokens: int, first: int, num_tokens: int
+        self,
+        layer: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        past_tokens: int,
+        first: int,
+        num_tokens: int,
+        wanted: int = 0,
     ) -> None: ...
     def logits(self, first: int, out: int) -> None: ...
 

@@ -41,8 +41,12 @@ class Prompt:
         else:
             self.cached = torch.randn(shape).to(self.layer.cache_dtype)
 
-    def in_chunks(self, sizes, tile_tokens=10**6):
-        """Logits (num_tokens, VOCAB) of chunks one after the other, and what the cache has then."""
+    def in_chunks(self, sizes, tile_tokens=10**6, kept=10**6):
+        """Logits (num_tokens, VOCAB) of chunks one after the other, and what the cache has then.
+
+        Args:
+            kept: of each chunk, the last tokens whose logits are computed.
+        """
         keys, values = self.cached.clone()
         decoder = self.layer.step()
         step, logits, start = _native.PromptStep(decoder), [], 0
@@ -53,10 +57,10 @@ class Prompt:
             addresses = (address(states[0]), address(states[1]), 0, 0, address(cos), address(sin))
             step.begin(address(tokens), size, addresses)
             for first in range(0, size, tile_tokens):
-                tile = first, min(tile_tokens, size - first)
+                tile = first, min(tile_tokens, size - first), max(0, size - kept)
                 step.attend(0, address(keys), address(values), keys.shape[1], self.num_past + start, *tile)
-            logits.append(torch.empty(size, VOCAB))
-            step.logits(0, address(logits[-1]))
+            logits.append(torch.empty(min(kept, size), VOCAB))
+            step.logits(max(0, size - kept), address(logits[-1]))
             start += size
         return torch.cat(logits), keys, values
 
@@ -93,6 +97,38 @@ def test_the_tiles_of_a_chunk_change_no_bit(tile_tokens):
     expected = prompt.in_chunks([70])
     for one, other in zip(prompt.in_chunks([70], tile_tokens), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["packed cache", "narrow window"])
+@pytest.mark.parametrize(("tile_tokens", "kept"), [(10**6, 1), (9, 12), (9, 1), (35, 35)])
+def test_tokens_that_nobody_asks_for_change_no_bit_of_the_last_ones(name, tile_tokens, kept):
+    prompt = Prompt(HEADS[name], 30, 70)
+    logits, *cached = prompt.in_chunks([70])
+    last, *cached_too = prompt.in_chunks([70], tile_tokens, kept)
+    assert torch.equal(last, logits[-kept:])
+    assert all(map(torch.equal, cached_too, cached))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_last_token_of_a_prompt_is_the_same_whether_the_others_are_asked_for_or_not(family, tmp_path):
+    model = load(save_toy_model(family, tmp_path))
+    executor = model.offload.native_step._moe_executors[-1]
+    ids, tokens = torch.arange(3, 43)[None], []
+    expected = model(ids).logits
+    assert executor.cache.num_newcomers(executor.layer_idx) <= 2, "else all tokens are computed"
+    add_experts = executor.add_experts
+
+    def count_tokens(hidden, *args, **kwargs):
+        tokens.append(len(hidden))
+        add_experts(hidden, *args, **kwargs)
+
+    executor.add_experts = count_tokens
+    for kept in (1, 3, 30):
+        assert torch.equal(model(ids, logits_to_keep=kept).logits, expected[:, -kept:])
+    with model.offload.trace():
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected[:, -1:])
+    assert tokens == [1, 3, 30, 40]  # a recorder is told of all
+    model.offload.close()
 
 
 def test_a_tile_beyond_its_chunk_is_refused():
@@ -194,7 +230,7 @@ def test_an_interrupted_prompt_leaves_nothing_in_the_cache(tmp_path, monkeypatch
     expected = model(ids).logits
     executor = model.offload.native_step._moe_executors[-1]
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -20,6 +20,7 @@ from moe_offload.planning.prompt_chunks import (
     LONGEST_CHUNK_TOKENS,
     constant_chunks,
     even_chunks,
+    first_needed,
     longest_chunk,
     native_prompt_bytes,
     prompt_room_bytes,
@@ -40,6 +41,12 @@ def test_chunks_are_even_and_as_few_as_possible() -> None:
     assert even_chunks(10, 4) == [3, 3, 4] and even_chunks(1, 512) == [1]
     constant = [constant_chunks(n) for n in (1, 511, 512, 513, 1100)]
     assert constant == [[1], [511], [512], [512, 1], [512, 512, 76]]
+
+
+def test_a_last_layer_is_computed_for_all_where_its_experts_are_still_to_come() -> None:
+    assert first_needed(100, 1, num_newcomers=8, top_k=8) == 99
+    assert first_needed(100, 1, num_newcomers=9, top_k=8) == 0
+    assert first_needed(100, 100, num_newcomers=0, top_k=8) == 0
 
 
 @given(num_tokens=st.integers(1, 10**5), longest=st.integers(200, 10**4))
@@ -152,7 +159,7 @@ def test_an_interrupt_does_not_wait_for_a_chunk_and_leaves_nothing_of_it(tmp_pat
 
         def attend(self, layer, *rest):
             step.attend(layer, *rest)
-            tiles.append((layer, *rest[-2:]))
+            tiles.append((layer, *rest[-3:-1]))
             if tiles[-1][:2] == (2, 512):
                 raise KeyboardInterrupt
 

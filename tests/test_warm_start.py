@@ -62,6 +62,11 @@ def test_a_state_comes_back_as_it_was(tmp_path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m.npz"]
 
 
+def test_a_layer_that_saw_fewer_tokens_is_no_colder_for_it() -> None:
+    state = WarmState({0: np.array([300.0, 100.0]), 1: np.array([1.0, 2.0])}, "lru")
+    assert state.hottest() == [ExpertKey(0, 0), ExpertKey(1, 1), ExpertKey(1, 0), ExpertKey(0, 1)]
+
+
 def test_the_next_run_finds_the_hottest_resident_and_its_policy_informed(tmp_path) -> None:
     state = state_of(used_cache(), "horizon")
     cache, disk, stats = make_cache(10, HorizonPolicy)

@@ -180,10 +180,10 @@ void begin_prompt(PromptStep& step, uint64_t token_ids, int64_t num_tokens,
 }
 
 void attend_prompt_layer(PromptStep& step, int64_t layer, uint64_t keys, uint64_t values, int64_t capacity,
-                         int64_t past_tokens, int64_t first, int64_t num_tokens) {
+                         int64_t past_tokens, int64_t first, int64_t num_tokens, int64_t wanted) {
     const CachedTokens cached{reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity,
                               past_tokens};
-    without_gil([&] { step.attend(layer, cached, first, num_tokens); });
+    without_gil([&] { step.attend(layer, cached, first, num_tokens, wanted); });
 }
 
 // A prompt from its beginning, apart from what is around attention: for those who time it.
@@ -269,7 +269,9 @@ void register_decode(py::module_& m) {
              "Embed tokens; states: addresses of residual, normed, ids, weights, cos, sin")
         .def("attend", attend_prompt_layer, py::arg("layer"), py::arg("keys"), py::arg("values"),
              py::arg("capacity"), py::arg("past_tokens"), py::arg("first"), py::arg("num_tokens"),
-             "Attention and the router's choices of some of the chunk's tokens, or a whole dense layer")
+             py::arg("wanted") = 0,
+             "Attention and the router's choices of some of the chunk's tokens, or a whole dense layer; of "
+             "tokens before ``wanted`` keys and values only")
         .def("logits", prompt_logits, "Logits of the tokens from one on");
     m.def("attend_prompt", attend_prompt_alone,
           "Causal attention of a prompt's scaled queries (num_tokens, num_heads, head_dim) over keys and "

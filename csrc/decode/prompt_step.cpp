@@ -63,9 +63,8 @@ PromptStates PromptStep::tile(int64_t first) const {
     return tile;
 }
 
-void PromptStep::attend(int64_t index, const CachedTokens& before_chunk, int64_t first, int64_t num_tokens) {
-    const DecoderLayer& layer = decoder_.layer(index);
-    const DecoderShape& shape = decoder_.shape();
+void PromptStep::attend(int64_t index, const CachedTokens& before_chunk, int64_t first, int64_t num_tokens,
+                        int64_t wanted) {
     check(first >= 0 && num_tokens >= 0 && first + num_tokens <= num_tokens_, "PromptStep",
           "tokens " + std::to_string(first) + " to " + std::to_string(first + num_tokens) +
               " are not in a chunk of " + std::to_string(num_tokens_));
@@ -73,50 +72,69 @@ void PromptStep::attend(int64_t index, const CachedTokens& before_chunk, int64_t
           "PromptStep",
           "the key/value cache has no room for " + std::to_string(num_tokens_) + " tokens behind " +
               std::to_string(before_chunk.num_tokens));
+    const DecoderLayer& layer = decoder_.layer(index);
     CachedTokens cached = before_chunk;
     cached.num_tokens += first;
-    PromptStates states = tile(first);
-    states.ids += first * layer.router.top_k;
-    states.weights += first * layer.router.top_k;
     ThreadPool::Operation operation(ThreadPool::instance());
-    const TokenKernels& ops = token_kernels();
+    const int64_t skipped = std::clamp<int64_t>(wanted - first, 0, num_tokens);
+    project(layer.attention, cached, tile(first), num_tokens, skipped);
+    if (skipped == num_tokens) return;
+    cached.num_tokens += skipped;
+    PromptStates states = tile(first + skipped);
+    states.ids += (first + skipped) * layer.router.top_k;
+    states.weights += (first + skipped) * layer.router.top_k;
+    add_attention(layer, cached, states, num_tokens - skipped);
+    if (layer.router.top_k)
+        choose(layer.router, states, num_tokens - skipped);
+    else
+        feed_forward(layer, states, num_tokens - skipped);
+}
+
+// Keys and values of all tokens into the cache; queries of all but the first ``skipped``.
+void PromptStep::project(const AttentionLayer& attention, const CachedTokens& cached,
+                         const PromptStates& tile, int64_t num_tokens, int64_t skipped) {
+    const DecoderShape& shape = decoder_.shape();
     const int64_t hidden_size = shape.hidden_size;
+    const int64_t query_size = decoder_.query_size(), key_size = decoder_.key_size();
     for_each_token(num_tokens, [&](int64_t token) {
         const int64_t at = token * hidden_size;
-        ops.rms_norm(states.residual + at, layer.attention.norm, shape.eps, hidden_size, states.normed + at);
+        token_kernels().rms_norm(tile.residual + at, attention.norm, shape.eps, hidden_size,
+                                 tile.normed + at);
     });
-    project(layer.attention, cached, states, num_tokens);
+    float* query = at_least(query_, num_tokens * std::max(hidden_size, query_size));
+    float *key = at_least(key_, num_tokens * key_size), *value = at_least(value_, num_tokens * key_size);
+    if (skipped) {
+        multiply(tile.normed, num_tokens, {{&attention.key, key}, {&attention.value, value}});
+        multiply(tile.normed + skipped * hidden_size, num_tokens - skipped, {{&attention.query, query}});
+    } else {
+        multiply(tile.normed, num_tokens,
+                 {{&attention.query, query}, {&attention.key, key}, {&attention.value, value}});
+    }
+    const int64_t half = shape.rotary_dim / 2;
+    for_each_token(num_tokens, [&](int64_t token) {
+        float* of_token = token < skipped ? nullptr : query + (token - skipped) * query_size;
+        finish_heads(shape, attention, tile.cos + token * half, tile.sin + token * half, of_token,
+                     key + token * key_size, value + token * key_size);
+        store_token(shape, cached, cached.num_tokens + token, key + token * key_size,
+                    value + token * key_size);
+    });
+}
+
+// Attention of projected tokens, its residual, and what the feed-forward network sees.
+void PromptStep::add_attention(const DecoderLayer& layer, const CachedTokens& cached,
+                               const PromptStates& tile, int64_t num_tokens) {
+    const DecoderShape& shape = decoder_.shape();
+    const int64_t hidden_size = shape.hidden_size;
     float* context = at_least(product_, num_tokens * std::max(hidden_size, decoder_.query_size()));
     attend_prompt(shape, layer.attention, cached, num_tokens, query_.data(), context);
     float* product = query_.data();  // as large, and read
     multiply(context, num_tokens, {{&layer.attention.out, product}});
     for_each_token(num_tokens, [&](int64_t token) {
-        float* residual = states.residual + token * hidden_size;
+        float* residual = tile.residual + token * hidden_size;
         const float* added = product + token * hidden_size;
         for (int64_t i = 0; i < hidden_size; ++i) residual[i] = residual[i] + added[i];
-        ops.rms_norm(residual, layer.attention.feed_forward_norm, shape.eps, hidden_size,
-                     states.normed + token * hidden_size);
-    });
-    if (layer.router.top_k)
-        choose(layer.router, states, num_tokens);
-    else
-        feed_forward(layer, states, num_tokens);
-}
-
-void PromptStep::project(const AttentionLayer& attention, const CachedTokens& cached,
-                         const PromptStates& tile, int64_t num_tokens) {
-    const DecoderShape& shape = decoder_.shape();
-    const int64_t query_size = decoder_.query_size(), key_size = decoder_.key_size();
-    float* query = at_least(query_, num_tokens * std::max(shape.hidden_size, query_size));
-    float *key = at_least(key_, num_tokens * key_size), *value = at_least(value_, num_tokens * key_size);
-    multiply(tile.normed, num_tokens,
-             {{&attention.query, query}, {&attention.key, key}, {&attention.value, value}});
-    const int64_t half = shape.rotary_dim / 2;
-    for_each_token(num_tokens, [&](int64_t token) {
-        finish_heads(shape, attention, tile.cos + token * half, tile.sin + token * half,
-                     query + token * query_size, key + token * key_size, value + token * key_size);
-        store_token(shape, cached, cached.num_tokens + token, key + token * key_size,
-                    value + token * key_size);
+        token_kernels().rms_norm(residual, layer.attention.feed_forward_norm, shape.eps, hidden_size,
+                                 tile.normed + token * hidden_size);
     });
 }
 

@@ -36,8 +36,10 @@ class PromptStep {
     // Of tokens [first, first + num_tokens) of the chunk, those before them done: attention and its residual,
     // then the router's choices, whose weighted experts the caller adds to the residual when all tiles are
     // done, or the whole dense feed-forward network. The chunk's keys and values go behind
-    // ``cached.num_tokens``.
-    void attend(int64_t layer, const CachedTokens& cached, int64_t first, int64_t num_tokens);
+    // ``cached.num_tokens``. Tokens before ``wanted`` of the chunk get these only: in the last layer nothing
+    // else of them is seen, unless their logits are asked for.
+    void attend(int64_t layer, const CachedTokens& cached, int64_t first, int64_t num_tokens,
+                int64_t wanted = 0);
 
     // Of the tokens from ``first`` on, (num_tokens - first, vocab_size).
     void logits(int64_t first, float* out);
@@ -50,7 +52,9 @@ class PromptStep {
     PromptStates tile(int64_t first) const;
     void multiply(const float* x, int64_t num_tokens, std::initializer_list<Place> products) const;
     void project(const AttentionLayer& attention, const CachedTokens& cached, const PromptStates& tile,
-                 int64_t num_tokens);
+                 int64_t num_tokens, int64_t skipped);
+    void add_attention(const DecoderLayer& layer, const CachedTokens& cached, const PromptStates& tile,
+                       int64_t num_tokens);
     void choose(const Router& router, const PromptStates& tile, int64_t num_tokens);
     void feed_forward(const DecoderLayer& layer, const PromptStates& tile, int64_t num_tokens);
 

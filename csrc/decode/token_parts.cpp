@@ -32,10 +32,10 @@ void finish_heads(const DecoderShape& shape, const AttentionLayer& attention, co
         for (int64_t i = 0; i < size; i += shape.head_dim)
             ops.rotate(heads + i, cos, sin, shape.rotary_dim / 2);
     };
-    finish(query, query_size, attention.q_norm);
+    if (query) finish(query, query_size, attention.q_norm);
     finish(key, key_size, attention.k_norm);
     if (attention.clip > 0.0f) clip(value, key_size, attention.clip);
-    for (int64_t i = 0; i < query_size; ++i) query[i] = query[i] * shape.scaling;
+    for (int64_t i = 0; query && i < query_size; ++i) query[i] = query[i] * shape.scaling;
 }
 
 void store_token(const DecoderShape& shape, const CachedTokens& cached, int64_t position, const float* key,

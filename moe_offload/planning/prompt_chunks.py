@@ -37,6 +37,20 @@ def even_chunks(num_tokens: int, longest: int) -> list[int]:
     return [num_tokens * (i + 1) // count - num_tokens * i // count for i in range(count)]
 
 
+def first_needed(num_tokens: int, num_kept: int, num_newcomers: int, top_k: int) -> int:
+    """Return from which token on a prompt's last layer is computed; of those before it keys and values are.
+
+    Nothing else of them is seen but by who asks for their logits. Where a prompt would bring the layer's
+    experts into memory, all of it is computed, or each answer would begin by waiting for them.
+
+    Args:
+        num_kept: tokens whose logits are wanted, the last ones.
+        num_newcomers: the layer's experts that are not in memory, as far as there is room for them.
+        top_k: experts of a token.
+    """
+    return 0 if num_newcomers > top_k else num_tokens - num_kept
+
+
 def longest_chunk(spec: ModelSpec, config: Mapping[str, Any], context_tokens: int) -> int:
     """Return the tokens of a natively computed chunk that fit where 512 of transformers' layers do.
 

@@ -119,6 +119,12 @@ class CachePools:
         pool = self._pool_of[layer_idx]
         return bool(pool.free) and len(pool.residents) + len(pool.warming) < pool.capacity
 
+    def num_newcomers(self, layer_idx: int) -> int:
+        """Return how many of a layer's experts are not resident and would find room beside those that are."""
+        pool = self._pool_of[layer_idx]
+        missing = sum(entry is None for entry in pool.table[layer_idx])
+        return max(0, min(missing, pool.capacity - len(pool.residents)))
+
     def residents(self) -> list[ExpertKey]:
         """Return the resident experts, sorted; for tests and reports."""
         return sorted(key for pool in self._pools for key in pool.residents)

@@ -40,11 +40,14 @@ class WarmState:
     policy_states: tuple[Mapping[str, NDArray[Any]], ...] = field(default=())
 
     def hottest(self) -> list[ExpertKey]:
-        """Return every expert that was ever used, the hottest first."""
+        """Return every expert that was ever used, the hottest first.
+
+        By its share of what its layer saw: a last layer sees less of prompts than the others do.
+        """
         keys = [
             (-heat, layer_idx, expert_id)
             for layer_idx, layer_heat in self.heat.items()
-            for expert_id, heat in enumerate(layer_heat.tolist())
+            for expert_id, heat in enumerate((layer_heat / max(layer_heat.sum(), 1e-300)).tolist())
             if heat > 0
         ]
         return [ExpertKey(layer_idx, expert_id) for _, layer_idx, expert_id in sorted(keys)]

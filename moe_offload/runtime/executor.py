@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
 from moe_offload.errors import CheckpointError
 from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
+from moe_offload.planning.prompt_chunks import first_needed
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.expert_calls import expert_calls
@@ -122,19 +123,42 @@ class ExpertExecutor:
         return out.to(hidden_states.dtype)
 
     def add_experts(
-        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor, dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        out: Tensor,
+        dtype: torch.dtype,
+        *,
+        is_part: bool = False,
     ) -> None:
         """Add the experts' weighted outputs to ``out`` (T, H) in ascending id; all float32 but the ids.
 
         Args:
             dtype: the model's, in which recorder and predictors see ``hidden``.
+            is_part: these are a few of many tokens, so the caches are gone past however few they are.
         """
-        watched = self.on_route is not None or len(hidden) <= DECODE_STEP_MAX_TOKENS
+        watched = self.on_route is not None or (len(hidden) <= DECODE_STEP_MAX_TOKENS and not is_part)
         router_input = hidden.to(dtype, copy=True) if watched else hidden
-        self._add(router_input, hidden, top_k_index, top_k_weights, out)
+        self._add(router_input, hidden, top_k_index, top_k_weights, out, is_part)
+
+    def first_needed(self, num_tokens: int, num_kept: int, top_k: int) -> int:
+        """Return from which token of a prompt on this layer is computed, when it is the last one.
+
+        A recorder is told of all tokens, and a device is given work by layers alike.
+        """
+        if self.on_route is not None or self.hybrid is not None:
+            return 0
+        return first_needed(num_tokens, num_kept, self.cache.num_newcomers(self.layer_idx), top_k)
 
     def _add(
-        self, router_input: Tensor, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor
+        self,
+        router_input: Tensor,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        out: Tensor,
+        is_part: bool = False,
     ) -> None:
         if self.on_route is not None:
             self.on_route(self.layer_idx, router_input, top_k_index, top_k_weights)
@@ -142,7 +166,7 @@ class ExpertExecutor:
         chosen = top_k_index.numpy(), top_k_weights.float().numpy()
         self.prefetcher.routed(self.layer_idx, routing.expert_ids, *chosen)
         look_ahead = partial(self.prefetcher.look_ahead, self.layer_idx, router_input, *chosen)
-        if not self._decode(look_ahead, hidden, routing, out):
+        if is_part or not self._decode(look_ahead, hidden, routing, out):
             self._stream(hidden, routing, out)
         self.on_layer_done(self.layer_idx)
 

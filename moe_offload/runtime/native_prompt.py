@@ -47,17 +47,28 @@ class NativePrompt:
         )
         self._step.begin(ids.data_ptr(), num_tokens, (*states.addresses(), cos.data_ptr(), sin.data_ptr()))
         cached = self._decoder.cached(cache)
+        num_kept = min(inputs.get("logits_to_keep") or num_tokens, num_tokens)
         for layer_idx, executor in enumerate(self._executors):
+            needed = self._first_needed(layer_idx, num_tokens, num_kept)
             for start in range(0, num_tokens, TILE_TOKENS):
-                tile = start, min(TILE_TOKENS, num_tokens - start)
+                tile = start, min(TILE_TOKENS, num_tokens - start), needed
                 self._step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens, *tile)
             if executor is not None:
-                routed = states.routed(self._decoder.top_k[layer_idx])
-                executor.add_experts(*routed, states.residual, self._decoder.dtype)
-        num_kept = min(inputs.get("logits_to_keep") or num_tokens, num_tokens)
+                routed = states.routed(self._decoder.top_k[layer_idx], needed)
+                out, dtype = states.residual[needed:], self._decoder.dtype
+                executor.add_experts(*routed, out, dtype, is_part=needed > 0)
         logits = torch.empty(1, num_kept, self._decoder.shape.vocab_size)
         self._step.logits(num_tokens - num_kept, logits.data_ptr())
         return logits
+
+    def _first_needed(self, layer_idx: int, num_tokens: int, num_kept: int) -> int:
+        """Return from which token on a layer has to be computed; before it, keys and values are."""
+        if layer_idx < len(self._executors) - 1:
+            return 0
+        executor = self._executors[layer_idx]
+        if executor is None:
+            return num_tokens - num_kept
+        return executor.first_needed(num_tokens, num_kept, self._decoder.top_k[layer_idx])
 
 
 class ChunkStates:
@@ -78,9 +89,12 @@ class ChunkStates:
         tensors = self.residual, self._normed, self._top_k_index, self._top_k_weights
         return tuple(tensor.data_ptr() for tensor in tensors)  # type: ignore[return-value]
 
-    def routed(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the last router saw and chose: (T, H), (T, K) int32, (T, K), all float32 but ids."""
+    def routed(self, top_k: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the last router saw and chose: (T, H), (T, K) int32, (T, K), all float32 but ids.
+
+        Of T tokens, those from ``first`` on.
+        """
         num_tokens = len(self.residual)
         chosen = (part[: num_tokens * top_k] for part in (self._top_k_index, self._top_k_weights))
         top_k_index, top_k_weights = (part.view(num_tokens, top_k) for part in chosen)
-        return self._normed, top_k_index, top_k_weights
+        return self._normed[first:], top_k_index[first:], top_k_weights[first:]
