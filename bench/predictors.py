@@ -125,7 +125,8 @@ def measure(model, fit, recording, expert_bytes: float, args: argparse.Namespace
     from moe_offload.errors import CheckpointError, ConfigError
     from moe_offload.predictors.evaluate import evaluate, summarize
     from moe_offload.predictors.exact import Oracle
-    from moe_offload.runtime.predictor_choice import GROUPS, PredictorChoice, make_predictor
+    from moe_offload.runtime.predictor_choice import GROUPS, PredictorChoice
+    from moe_offload.runtime.predictor_making import make_predictor
 
     wanted = [*GROUPS, "oracle"] if args.predictors == "all" else args.predictors.split(",")
     layers, results = list(fit.layers), {}

@@ -196,7 +196,8 @@ def settings_of(
     from moe_offload.planning.prefetch_plan import Threshold
     from moe_offload.predictors.cross_layer_gate import CrossLayerGate
     from moe_offload.runtime import skeleton
-    from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
+    from moe_offload.runtime.predictor_choice import PredictorChoice
+    from moe_offload.runtime.predictor_making import make_predictor
 
     prefetcher = model.offload.prefetcher
     link, default = prefetcher.link, prefetcher._predictor

@@ -87,7 +87,7 @@ def make_fitter(model: Any, recording: Recording, depth: int, key: str) -> Fitte
     from moe_offload.errors import CheckpointError
     from moe_offload.predictors.fit import Fitter
     from moe_offload.runtime import skeleton
-    from moe_offload.runtime.predictor_choice import norms_of
+    from moe_offload.runtime.predictor_inputs import norms_of
 
     routers = {layer_idx: skeleton.router_of(model, layer_idx) for layer_idx in recording.layers}
     try:
@@ -101,7 +101,8 @@ def report(model: Any, fit: PredictorFit, held_out: Recording, expert_bytes: flo
     """Measure the gate and the fitted predictors on held-out text; put it into ``fit.report``."""
     from moe_offload.planning.predictor_worth import best_predictor
     from moe_offload.predictors.evaluate import evaluate, summarize
-    from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
+    from moe_offload.runtime.predictor_choice import PredictorChoice
+    from moe_offload.runtime.predictor_making import make_predictor
 
     results = {}
     for name in ("cross_layer_gate", "hybrid", *(["learned"] if fit.groups.get("network") else [])):

@@ -24,8 +24,8 @@ from moe_offload.runtime.predictor_choice import (
     PredictorChoice,
     choose_predictor,
     fit_path,
-    make_predictor,
 )
+from moe_offload.runtime.predictor_making import make_predictor
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 

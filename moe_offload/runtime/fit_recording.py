@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.predictors.fit import Recording
-from moe_offload.runtime.predictor_choice import embed, norms_of
+from moe_offload.runtime.predictor_inputs import embed, norms_of
 
 SEPARATOR = "<|endoftext|>"
 WINDOW_TOKENS = 256

@@ -34,7 +34,8 @@ from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.runtime.native_step import NativeStep
 from moe_offload.runtime.offload import OffloadHandle
 from moe_offload.runtime.offloaded_class import offloaded_class
-from moe_offload.runtime.predictor_choice import PredictorChoice, make_predictor
+from moe_offload.runtime.predictor_choice import PredictorChoice
+from moe_offload.runtime.predictor_making import make_predictor
 from moe_offload.runtime.recorder import RoutingRecorder
 from moe_offload.runtime.warm import start_warm
 from moe_offload.stats import OffloadStats

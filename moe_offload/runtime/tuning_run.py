@@ -28,7 +28,8 @@ from moe_offload.predictors.evaluate import evaluate
 from moe_offload.predictors.fit import Recording
 from moe_offload.residency.policy_fit import automatic_policy
 from moe_offload.runtime import skeleton
-from moe_offload.runtime.predictor_choice import choose_predictor, make_predictor
+from moe_offload.runtime.predictor_choice import choose_predictor
+from moe_offload.runtime.predictor_making import make_predictor
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.trace import RoutingTrace
