@@ -169,6 +169,33 @@ def test_the_next_token_is_looked_at_before_it_is_chosen() -> None:
     model.offload.close()
 
 
+def test_a_beginning_that_was_expected_is_looked_at_once() -> None:
+    """Unless something was left to read, as here while no slot is lent."""
+    model = load()
+    early, cache = always_on(model)._early, model.offload.cache
+    generate(model)
+    token, other = torch.randn(2, model.config.hidden_size)
+    early.native.set(0.01, 1, 1e12, 2, 0.0, 0.0)
+
+    def read_of(hidden: torch.Tensor, num_slots: int) -> int:
+        early.native.lend(cache.lend_for_guesses(num_slots, -1, 1))
+        early._has_lent = True
+        early.native.begins(hidden.data_ptr())
+        count = len(early.native.events())
+        early.end()
+        for pool in cache._pools:  # so that what was read has no slot again
+            for entry in pool.unclaimed():
+                pool.wait(entry)
+                pool.discard(entry)
+        return count
+
+    assert read_of(token, 0) == 0
+    assert read_of(token, 96) > 0
+    assert read_of(token, 96) == 0
+    assert read_of(other, 96) > 0
+    model.offload.close()
+
+
 def test_who_watches_hears_of_the_likeliest_token() -> None:
     model = load()
     step, logits = model.offload.native_step._step, torch.randn(1, 1, model.config.vocab_size)

@@ -20,6 +20,7 @@ bool has(const Choice& choice, int64_t expert_id) {
 }  // namespace
 
 void EarlyReads::routed(int64_t layer, const Choice& choice, int64_t num_missing) {
+    beginning_.clear();
     rests_ = pace_.rests(layer, num_missing);
     const auto found = layers_.find(layer);
     if (found != layers_.end() && found->second.history_row >= 0) {
@@ -37,7 +38,11 @@ void EarlyReads::routed(int64_t layer, const Choice& choice, int64_t num_missing
 
 void EarlyReads::begins(const float* residual) {
     constexpr int64_t kFirst = -1;
-    look(kFirst, {}, residual, queued_bytes(kFirst) - settings_.free_bytes);
+    const float* const end = residual + lookahead_.hidden_size();
+    if (std::equal(residual, end, beginning_.begin(), beginning_.end())) return;
+    beginning_.clear();
+    if (look(kFirst, {}, residual, queued_bytes(kFirst) - settings_.free_bytes))
+        beginning_.assign(residual, end);
 }
 
 void EarlyReads::before_experts(int64_t layer, const Choice& choice, const float* hidden) {
@@ -50,10 +55,12 @@ void EarlyReads::before_experts(int64_t layer, const Choice& choice, const float
     pace_.predicted(now_s() - started - submitting_s_);
 }
 
-void EarlyReads::look(int64_t layer, const Choice& choice, const float* hidden, double queued) {
+bool EarlyReads::look(int64_t layer, const Choice& choice, const float* hidden, double queued) {
     submitting_s_ = 0.0;
     const double window_bytes = pace_.window_s * settings_.bytes_per_s;
-    read(plan_reads(guesses(layer, choice, hidden), queued, window_bytes, settings_.threshold));
+    const std::vector<Guess> likely = guesses(layer, choice, hidden);
+    const std::vector<Guess> plan = plan_reads(likely, queued, window_bytes, settings_.threshold);
+    return read(plan) && plan.size() == likely.size();
 }
 
 // Not where guesses keep the link busy for as long as a forecast reaches, nor where one saves less than it
@@ -90,14 +97,15 @@ std::vector<Guess> EarlyReads::guesses(int64_t layer, const Choice& choice, cons
     return guesses;
 }
 
-void EarlyReads::read(const std::vector<Guess>& plan) {
-    if (plan.empty()) return;
+bool EarlyReads::read(const std::vector<Guess>& plan) {
+    if (plan.empty()) return true;
     const double started = now_s();
     int64_t num_reads = 0;
     for (const Guess& guess : plan) num_reads += begin(guess);
-    if (num_reads == 0) return;
+    if (num_reads == 0) return false;
     submitting_s_ = now_s() - started;
     pace_.submitted(submitting_s_, num_reads);
+    return num_reads == static_cast<int64_t>(plan.size());
 }
 
 // Into a lent slot; false where none is left.

@@ -56,6 +56,8 @@ class EarlyReads : public LayerWatch {
 
     void set_stall_s(double stall_s) { settings_.stall_s = stall_s; }
 
+    // The same beginning twice in a row, expected and then there, is looked at once, unless something was
+    // left to read.
     void begins(const float* residual) override;
     void routed(int64_t layer, const Choice& choice, int64_t num_missing) override;
     void before_experts(int64_t layer, const Choice& choice, const float* hidden) override;
@@ -69,11 +71,12 @@ class EarlyReads : public LayerWatch {
         int64_t layer_idx, expert_id, ticket, num_bytes, pool;
     };
 
-    void look(int64_t layer, const Choice& choice, const float* hidden, double queued);
+    // Both return whether all that is likely is being read now.
+    bool look(int64_t layer, const Choice& choice, const float* hidden, double queued);
+    bool read(const std::vector<Guess>& plan);
     bool is_worth_looking(int64_t layer, double queued_bytes) const;
     double queued_bytes(int64_t layer);
     std::vector<Guess> guesses(int64_t layer, const Choice& choice, const float* hidden);
-    void read(const std::vector<Guess>& plan);
     bool begin(const Guess& guess);
 
     DirectReader& reader_;
@@ -86,6 +89,7 @@ class EarlyReads : public LayerWatch {
     std::vector<Read> under_way_;
     std::vector<Event> events_;
     std::vector<Segment> segments_;
+    std::vector<float> beginning_;  // that was looked at, until a router speaks
     bool rests_ = false;
     double submitting_s_ = 0.0;  // of the look-ahead under way
 };

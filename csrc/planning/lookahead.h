@@ -59,6 +59,7 @@ class Lookahead {
     void leave_out_none() { slots_.clear(); }
 
     RouteHistory& history() { return history_; }
+    int64_t hidden_size() const { return hidden_size_; }
 
   private:
     const float* features(const Target& target, const float* hidden, const std::vector<int64_t>& expert_ids,
