@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from moe_offload.errors import CheckpointError
 from moe_offload.npz import open_npz
+
+Row = tuple[int, int, Sequence[int], Sequence[float] | None]  # token, layer, ids, weights
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -39,12 +41,58 @@ def _read_npy(path: Path) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
+    """Read a table by its header; without one by its width."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row and not row[0].lstrip().startswith("#")]
-    if rows and not rows[0][0].strip().lstrip("-").isdigit():
-        rows = rows[1:]  # a header
+    names = [cell.strip().lower() for cell in rows[0]] if rows and not _is_number(rows[0][0]) else []
+    if names:
+        rows = rows[1:]
+    if {"token", "layer", "expert"} <= set(names):
+        return _grid(_ranked_rows(rows, names))
     table = [[int(cell) for cell in row] for row in rows]
-    return _grid((row[0], row[1], row[2:], None) for row in table)
+    if names == ["layer", "expert"] or (table and all(len(row) == 2 for row in table)):
+        return _grid(_activation_rows(table))
+    decoded = [row for row in table if row[0] >= 0]
+    expect(bool(decoded) or not table, "every token is below 0, a prompt's: none was decoded")
+    return _grid((row[0], row[1], row[2:], None) for row in decoded)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip().lstrip("-").isdigit()
+
+
+def _ranked_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[Row]:
+    """Yield rows of all ids from a table of one id a row; ``rank`` and ``phase`` need not be there."""
+    cells: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for position, row in enumerate(rows):
+        named = dict(zip(names, row, strict=True))
+        if named.get("phase", "decode").strip() == "decode":
+            ranked = int(named.get("rank", position)), int(named["expert"])
+            cells.setdefault((int(named["token"]), int(named["layer"])), []).append(ranked)
+    for (token, layer), chosen in cells.items():
+        yield token, layer, [expert_id for _, expert_id in sorted(chosen)], None
+
+
+def _activation_rows(table: Sequence[Sequence[int]]) -> Iterator[Row]:
+    """Yield rows from pairs (layer, id) in the order of a run, layer after layer.
+
+    As many as one token chooses is the fewest pairs that a layer has in a row. Passes of more tokens,
+    prompts, are left out: of their tokens the last layer has but the last one.
+    """
+    blocks: list[tuple[int, list[int]]] = []
+    for layer, expert_id in table:
+        if not blocks or blocks[-1][0] != layer:
+            blocks.append((layer, []))
+        blocks[-1][1].append(expert_id)
+    top_k = min((len(ids) for _, ids in blocks), default=0)
+    passes: list[list[tuple[int, list[int]]]] = []
+    for position, block in enumerate(blocks):
+        if position == 0 or block[0] <= blocks[position - 1][0]:
+            passes.append([])
+        passes[-1].append(block)
+    single = [one for one in passes if all(len(ids) == top_k for _, ids in one)]
+    for token, one in enumerate(single):
+        yield from ((token, layer, ids, None) for layer, ids in one)
 
 
 def _read_jsonl(path: Path) -> dict[str, Any]:
@@ -60,9 +108,13 @@ def _read_jsonl(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _grid(rows: Iterable[tuple[int, int, Sequence[int], Sequence[float] | None]]) -> dict[str, Any]:
-    """Put (token, layer, ids, weights) rows of any order into arrays; every token has every layer."""
-    cells = {(int(token), int(layer)): (ids, weights) for token, layer, ids, weights in rows}
+def _grid(rows: Iterable[Row]) -> dict[str, Any]:
+    """Put rows of any order into arrays; every token has every layer, once."""
+    cells: dict[tuple[int, int], tuple[Sequence[int], Sequence[float] | None]] = {}
+    for token, layer, ids, weights in rows:
+        cell = int(token), int(layer)
+        expect(cell not in cells, f"token {cell[0]} has layer {cell[1]} twice: is it several traces in one?")
+        cells[cell] = ids, weights
     tokens = sorted({token for token, _ in cells})
     layers = sorted({layer for _, layer in cells})
     expect(bool(cells), "it has no rows")

@@ -79,6 +79,25 @@ def test_files_of_other_engines_are_read(tmp_path):
     assert read_trace(tmp_path / "t.npy").num_experts == 6
 
 
+def test_llama_cpps_tables_are_read_without_their_prompts(tmp_path):
+    """A prompt of two tokens, whose last layer has but the last one, then the three tokens of EXPERTS."""
+    decoded = [(t, layer, EXPERTS[t, layer]) for t in range(3) for layer in (0, 1)]
+    tables = {
+        "wide": ["pos,layer,id0,id1", "-2,0,4,5", "-1,0,3,5", "-1,1,3,5"]
+        + [f"{t},{layer},{ids[0]},{ids[1]}" for t, layer, ids in decoded],
+        "ranked": ["phase,token,layer,rank,expert", "prefill,0,0,0,4", "prefill,0,0,1,5"]
+        + [f"decode,{t + 1},{layer},{r},{ids[r]}" for r in (1, 0) for t, layer, ids in decoded],
+        "pairs": ["0,4", "0,5", "0,3", "0,5", "1,3", "1,5"]
+        + [f"{layer},{expert_id}" for _, layer, ids in decoded for expert_id in ids],
+    }
+    for name, lines in tables.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        trace = read_trace(tmp_path / f"{name}.csv")
+        assert np.array_equal(trace.experts, EXPERTS), name
+    (tmp_path / "pairs.csv").write_text("layer,expert\n" + "\n".join(tables["pairs"]))
+    assert np.array_equal(read_trace(tmp_path / "pairs.csv").experts, EXPERTS)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -90,6 +109,9 @@ def test_files_of_other_engines_are_read(tmp_path):
         ("t.csv", b"0,0,1,1\n", "chooses an expert twice"),
         ("t.csv", b"0,0,-1,1\n", "expert -1 is negative"),
         ("t.csv", b"", "no rows"),
+        ("t.csv", b"0,0,1,2\n0,0,1,3\n", "has layer 0 twice"),
+        ("t.csv", b"-1,0,1,2\n", "none was decoded"),
+        ("t.csv", b"token,layer,rank,expert\n0,0,0\n", "cannot be read"),
         ("t.jsonl", b'{"token": 0}\n', "cannot be read"),
         ("t.jsonl", b"[1]\n", "not an object"),
     ],
