@@ -20,9 +20,9 @@ The npz schema (arrays marked * may be absent; T tokens, L MoE layers, K top_k, 
 
 Also read, ids in descending weight: ``.npy`` (T, L, K); ``.jsonl`` of objects {"token", "layer", "experts",
 "weights"*, "sequence"*}; ``.csv`` as llama.cpp's moe-trace and its forks write it: rows
-``token,layer,id,id,...`` with an optional header (tokens below 0 are a prompt's and left out); or one id a row
-under a header that has ``token,layer,expert`` and maybe ``rank`` and ``phase`` (only "decode" is kept); or
-pairs ``layer,expert`` in the order of the run (passes of one token are kept).
+``token,layer,id,id,...`` with an optional header (tokens below 0 are a prompt's and left out); or one id a
+row under a header that has ``token,layer,expert`` and maybe ``rank`` and ``phase`` (only "decode" is kept);
+or pairs ``layer,expert`` in the order of the run (passes of one token are kept).
 """
 
 from __future__ import annotations
