@@ -27,7 +27,7 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.stats import OffloadStats
 
 COMPUTE_S, READ_S = 0.02, 0.1  # for each round of a measurement, without and with reads
-LEAST_RUNS, ROUNDS = 2, 2
+LEAST_RUNS, ROUNDS = 4, 2
 FEW_TOKENS = (1, 4, 16, 32, 64, 128)  # of an expert in a chunk
 STREAMED_TOKENS = (16, 64, 128)
 RESIDENT_CALLS = 4  # experts in one call, as a prompt's residents come

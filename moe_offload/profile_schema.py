@@ -77,6 +77,7 @@ FIGURES: dict[str, dict[str, Bounds]] = {
         "stall_overhead": (SECONDS, 0.0, 1.0),  # what misses add, beside waiting for them
         "recall": (COUNT, 0.0, 1.0),  # of the predictor in [settings], a layer ahead
         "predict_time": (SECONDS, 0.0, 1.0),  # of asking it, for a layer
+        "submit_time": (SECONDS, 0.0, 1.0),  # of asking for an expert's read, which takes from computing
     },
 }
 

@@ -14,6 +14,7 @@ from moe_offload._native import Device
 from moe_offload.config import MIB
 from moe_offload.expert_bench import ExpertBench, expert_bench
 from moe_offload.measure_device import measure_device
+from moe_offload.measure_experts import LayerExperts
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.profile_schema import Curve, ExpertTime, Figure
 from moe_offload.residency.machine_state import machine_state
@@ -139,7 +140,11 @@ def _experts(tiers: Tiers, bench: ExpertBench, share: TimeBudget) -> None:
     tiers.expert_times = measure_tiers.expert_times(bench, next(shares), busy=False)
     tiers.expert_times += measure_tiers.expert_times(bench, next(shares), busy=True)
     expert_bytes = max(layout.expert_bytes for layout in bench.checkpoint.experts.layouts.values())
-    tiers.figures["model"] = {"expert_size": _figure(expert_bytes, "in the file")}
+    layer = LayerExperts(bench, next(iter(bench.checkpoint.experts.layouts)))
+    tiers.figures["model"] = {
+        "expert_size": _figure(expert_bytes, "in the file"),
+        "submit_time": _figure(layer.submit_s(), "of an expert's read"),
+    }
 
 
 def _busy(tiers: Tiers, bench: ExpertBench, weights: torch.Tensor, share: TimeBudget) -> None:

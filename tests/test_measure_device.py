@@ -14,6 +14,7 @@ from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
 from moe_offload.expert_bench import ExpertBench
 from moe_offload.measure_device import TOKEN_COUNTS, measure_device
+from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import FIGURES
 from moe_offload.profile_write import write_profile
@@ -81,4 +82,6 @@ def test_a_profile_holds_both_sides(tmp_path: Path) -> None:
     write_profile(tmp_path / "both.toml", profile)
     again = load_profile(tmp_path / "both.toml")
     assert again.has("gpu") and again.has("link")
+    measured_s = tiers.figures["model"]["submit_time"].value
+    assert measured_s > 0 and profile_speed(again).submit_s == pytest.approx(measured_s, rel=1e-3)
     assert {time.device for time in again.expert_times} == {"cpu", device.name}

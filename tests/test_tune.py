@@ -67,7 +67,7 @@ def tiers() -> tune_tiers.Tiers:
                 "kernel_bandwidth_busy": measured["b"],
             },
             "disk": {"read_bandwidth": measured["a"], "read_bandwidth_busy": measured["b"]},
-            "model": {"expert_size": Figure(1e4, "measured")},
+            "model": {"expert_size": Figure(1e4, "measured"), "submit_time": Figure(3e-4, "measured")},
         },
         curves={"ram": {"read_bandwidth_by_threads": Curve(((1.0, 1e9),), "measured")}},
         kernel_by_threads={count: 1e9 * count for count in range(1, cores + 1)},
@@ -102,6 +102,7 @@ def test_equal_runs_leave_the_defaults(tiny_moe: Path, monkeypatch: pytest.Monke
     assert (duel["winner"], duel["speedup"], duel["pairs"]) == ("the defaults", 1.0, SCREEN_ROUNDS)
     ahead = profile_speed(profile).ahead
     assert ahead is not None and 0 < ahead.recall <= 1 and ahead.layer_s > 0  # for `plan`
+    assert profile_speed(profile).submit_s == 3e-4
 
 
 def test_what_is_faster_beyond_noise_is_chosen_with_its_evidence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_offload.planning.machine_speed import DeviceSpeed, MachineSpeed, Overheads, ReadAhead
+from moe_offload.planning.machine_speed import SUBMIT_S, DeviceSpeed, MachineSpeed, Overheads, ReadAhead
 from moe_offload.profile_schema import DeviceProfile
 
 SUSTAINED_SHARE = 0.75  # of a data sheet's peak
@@ -26,13 +26,14 @@ def profile_speed(profile: DeviceProfile) -> MachineSpeed:
 
     The decode kernels' own rate goes before what memory gives to plain reading.
     """
-    throughput = profile.figures["cpu"].get("int8_throughput")
+    throughput, submit_s = profile.figures["cpu"].get("int8_throughput"), profile.get("model", "submit_time")
     ram = "kernel_bandwidth" if "kernel_bandwidth" in profile.figures["ram"] else "read_bandwidth"
     return MachineSpeed(
         ram_bytes_per_s=_sustained(profile, "ram", ram),
         disk_bytes_per_s=_sustained(profile, "disk", "read_bandwidth"),
         macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
         disk_latency_s=profile.get("disk", "latency") or 0.0,
+        submit_s=SUBMIT_S if submit_s is None else submit_s,
         ahead=_ahead(profile),
         overheads=_overheads(*(profile.get("model", name) for name in ("layer_overhead", "stall_overhead"))),
         device=_device(profile),
