@@ -115,10 +115,10 @@ def test_a_first_trial_takes_turns_and_leaves_out_what_follows_a_turn() -> None:
     switch, seen = GainSwitch(), []
     for step in range(2 * BLOCK_STEPS * LEAST_PROBES):
         seen.append(switch.is_on)
-        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.0 if switch.is_on else 2.0))
+        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.0 if switch.is_on else 1.08))
     order = [True, False, False, True] * (LEAST_PROBES // 2)
     assert seen == [on for on in order for _ in range(BLOCK_STEPS)]
-    assert switch.gain == pytest.approx(0.5) and switch.decision and switch.is_on
+    assert switch.gain == pytest.approx(0.08 / 1.08) and switch.decision and switch.is_on
 
 
 @pytest.mark.parametrize(("on_s", "expected"), [(0.8, True), (0.95, True), (1.06, False), (1.5, False)])
@@ -158,6 +158,36 @@ def test_it_changes_its_mind_when_the_world_does() -> None:
     assert not switch.decision
     run(switch, 3000, 0.8, 1.0, noise=0.02)
     assert switch.decision and switch.gain is not None and switch.gain > 0.1
+
+
+@pytest.mark.parametrize(("begins_on", "on_s"), [(True, 0.5), (False, 2.5)])
+def test_one_probe_is_enough_to_keep_what_is_far_faster(begins_on: bool, on_s: float) -> None:
+    switch = GainSwitch(begins_on=begins_on)
+    count = run(switch, 2 * BLOCK_STEPS, on_s, 1.0, noise=0.05)
+    assert count == BLOCK_STEPS and not switch.is_trying
+    assert switch.decision is begins_on and switch.gain is not None and (switch.gain > 0) is begins_on
+
+
+def test_one_probe_changes_nothing() -> None:
+    switch = GainSwitch()
+    run(switch, 2 * BLOCK_STEPS, 2.5, 1.0, noise=0.05)
+    assert switch.decision and switch.is_trying
+
+
+def test_what_begins_off_is_switched_on_where_it_pays() -> None:
+    switch = GainSwitch(begins_on=False)
+    assert switch.describe() == "off until it is tried"
+    run(switch, 2 * BLOCK_STEPS * LEAST_PROBES, 0.7, 1.0, noise=0.02)
+    assert switch.decision and switch.is_on
+
+
+def test_what_was_revoked_is_off_until_it_pays_again() -> None:
+    switch = GainSwitch()
+    run(switch, 2 * BLOCK_STEPS, 0.7, 1.0, noise=0.02)
+    switch.revoke()
+    assert not switch.is_on and not switch.is_trying
+    run(switch, 200, 0.7, 1.0, noise=0.02)
+    assert switch.decision
 
 
 def test_what_is_off_is_not_switched_on_for_next_to_nothing() -> None:

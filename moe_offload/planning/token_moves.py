@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_offload import _native
 from moe_offload.planning.expert_costs import RunningCosts
-from moe_offload.planning.scheduler import LayerWork, Schedule, hybrid
+from moe_offload.planning.scheduler import LayerWork, Schedule, hybrid, static_split
 
 CHANGE = 0.05  # of a cost, before the scheduler is asked again
 
@@ -28,6 +28,8 @@ def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_
     """
     if scheduler is hybrid:
         return _native.schedule_token(count, cpu_s, gpu_s, copy_s)[0]
+    if scheduler is static_split:
+        return [0] * (count + 1)
     moves = []
     for residents in range(count + 1):
         choice = scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).on_gpu
@@ -80,29 +82,27 @@ class TokenMoves:
     """``moves_of`` for experts that cost ``costs``, asked again when those have changed."""
 
     def __init__(self, costs: RunningCosts) -> None:
-        self._costs = costs
-        self._scheduler: Scheduler | None = None
+        self.costs = costs
         self._asked_at = (0.0, 0.0, 0.0)
-        self._moves: dict[int, list[int]] = {}  # by number of experts
-        self._savings: dict[int, list[float]] = {}
+        self._moves: dict[tuple[Scheduler, int], list[int]] = {}  # and the number of experts
+        self._savings: dict[tuple[Scheduler, int], list[float]] = {}
 
     def of(self, scheduler: Scheduler, count: int) -> list[int]:
         """Return ``moves_of``; the same list as long as it holds."""
-        self._ask_again_where_changed(scheduler)
-        if count not in self._moves:
-            self._moves[count] = moves_of(scheduler, count, *self._asked_at)
-        return self._moves[count]
+        self._ask_again_where_changed()
+        if (scheduler, count) not in self._moves:
+            self._moves[scheduler, count] = moves_of(scheduler, count, *self._asked_at)
+        return self._moves[scheduler, count]
 
     def savings(self, scheduler: Scheduler, count: int) -> list[float]:
         """Return ``savings_of``."""
-        self._ask_again_where_changed(scheduler)
-        if count not in self._savings:
-            self._savings[count] = savings_of(scheduler, count, *self._asked_at)
-        return self._savings[count]
+        self._ask_again_where_changed()
+        if (scheduler, count) not in self._savings:
+            self._savings[scheduler, count] = savings_of(scheduler, count, *self._asked_at)
+        return self._savings[scheduler, count]
 
-    def _ask_again_where_changed(self, scheduler: Scheduler) -> None:
-        now = self._costs.of_one_token()
-        changed = any(abs(a - b) > CHANGE * b for a, b in zip(now, self._asked_at, strict=True))
-        if changed or scheduler is not self._scheduler:
-            self._scheduler, self._asked_at = scheduler, now
+    def _ask_again_where_changed(self) -> None:
+        now = self.costs.of_one_token()
+        if any(abs(a - b) > CHANGE * b for a, b in zip(now, self._asked_at, strict=True)):
+            self._asked_at = now
             self._moves, self._savings = {}, {}

@@ -94,7 +94,7 @@ class DeviceTier:
     @property
     def is_filled(self) -> bool:
         """Whether no slot is left for a miss, or every expert is there."""
-        return not any(map(self.cache.has_room, self._layers)) or self.cache.has_every_expert
+        return not self.has_room or self.cache.has_every_expert
 
     def device_counters(self) -> dict[str, float]:
         """Return the native counters since the model was loaded: without what was measured before."""
@@ -102,9 +102,14 @@ class DeviceTier:
         return {name: value - self._counters_at_load[name] for name, value in now.items()}
 
     @property
+    def has_room(self) -> bool:
+        """Whether some pool has a slot for a miss."""
+        return any(map(self.cache.has_room, self._layers))
+
+    @property
     def wants_misses(self) -> bool:
         """Whether what missed may be copied: something may leave, or there is room."""
-        return self.replaces or any(map(self.cache.has_room, self._layers))
+        return self.replaces or self.has_room
 
     def ran_on_cpu(self, keys: Sequence[ExpertKey], count: int) -> None:
         """Take note of ``count`` misses that the CPU computed; between steps. Copies some of those worth it.

@@ -73,12 +73,15 @@ class Prefetcher:
         self._begins_in_run = False  # the token before began in a run, and so will the next
         self._next_token = NextToken()
         self._rank: Rank | None = None
+        self._is_allowed: Callable[[], bool] | None = None
         self._set_depth_limit()
 
     @property
     def is_on(self) -> bool:
         """Whether the next step prefetches: enabled, and not switched off by what was measured."""
-        return self.enabled and (self.switch is None or self.switch.is_on)
+        if not self.enabled:
+            return False
+        return self._is_allowed() if self._is_allowed else self.switch is None or self.switch.is_on
 
     @property
     def needs_not_resident(self) -> int:
@@ -99,6 +102,8 @@ class Prefetcher:
     @property
     def is_trying(self) -> bool:
         """Whether some steps are made without it, to compare."""
+        if self._is_allowed is not None:
+            return False
         tries = self.enabled and self.switch is not None and not self._cache.has_every_expert
         return tries and self.switch is not None and self.switch.is_trying
 
@@ -117,13 +122,20 @@ class Prefetcher:
         self._pace.use(link)
         self._set_depth_limit()
 
-    def turn_to(self, cache: ExpertCache, link: LinkCounters, rank: Rank | None = None) -> None:
+    def turn_to(
+        self,
+        cache: ExpertCache,
+        link: LinkCounters,
+        rank: Rank | None = None,
+        is_allowed: Callable[[], bool] | None = None,
+    ) -> None:
         """Fill another tier from now on: before any step, where the one below has every expert.
 
         Args:
             rank: puts guesses in the order of their worth there, and leaves out what has none.
+            is_allowed: whether the next step prefetches, asked instead of ``switch``, by who keeps it.
         """
-        self._cache, self._rank = cache, rank
+        self._cache, self._rank, self._is_allowed = cache, rank, is_allowed
         self._pace.turn_to(link, LINK_RATE)
         self._tell_slots()
 
@@ -160,10 +172,17 @@ class Prefetcher:
 
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time; a step's prefetching is switched as a whole."""
-        needs = self._cache.needs_not_resident
-        step_needs, self._needs_before_step = needs - self._needs_before_step, needs
+        if self._is_allowed is not None:
+            return
+        needs = self.take_needs()
         if self.enabled and self.switch is not None and not self._cache.has_every_expert:
-            self.switch.record(seconds, step_needs)
+            self.switch.record(seconds, needs)
+
+    def take_needs(self) -> int:
+        """Return how many experts were needed and not resident since this was last asked."""
+        needs = self._cache.needs_not_resident
+        taken, self._needs_before_step = needs - self._needs_before_step, needs
+        return taken
 
     def routed(
         self,

@@ -20,6 +20,7 @@ import numpy as np
 from moe_offload._native import DecodeStep, DeviceInputs, DeviceKernel
 from moe_offload.errors import DeviceError
 from moe_offload.expert_ops import ExpertKernel
+from moe_offload.planning.device_trials import DeviceTrials, may_gain
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.impact import by_impact
@@ -29,7 +30,7 @@ from moe_offload.planning.token_moves import Scheduler, TokenMoves, divide
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.prefetch import Likely
+from moe_offload.residency.prefetch import Likely, Prefetcher
 from moe_offload.residency.slot_reads import ON_ITS_WAY
 from moe_offload.stats import DeviceStats
 
@@ -88,6 +89,9 @@ class HybridLayers:
         self.left_to_cpu = ""  # which layers the device has no kernel for
         self.describe_dense: Callable[[], str] | None = None  # of dense layers that run there, too
         self.switch = GainSwitch() if scheduler == "hybrid" else None
+        self._trials = DeviceTrials()
+        self._ahead: Prefetcher | None = None
+        self._may_gain = self._can_gain()
         # What timeline.py watches: the CPU's spans (layer, experts, begin, end), and the launches' layers
         # and experts by ticket.
         self.span: Callable[[int, Sequence[int], float, float], None] | None = None
@@ -121,6 +125,32 @@ class HybridLayers:
         savings = {i: moves[i].savings(self.scheduler, self.top_k) for i in expected}
         return by_impact(guesses, expected, savings)
 
+    def let_prefetch(self, prefetcher: Prefetcher) -> None:
+        """Let ``prefetcher`` fill the device from now on: ours only once a trial has shown that it pays."""
+        self._ahead = prefetcher
+        if self.switch is not None:
+            prefetcher.switch = GainSwitch(begins_on=False)
+        prefetcher.turn_to(self.tier.cache, self.tier.link_counters, self.rank, self.copies_ahead)
+
+    def copies_ahead(self) -> bool:
+        """Whether the next step may copy for layers to come."""
+        assert self._ahead is not None
+        return self._trials.copies_ahead(self.switch, self._ahead.switch, self._may_gain)
+
+    def are_worth(self, layer_idx: int, count: int) -> list[bool]:
+        """Return, by how many of a token's ``count`` experts ran on the device, whether one more pays."""
+        if self.scheduler_name != "hybrid":  # the others are compared as they were published
+            return [True] * (count + 1)
+        savings = self._moves[id(self.costs[layer_idx])].savings(SCHEDULERS["hybrid"], count)
+        return [saved_s > 0.0 for saved_s in savings] + [False]
+
+    def _can_gain(self) -> bool:
+        scheduler = SCHEDULERS[self.scheduler_name]
+        return any(
+            may_gain(moves.savings(scheduler, self.top_k), moves.costs.of_one_token()[0])
+            for moves in self._moves.values()
+        )
+
     def use(self, scheduler: str, switch: GainSwitch) -> None:
         """Go on with another scheduler, between steps; ``switch``: for "hybrid", what it has learned."""
         self.scheduler_name = scheduler
@@ -132,8 +162,13 @@ class HybridLayers:
 
         Only once the device is filled: before, a static split would be judged by what it lacks.
         """
-        if self.switch is not None and self.tier.is_on and self.tier.is_filled:
-            self.switch.record(seconds)
+        needs = 0 if self._ahead is None else self._ahead.take_needs()
+        if not self.tier.is_on or not self.tier.is_filled:
+            return
+        self._may_gain = self._can_gain()
+        ahead = None if self._ahead is None else self._ahead.switch
+        self._trials.record(self.switch, ahead, seconds, needs, self._may_gain)
+        if self.switch is not None:
             self.tier.replaces = self.switch.is_on
 
     def count_stayed(self, layer_idx: int, num_experts: int, seconds: float) -> None:
@@ -193,6 +228,10 @@ class HybridLayer:
     @property
     def is_on(self) -> bool:
         return self.layers.tier.is_on
+
+    def is_worth(self, num_on_device: int, num_on_cpu: int) -> bool:
+        """Whether one more of a token's experts on the device would have paid."""
+        return self.layers.are_worth(self.layer_idx, num_on_device + num_on_cpu)[num_on_device]
 
     def choose(self, rows: StepRows, there: Sequence[bool], room: int) -> tuple[list[int], list[int]]:
         """Return who runs on the device at once, at most ``room``, and who after a copy."""

@@ -48,6 +48,7 @@ class HybridRun:
             self._groups.setdefault(alike, []).append(layer_idx)
         self._moves: dict[int, list[int]] = {}  # by a group's first layer, as native code has them
         self._copies: dict[int, bool] = {}  # alike: whether they may ask for a copy
+        self._worth: dict[int, list[bool]] = {}  # by layer: HybridLayers.are_worth
         for layer_idx, executor in enumerate(executors):
             if executor is not None:
                 self._describe(layer_idx, executor, self._hybrid.get(layer_idx))
@@ -92,8 +93,10 @@ class HybridRun:
     def _tell_moves(self, group: Sequence[int]) -> None:
         moves = self._layers.moves(group[0], self._top_k[group[0]])
         if self._moves.get(group[0]) is not moves:
+            worth = self._layers.are_worth(group[0], self._top_k[group[0]])
             for layer_idx in group:
                 self._native.set_moves(layer_idx, moves)
+                self._worth[layer_idx] = worth
             self._moves[group[0]] = moves
             self._copies[group[0]] = max(moves) > 0
 
@@ -103,14 +106,14 @@ class HybridRun:
         if not done:
             return 0
         missed, num_missed = list[ExpertKey](), 0
-        wants_misses = self._tier.wants_misses
+        wants_misses, has_room = self._tier.wants_misses, self._tier.has_room
         for layer_idx, ids, weights, on_device, copied, _, _ in done:
             self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device))
             if layer_idx in self._hybrid:
                 num_hits = len(on_device) - len(copied)
                 self._tier.cache.used(layer_idx, ids, weights, num_hits, copied)
                 num_missed += len(ids) - len(on_device)
-                if wants_misses and len(on_device) < len(ids):
+                if wants_misses and (has_room or self._worth[layer_idx][len(on_device)]):
                     missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
             executor = self._executors[layer_idx]
             assert executor is not None

@@ -176,9 +176,10 @@ class _Run:
         if self.failure is not None:
             self.layer.failed(self.failure)
         if self.tier.is_on:
-            layer_idx = self.layer.layer_idx
-            missed = [ExpertKey(layer_idx, i) for i in self._of_cpu()]
-            self.tier.ran_on_cpu(missed, len(missed))
+            layer_idx, of_cpu = self.layer.layer_idx, self._of_cpu()
+            is_worth = self.rows.num_tokens > 1 or self.layer.is_worth(len(self.on_device), len(of_cpu))
+            missed = of_cpu if self.tier.has_room or is_worth else []
+            self.tier.ran_on_cpu([ExpertKey(layer_idx, i) for i in missed], len(of_cpu))
 
     def _of_cpu(self) -> list[int]:
         return [expert_id for expert_id in self.rows.expert_ids if expert_id not in self.on_device]

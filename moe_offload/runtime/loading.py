@@ -205,8 +205,7 @@ def _attach_device(
     ram_lacks_nothing = all(pool.num_staging == 0 for pool in decided.plan.pools)
     serves_all_layers = not handle.hybrid.left_to_cpu
     if ram_lacks_nothing and serves_all_layers and handle.prefetcher is not None:  # look ahead for VRAM
-        tier = handle.hybrid.tier
-        handle.prefetcher.turn_to(tier.cache, tier.link_counters, handle.hybrid.rank)
+        handle.hybrid.let_prefetch(handle.prefetcher)
 
 
 def _link_counters(reader: DirectReader) -> tuple[int, float]:
