@@ -26,12 +26,13 @@ from moe_offload.header_costs import (
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed
-from moe_offload.planning.placement import FixedCosts, plan_device, smallest_ram_bytes
-from moe_offload.planning.plans import DevicePlan, PlacementPlan, PoolPlan
+from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
+from moe_offload.planning.plans import DensePlan, DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
 from moe_offload.planning.roofline import Speed, decode_speed
 from moe_offload.prompt_outlook import chunk_sizes, expected_chunks, prompt_work, traced_chunks
 from moe_offload.replay import Event, events, replay_events
+from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint
@@ -71,6 +72,11 @@ class Outlook:
     device_rate: float | None = None
     decode: Speed | None = None
     prefill: Speed | None = None
+
+    @property
+    def device_dense(self) -> DensePlan | None:
+        """Which dense layers the accelerator computes."""
+        return None if self.device is None else self.device.dense
 
 
 class Planner:
@@ -142,19 +148,15 @@ class Planner:
             source,
             device,
             device_rate,
-            self.decode(placement, hits, device_rate),
+            self.decode(placement, hits, device_rate, device_dense=None if device is None else device.dense),
             self.prefill(placement),
         )
 
     def _place_on_device(self, vram_bytes: int) -> DevicePlan | None:
         if not vram_bytes or not self.checkpoint.experts.layouts:
             return None
-        return plan_device(
-            self.checkpoint.spec,
-            self.checkpoint.experts.layouts,
-            vram_bytes=vram_bytes,
-            context_bytes=DRIVER_BYTES,
-        )
+        element_bytes = self.process.bytes_per_element
+        return place_on_device(self.checkpoint, self.config, vram_bytes, DRIVER_BYTES, element_bytes)
 
     def decode(
         self,
@@ -162,6 +164,7 @@ class Planner:
         hits: Hits,
         device_rate: float | None = None,
         machine: MachineSpeed | None = None,
+        device_dense: DensePlan | None = None,
     ) -> Speed:
         """Take the larger of RAM's and VRAM's experts to hold the smaller's: nothing is read that one has."""
         is_in_ram = hits.rate >= (device_rate or 0.0)
@@ -172,6 +175,7 @@ class Planner:
             hit_rate=max(hits.rate, device_rate or 0.0),
             device_rate=device_rate,
             misses=hits.misses if is_in_ram else None,
+            device_dense=device_dense,
         )
 
     def _hits(self, pools: Pools) -> tuple[Hits, str]:
@@ -253,7 +257,9 @@ class Planner:
             "disk bandwidth": _faster(self.machine, "disk_bytes_per_s"),
         }
         return {
-            name: self.decode(placement, hits, outlook.device_rate, machine).tokens_per_s
+            name: self.decode(
+                placement, hits, outlook.device_rate, machine, outlook.device_dense
+            ).tokens_per_s
             for name, machine in machines.items()
         }
 

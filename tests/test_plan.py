@@ -19,9 +19,9 @@ from toy_models import save_toy_model
 import moe_offload
 import moe_offload.runtime.model as runtime
 from moe_offload import cli, profile_store, rehearsals
-from moe_offload.config import DEMO_MODEL, GIB, MIB, RuntimeConfig
+from moe_offload.config import DEMO_MODEL, GIB, MIB, DeviceChoice, RuntimeConfig
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
-from moe_offload.header_costs import Process, dense_read_bytes, head_bytes, prompt_weights
+from moe_offload.header_costs import Process, dense_read_bytes, element_bytes, head_bytes, prompt_weights
 from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
 from moe_offload.plan_plot import wall_limits
 from moe_offload.planning.cost_model import TokenBytes
@@ -34,10 +34,11 @@ from moe_offload.planning.machine_speed import (
     PromptSpeed,
     ReadAhead,
 )
-from moe_offload.planning.placement import plan_device
+from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.prefetch_plan import WASTE_TARGET
 from moe_offload.planning.roofline import decode_speed
 from moe_offload.planning.stalls import independent_misses, thinned
+from moe_offload.runtime import device_setup
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.trace import make_trace
@@ -398,7 +399,21 @@ def test_a_devices_experts_run_beside_the_others() -> None:
     assert decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0).tokens_per_s == pytest.approx(1.0)
 
 
-def test_vram_is_planned_by_the_runtimes_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dense_layers_on_a_device_are_read_there() -> None:
+    device = DeviceSpeed(bytes_per_s=10 * MACHINE.ram_bytes_per_s, link_bytes_per_s=1e9)
+    machine = replace(MACHINE, device=device)
+    half = DensePlan(2, 1, False, TOKEN.dense_bytes // 2, 0, 0, 64)
+    alone = decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0)
+    shared = decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0, device_dense=half)
+    saved_s = 0.9 * (TOKEN.dense_bytes + TOKEN.kv_bytes) / 2 / MACHINE.ram_bytes_per_s
+    assert 1 / shared.tokens_per_s == pytest.approx(1 / alone.tokens_per_s - saved_s)
+    empty = DensePlan(2, 2, False, 0, 0, 0, 64, "dense=off")
+    assert decode_speed(TOKEN, machine, SHAPE, hit_rate=1.0, device_dense=empty) == alone
+
+
+def test_vram_is_planned_by_the_runtimes_function(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = DeviceSpeed(bytes_per_s=200e9, link_bytes_per_s=12e9)
     config = RuntimeConfig(context_tokens=64)
     machine = MachineSpeed(20e9, 1e9, 1e11, device=device)
@@ -406,15 +421,14 @@ def test_vram_is_planned_by_the_runtimes_function(capsys: pytest.CaptureFixture[
     ram_bytes = Planner(checkpoint, machine, config).whole_ram_bytes
     few, more = (
         Planner(checkpoint, machine, config, vram_bytes=DRIVER_BYTES + room * MIB).outlook(ram_bytes)
-        for room in (12, 16)
+        for room in (24, 28)
     )
     assert few.device and more.device and few.decode and more.decode
-    assert few.device == plan_device(
-        checkpoint.spec,
-        checkpoint.experts.layouts,
-        vram_bytes=few.device.vram_bytes,
-        context_bytes=DRIVER_BYTES,
-    )
+    vram_bytes = few.device.vram_bytes
+    monkeypatch.setattr(device_setup, "memory_of", lambda choice: (vram_bytes, DRIVER_BYTES))
+    asked = replace(config, device=DeviceChoice("cuda", vram_bytes))
+    assert few.device == device_setup.plan_vram(checkpoint, asked, element_bytes(checkpoint))
+    assert few.device.dense is not None and few.device.dense.has_head and few.device.dense.first_layer == 0
     assert few.device_rate is not None and more.device_rate is not None and few.device_rate < more.device_rate
     assert few.decode.tokens_per_s < more.decode.tokens_per_s
     refused = Planner(checkpoint, machine, config, vram_bytes=MIB).outlook(ram_bytes)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.machine_speed import DecoderShape, DeviceSpeed, MachineSpeed
+from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.stalls import Stalls, independent_misses
 
 
@@ -45,6 +46,7 @@ def decode_speed(
     hit_rate: float,
     device_rate: float | None = None,
     misses: Sequence[float] | None = None,
+    device_dense: DensePlan | None = None,
 ) -> Speed:
     """Return tokens per second of decoding with experts on disk.
 
@@ -52,6 +54,7 @@ def decode_speed(
         hit_rate: share of a token's experts that are resident, 0 to 1.
         device_rate: share that is in an accelerator's memory; None: there is none.
         misses: share of a layer's steps with 0, 1, ... top_k misses; None: they are independent draws.
+        device_dense: the dense layers that the accelerator computes; None: the CPU computes all.
     """
     cpu_bytes_per_s = machine.expert_bytes_per_s or machine.ram_bytes_per_s
     experts_s = token.expert_bytes / cpu_bytes_per_s
@@ -61,7 +64,14 @@ def decode_speed(
     attention_s = max(
         token.kv_bytes / machine.ram_bytes_per_s, shape.attention_scores * machine.overheads.attention_score_s
     )
-    ram_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s + experts_s
+    dense_s = token.dense_bytes / machine.ram_bytes_per_s + attention_s
+    if device_dense is not None and not device_dense.is_empty and machine.device is not None:
+        there_s = _device_dense_s(token, machine.device, device_dense)
+        kept = device_dense.first_layer / device_dense.num_layers
+        weights_s = max(0, token.dense_bytes - device_dense.weight_bytes) / machine.ram_bytes_per_s
+        dense_s = weights_s + kept * attention_s + there_s
+        device_walls["VRAM"] = device_walls.get("VRAM", 0.0) + there_s
+    ram_s = dense_s + experts_s
     shares = independent_misses(shape.top_k, hit_rate) if misses is None else misses
     disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     stalls = Stalls(token, machine, shape, experts_s)
@@ -72,6 +82,12 @@ def decode_speed(
     walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s, **device_walls}
     binding = max(walls_s, key=lambda wall: walls_s[wall])
     return Speed(1 / total_s, walls_s, binding, ahead_gain=plain_s / total_s - 1)
+
+
+def _device_dense_s(token: TokenBytes, device: DeviceSpeed, dense: DensePlan) -> float:
+    """Return how long the device reads its dense layers' weights, keys and values for a token."""
+    layers = 1 - dense.first_layer / dense.num_layers
+    return (dense.weight_bytes + layers * token.kv_bytes) / device.bytes_per_s
 
 
 def _shared_experts(

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 
 from moe_offload.config import RuntimeConfig, gib
 from moe_offload.errors import ConfigError
-from moe_offload.header_costs import dense_sizes, resolve_context
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.cost_model import DEVICE_ALIGNMENT, aligned
-from moe_offload.planning.dense_placement import no_dense, place_dense
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
-from moe_offload.planning.placement import plan_device, with_staging
-from moe_offload.planning.plans import DensePlan, DevicePlan, PoolPlan
+from moe_offload.planning.placement import plan_device
+from moe_offload.planning.plans import DevicePlan, PoolPlan
 from moe_offload.residency.accelerator import Device, memory_of, open_device
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.device_costs import SlotsToMeasure, measure_costs
+from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.hybrid import HybridLayer, HybridLayers
-from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.runtime.native_step import NativeStep
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.expert_format import FAST_TYPES, FLOAT_TYPES, ExpertKey
+from moe_offload.storage.expert_format import ExpertKey
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import Arena
 
@@ -43,44 +39,7 @@ def plan_vram(checkpoint: Checkpoint, config: RuntimeConfig, bytes_per_element: 
     if config.device is None or not checkpoint.experts.layouts:
         return None
     vram_bytes, context_bytes = memory_of(config.device)
-    plan = plan_device(
-        checkpoint.spec,
-        checkpoint.experts.layouts,
-        vram_bytes=vram_bytes,
-        context_bytes=context_bytes,
-        choose_dense=partial(_choose_dense, checkpoint, config, bytes_per_element),
-    )
-    pools = with_staging(plan.pools, config.vram_staging, checkpoint.spec.top_k)
-    return replace(plan, pools=pools, exclusive=config.exclusive)
-
-
-def _choose_dense(
-    checkpoint: Checkpoint, config: RuntimeConfig, bytes_per_element: int, room_bytes: int
-) -> DensePlan:
-    """Return which dense layers go to the device, given the memory that is left for them."""
-    assert config.device is not None
-    context_tokens = resolve_context(checkpoint, config.context_tokens)
-    sizes = dense_sizes(checkpoint, bytes_per_element, context_tokens)
-    reason = _why_no_dense(checkpoint, config)
-    if reason:
-        return no_dense(len(sizes.layer_bytes), context_tokens, reason)
-    return place_dense(sizes, context_tokens=context_tokens, room_bytes=room_bytes)
-
-
-def _why_no_dense(checkpoint: Checkpoint, config: RuntimeConfig) -> str:
-    """Return why none of the dense layers may go to the device; "" where they may."""
-    assert config.device is not None
-    if config.device.dense == "off":
-        return "dense=off"
-    if config.device.kind == "emulated" and config.device.dense != "on":
-        return "an emulated device is no faster; dense=on takes it all the same"
-    if config.kv is not None:
-        return f"no kernel reads keys and values of kv={config.kv}"
-    types = {info.ggml_type for info in checkpoint.dense.values() if len(info.shape) == 2}
-    slow = sorted(t.name for t in types if t not in FAST_TYPES and t not in FLOAT_TYPES)
-    if slow:
-        return f"no kernel for {', '.join(slow)}"
-    return native_step_reason(checkpoint.config) or ""
+    return place_on_device(checkpoint, config, vram_bytes, context_bytes, bytes_per_element)
 
 
 def attach_device(
