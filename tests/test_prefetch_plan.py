@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.planning.gain_switch import BLOCK_STEPS, LEAST_PROBES, GainSwitch
+from moe_offload.planning.gain_switch import BLOCK_STEPS, LEAST_PROBES, LEAST_STEPS, GainSwitch
 from moe_offload.planning.prefetch_plan import (
     HIGHEST,
     LOWEST,
@@ -163,8 +163,9 @@ def test_it_changes_its_mind_when_the_world_does() -> None:
 @pytest.mark.parametrize(("begins_on", "on_s"), [(True, 0.5), (False, 2.5)])
 def test_one_probe_is_enough_to_keep_what_is_far_faster(begins_on: bool, on_s: float) -> None:
     switch = GainSwitch(begins_on=begins_on)
-    count = run(switch, 2 * BLOCK_STEPS, on_s, 1.0, noise=0.05)
-    assert count == BLOCK_STEPS and not switch.is_trying
+    num_steps = BLOCK_STEPS + 1 + LEAST_STEPS
+    num_on = run(switch, num_steps, on_s, 1.0, noise=0.05)
+    assert num_on == (BLOCK_STEPS if begins_on else 1 + LEAST_STEPS) and not switch.is_trying
     assert switch.decision is begins_on and switch.gain is not None and (switch.gain > 0) is begins_on
 
 

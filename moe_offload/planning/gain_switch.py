@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-BLOCK_STEPS = 5
+BLOCK_STEPS, LEAST_STEPS = 5, 2  # of a block; the first one does not count
 LEAST_PROBES, MOST_PROBES = 4, 12  # before a decision; the last MOST_PROBES count
 CLEAR, CLEAR_OF_FEW = 2.0, 3.5  # standard errors: with many probes, and more with few (Student's t)
 SWITCH_ON, SWITCH_OFF = 0.015, -0.015  # mean gain where the interval does not decide
 FAR = 0.10  # of a step: what a single probe may show
 FIRST_REST_STEPS, LONGEST_REST_STEPS = 48, 256
+TRIAL_SHARE = 0.02  # of all time: what finding out may cost, as far as a longest rest makes it so
 REMEMBERED_STEPS = 256  # for what a miss costs
 
 
@@ -76,7 +77,7 @@ class GainSwitch:
             if self._step % BLOCK_STEPS:
                 self._blocks[self.is_on].append(Timed(seconds, needs))
             self._step += 1
-            if self._step == 2 * BLOCK_STEPS:
+            if self._step == 2 * BLOCK_STEPS or self._is_hopeless():
                 self._end_probe()
         self.is_on = self.decision if self._resting else self._is_on_in_probe()
 
@@ -91,6 +92,11 @@ class GainSwitch:
         first = self._begins_on == (self._num_probes % 2 == 0)
         return first if self._step < BLOCK_STEPS else not first
 
+    def _is_hopeless(self) -> bool:
+        """Whether a probe's second block, of what is not done, need not be finished: it is far slower."""
+        done, other = self._blocks[self.decision], self._blocks[not self.decision]
+        return len(done) == BLOCK_STEPS - 1 and len(other) >= LEAST_STEPS and self._is_far_faster(done, other)
+
     def _end_probe(self) -> None:
         on, off = self._blocks[True], self._blocks[False]
         for block in (on, off):
@@ -102,20 +108,23 @@ class GainSwitch:
         self._num_probes += 1
         if len(self._probes) >= LEAST_PROBES:
             self._decide()
-        elif self._is_far_faster(on, off):
-            self.gain = self._estimate()[0]
-            self._rest()
+        elif self._is_far_faster(*((on, off) if self.decision else (off, on))):
+            self._rest(agrees=self.gain is not None, gain=self._estimate()[0])
 
-    def _is_far_faster(self, on: Sequence[Timed], off: Sequence[Timed]) -> bool:
-        """Whether every step of a probe went better as decided than any otherwise, and by far."""
+    def _is_far_faster(self, done: Sequence[Timed], other: Sequence[Timed]) -> bool:
+        """Whether every step of ``done`` was faster than any of ``other``, and by far."""
         miss_s = self._miss_s()
-        done, other = (on, off) if self.decision else (off, on)
         done_s, other_s = ([step.seconds - miss_s * step.needs for step in block] for block in (done, other))
         is_far = statistics.fmean(other_s) - statistics.fmean(done_s) > FAR * statistics.fmean(done_s)
         return is_far and max(done_s) < min(other_s)
 
-    def _rest(self) -> None:
-        self._resting = self._rest_steps
+    def _rest(self, *, agrees: bool, gain: float) -> None:
+        """Begin no probe for some steps: more the longer nothing changed, and the more these probes cost."""
+        longer = min(2 * self._rest_steps, LONGEST_REST_STEPS)
+        self._rest_steps = longer if agrees else FIRST_REST_STEPS
+        cost_steps = len(self._probes) * BLOCK_STEPS * abs(gain)
+        self._resting = max(self._rest_steps, min(LONGEST_REST_STEPS, int(cost_steps / TRIAL_SHARE)))
+        self.gain = gain
 
     def _decide(self) -> None:
         """Bring decision and gain up to date; rest, unless it takes more probes to change it."""
@@ -125,14 +134,10 @@ class GainSwitch:
         contradicts = decision != self.decision
         if contradicts and not clear and len(self._probes) < MOST_PROBES:
             return
-        agreed_before = self.gain is not None and not contradicts
-        self._rest_steps = (
-            min(2 * self._rest_steps, LONGEST_REST_STEPS) if agreed_before else FIRST_REST_STEPS
-        )
+        self._rest(agrees=self.gain is not None and not contradicts, gain=gain)
         if contradicts:
             self._probes.clear()
-        self.decision, self.gain = decision, gain
-        self._rest()
+        self.decision = decision
 
     def _estimate(self) -> tuple[float, float]:
         """Return the mean gain of the probes as a share of a step without it, and its standard error."""
