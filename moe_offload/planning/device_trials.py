@@ -3,7 +3,7 @@
 Two GainSwitches: ``sharing`` compares the scheduler with a static split (nothing copied, nothing replaced,
 nothing looked ahead for), ``ahead`` compares copying the next layers' experts with not doing it. They take
 turns, since two that switch in step would be taken for each other; and what loses against the static split
-loses all of it. Pure.
+loses all of it. Both begin off: until a trial has shown more, a device does what a static split does. Pure.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class HybridLayers:
         self.counters = HybridCounters()
         self.left_to_cpu = ""  # which layers the device has no kernel for
         self.describe_dense: Callable[[], str] | None = None  # of dense layers that run there, too
-        self.switch = GainSwitch() if scheduler == "hybrid" else None
+        self.switch = GainSwitch(begins_on=False) if scheduler == "hybrid" else None
         self._trials = DeviceTrials()
         self._ahead: Prefetcher | None = None
         self._may_gain = self._can_gain()
@@ -96,7 +96,7 @@ class HybridLayers:
         # and experts by ticket.
         self.span: Callable[[int, Sequence[int], float, float], None] | None = None
         self.launched: dict[int, tuple[int, Sequence[int]]] | None = None
-        tier.replaces = scheduler != "static_split"
+        tier.replaces = scheduler != "static_split" and not self.is_frozen
 
     @property
     def is_frozen(self) -> bool:
