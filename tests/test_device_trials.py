@@ -109,4 +109,5 @@ def test_without_a_static_split_to_compare_with_copying_ahead_has_its_own_trial(
 def test_a_device_that_computes_no_faster_cannot_gain() -> None:
     assert not may_gain([0.0, 0.0, 0.0], 1e-3)
     assert not may_gain([1e-5, 0.0, 0.0], 1e-3)
+    assert not may_gain([5e-6, 3e-6, 0.0], 1e-5), "looking ahead takes longer"
     assert may_gain([5e-4, 3e-4, 0.0], 1e-3)

@@ -20,6 +20,7 @@ from moe_offload import BudgetError, ConfigError, cli
 from moe_offload.config import DEMO_MODEL
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
+from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
 from moe_offload.replay import replay
 from moe_offload.residency.accelerator import wait_copy
@@ -64,8 +65,10 @@ def loaded(
     path: Path = DEMO_MODEL,
     link: str = "2GB/s",
     native: bool = True,
+    shares: bool = True,
     **kwargs: Any,
 ) -> Iterator[Any]:
+    """Load the model; ``shares``: scheduler and copies ahead begin on, as they are once they have won."""
     device = f"emulated:vram={vram},link={link}" if vram is not None else None
     model = moe_offload.from_pretrained(
         path, ram="2GiB", warm_start=False, device=device, **{"context": 256, **kwargs}
@@ -73,6 +76,9 @@ def loaded(
     try:
         if not native:
             model.offload.native_step = None
+        if shares and model.offload.hybrid is not None and model.offload.hybrid.switch is not None:
+            model.offload.hybrid.use("hybrid", GainSwitch())
+            model.offload.prefetcher.switch = GainSwitch()
         yield model
     finally:
         model.offload.close()
@@ -587,6 +593,21 @@ def test_a_link_that_is_slower_than_was_measured_ends_in_a_static_split(prompt_i
         copied = hybrid.counters.copied_experts
         generate(model, prompt_ids)
         assert hybrid.counters.copied_experts == copied
+
+
+def test_a_device_begins_as_a_static_split(prompt_ids, expected) -> None:
+    """Nothing is copied for a step or ahead, and nothing leaves, until a trial has shown that it pays."""
+    with loaded(VRAM, experts="all", shares=False) as model:
+        fill_ram(model)
+        hybrid = model.offload.hybrid
+        assert hybrid.is_frozen and not hybrid.tier.replaces and not model.offload.prefetcher.is_on
+        assert_same(generate(model, prompt_ids), expected[True])
+        assert hybrid.counters.copied_experts == 0 and hybrid.counters.device_experts > 0
+        assert model.offload.stats().device.prefetched_bytes == 0
+        while hybrid.is_frozen:  # its switch is told that sharing takes half of the time
+            hybrid.switch.record(0.5 if hybrid.switch.is_on else 1.0)
+        hybrid.tier.replaces = True
+        assert_same(generate(model, prompt_ids), expected[True])
 
 
 def test_hybrid_falls_back_to_a_static_split_where_that_is_faster(prompt_ids, expected) -> None:
