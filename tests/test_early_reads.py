@@ -174,8 +174,14 @@ def test_a_beginning_that_was_expected_is_looked_at_once() -> None:
     model = load()
     early, cache = always_on(model)._early, model.offload.cache
     generate(model)
-    token, other = torch.randn(2, model.config.hidden_size)
-    early.native.set(0.01, 1, 1e12, 2, 0.0, 0.0)
+    token, other = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    early.native.set(0.2, 1, 1e12, 2, 0.0, 0.0)
+
+    def forget_guesses() -> None:
+        for pool in cache._pools:
+            for entry in pool.unclaimed():
+                pool.wait(entry)
+                pool.discard(entry)
 
     def read_of(hidden: torch.Tensor, num_slots: int) -> int:
         early.native.lend(cache.lend_for_guesses(num_slots, -1, 1))
@@ -183,14 +189,12 @@ def test_a_beginning_that_was_expected_is_looked_at_once() -> None:
         early.native.begins(hidden.data_ptr())
         count = len(early.native.events())
         early.end()
-        for pool in cache._pools:  # so that what was read has no slot again
-            for entry in pool.unclaimed():
-                pool.wait(entry)
-                pool.discard(entry)
+        forget_guesses()  # so that what was read has no slot again
         return count
 
+    forget_guesses()
     assert read_of(token, 0) == 0
-    assert read_of(token, 96) > 0
+    assert 0 < read_of(token, 96) < 5, "what is likely has a slot to be read into"
     assert read_of(token, 96) == 0
     assert read_of(other, 96) > 0
     model.offload.close()
@@ -210,11 +214,11 @@ def test_who_watches_hears_of_the_likeliest_token() -> None:
 def test_tokens_that_come_otherwise_are_not_expected_any_more() -> None:
     next_token = NextToken()
     for number in range(5):
-        assert next_token.is_worth_asking
+        assert next_token.asks()
         next_token.expect(number, 10.0 * number)
         next_token.came(number + 1, 10.0 * number + 2.0)
     assert not next_token.is_trusted
-    asked = sum(next_token.is_worth_asking for _ in range(160))
+    asked = sum(next_token.asks() for _ in range(160))
     assert asked == 10, "now and then, to see whether they come again"
     assert 0.5 < next_token.gap_s < 2.0, "smoothed"
     share = next_token.share

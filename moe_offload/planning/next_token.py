@@ -13,7 +13,7 @@ class NextToken:
 
     Attributes:
         share: of the last tokens, that were the expected ones.
-        gap_s: from knowing whom to expect to the next token's beginning.
+        gap_s: from knowing which to expect to the next token's beginning.
     """
 
     def __init__(self) -> None:
@@ -22,9 +22,8 @@ class NextToken:
         self._expected_at = 0.0
         self._tokens = 0
 
-    @property
-    def is_worth_asking(self) -> bool:
-        """Whether to find out whom to expect, after one more token."""
+    def asks(self) -> bool:
+        """Count one more token; whether to find out which to expect after it."""
         self._tokens += 1
         return self.is_trusted or self._tokens % ASK_EVERY == 0
 

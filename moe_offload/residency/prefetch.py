@@ -276,7 +276,7 @@ class Prefetcher:
         early, next_token = self._early, self._next_token
         if early is None or not self.is_on or self._cache.has_every_expert or not self._knows_first:
             return
-        if not next_token.is_worth_asking:
+        if not next_token.asks():
             return
         watch = None
         if next_token.is_trusted:
