@@ -140,10 +140,14 @@ def test_many_pairs_have_the_bits_of_few(row_order: RowOrder) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_sum_has_the_bits_of_rows_and_weighted_sum(num_tokens: int) -> None:
-    """With 300 tokens a group of experts ends between two experts, with 40 the columns are shared out."""
+    """With 300 tokens a group of experts ends between two experts, with 40 the columns are shared out.
+
+    One expert has tokens that repeat and come in no order: what is added to one goes before what follows.
+    """
     layer = Layer(EXPERT_CASES[1])
     hidden = activations(num_tokens, 256, seed=25)
-    tokens_of = {0: list(range(num_tokens)), 1: [num_tokens // 2], 2: list(range(0, num_tokens, 2))}
+    repeated = np.random.default_rng(29).integers(0, num_tokens, 2 * num_tokens).tolist()
+    tokens_of = {0: list(range(num_tokens)), 1: repeated, 2: list(range(0, num_tokens, 2))}
     arguments = layer.step(hidden, tokens_of)
     weights = torch.from_numpy(np.random.default_rng(26).uniform(0, 1, len(arguments[-1])).astype(np.float32))
     expected = activations(num_tokens, 256, seed=27)
