@@ -11,15 +11,17 @@ case, those after as many others the warm one. Without generate()'s loop, and wi
 does not count.
 
 A prediction is of the machine as it was when it was measured, and a virtual one changes by half within
-seconds. So the machine is measured once more after each run, and what would have been predicted then is
-recorded, too ("afterwards"); and a little arithmetic is timed beside the measuring and, between tokens,
-beside the run, in Python and by all of the kernels' threads. Where any of these differs by more than a
-fifth, the case is predicted and measured again, --attempts times at most; the attempt with the least
-difference counts and is recorded with it. None is chosen by its error. The summary is of all cases, and
-once more of those during which the machine held still ("steady"): an error there is the model's.
+seconds; where a disk's reads arrive in memory alone changes their speed by up to twice. So every case is
+predicted and measured --rounds times, all cases once before any has its next round, each round's prediction
+written before its measurement. A case's prediction is the median of its rounds', and so is what was measured:
+none is chosen. How far apart measurements of one case lie is in the summary ("apart"), and what single rounds
+were worth ("of_rounds"). The machine is measured once more after each run, and what would have been predicted
+then is recorded, too ("afterwards"); a little arithmetic is timed beside the measuring and, between tokens,
+beside the run, in Python and by all of the kernels' threads. The summary counts once more the cases during
+which none of these differed by more than a fifth ("steady").
 
---resume keeps what an earlier run, cut short, has measured; --only takes some cases, by words of their names
-("50%,640 tokens": cases that have both).
+--resume keeps the rounds that an earlier run, cut short, has measured; --only takes some cases, by words of
+their names ("50%,640 tokens": cases that have both).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import os
 import statistics
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +60,10 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     record = load_record(args)
-    for name, path in models(args):
-        bench_model(name, path, record, args)
+    yardstick = Yardstick()
+    for number in range(args.rounds):
+        for name, path in models(args):
+            bench_model(name, path, record, args, number, yardstick)
     record["changes"] = changes(record["cases"])
     record["summary"] = summary(record["cases"])
     write(record, args.out)
@@ -71,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--synthetic", type=Path, nargs="*", default=[], metavar="GGUF")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--attempts", type=int, default=4, help="while the machine changes in between")
+    parser.add_argument("--rounds", type=int, default=3, help="that each case is predicted and measured")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name has all of these")
     parser.add_argument("--resume", action="store_true", help="measure only what --out does not have")
     return parser.parse_args()
@@ -96,54 +101,68 @@ def write(record: dict[str, Any], out: Path) -> None:
     os.replace(partial, out)
 
 
-def bench_model(name: str, path: Path, record: dict[str, Any], args: argparse.Namespace) -> None:
-    """Predict and measure what the record lacks of one model."""
+def bench_model(
+    name: str,
+    path: Path,
+    record: dict[str, Any],
+    args: argparse.Namespace,
+    number: int,
+    yardstick: Yardstick,
+) -> None:
+    """Predict and measure one model's cases that have had no round of this number."""
     wanted = [(share, context) for context in CONTEXTS for share in SHARES]
     cases, words = record["cases"], [word.strip() for word in args.only.split(",")]
     missing = [
         key
         for key in wanted
         if all(word in case_key(name, *key, "") for word in words)
-        and any("measured" not in cases.get(case_key(name, *key, p), {}) for p in PHASES)
+        and any(len(cases.get(case_key(name, *key, p), {}).get("rounds", [])) <= number for p in PHASES)
     ]
     if not missing:
         return
-    yardstick = Yardstick()
-    ids = {context: token_ids(path, context) for context in CONTEXTS}
-    traces = {
-        context: [record_trace(path, other) for other in ids[context][0]]
-        for context in {c for _, c in missing}
-    }
+    for context in {context for _, context in missing}:
+        record_traces(path, context)  # before the machine is looked at
     seen = rehearse(path, yardstick)
     for share, context in missing:
-        for _ in range(args.attempts):
-            attempt = predict(path, share, context, traces[context], *seen)
-            record["written"] = {case_key(name, share, context, phase): attempt[phase] for phase in PHASES}
-            write(record, args.out)
-            found = measure(path, share, context, ids[context][1])
-            seen = rehearse(path, yardstick)
-            afterwards = predict(path, share, context, traces[context], *seen)
-            for phase in PHASES:
-                now = attempt[phase] | {"afterwards": afterwards[phase]["tokens_per_s"]}
-                settle(cases, case_key(name, share, context, phase), now, found[phase])
-            if all(change(cases[case_key(name, share, context, phase)]) <= SAME_MACHINE for phase in PHASES):
-                break
+        predicted = predict(path, share, context, record_traces(path, context), *seen)
+        record["written"] = {case_key(name, share, context, phase): predicted[phase] for phase in PHASES}
+        write(record, args.out)
+        found = measure(path, share, context, token_ids(path, context)[1])
+        seen = rehearse(path, yardstick)
+        afterwards = predict(path, share, context, record_traces(path, context), *seen)
+        for phase in PHASES:
+            now = predicted[phase] | {"afterwards": afterwards[phase]["tokens_per_s"]}
+            settle(cases, case_key(name, share, context, phase), now, found[phase])
         write(record, args.out)
         print_table({key: cases[key] for key in (case_key(name, share, context, phase) for phase in PHASES)})
 
 
 def settle(cases: dict[str, Any], key: str, predicted: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Keep the attempt during which the machine changed least; never one by how right it was."""
-    case = {"predicted": predicted, "measured": measured}
-    attempts = cases[key]["attempts"] + 1 if key in cases else 1
-    if key not in cases or change(case) < change(cases[key]):
-        cases[key] = case
-    cases[key]["attempts"] = attempts
+    """Add a round; the case's rates are the medians of its rounds', all else is of the last one."""
+    rounds = cases.get(key, {}).get("rounds", [])
+    rounds.append({"predicted": predicted, "measured": measured})
+    cases[key] = {"rounds": rounds} | {
+        part: rounds[-1][part] | {"tokens_per_s": statistics.median(rates(rounds, part))} for part in PARTS
+    }
+
+
+def rates(rounds: list[dict[str, Any]], part: str) -> list[float]:
+    """Return the tokens per second of each round, predicted or measured."""
+    return [one[part]["tokens_per_s"] for one in rounds]
+
+
+def apart(case: dict[str, Any]) -> float:
+    """Return how much more the fastest measurement of a case gave than the slowest."""
+    measured = rates(case["rounds"], "measured")
+    return float(max(measured) / min(measured) - 1)
 
 
 def change(case: dict[str, Any]) -> float:
-    """Return by how much the machine's speed differed before, during and after the measurement."""
-    predicted, measured = case["predicted"], case["measured"]
+    """Return by how much the machine's speed differed before, during and after a measurement, at most."""
+    return max(change_of(one["predicted"], one["measured"]) for one in case["rounds"])
+
+
+def change_of(predicted: dict[str, Any], measured: dict[str, Any]) -> float:
     pairs = [*zip(measured["pace_s"], predicted["pace_s"], strict=True)]
     pairs.append((predicted["afterwards"], predicted["tokens_per_s"]))
     return max(max(now / then, then / now) for now, then in pairs) - 1
@@ -201,6 +220,7 @@ def case_key(name: str, share: str, context: int, phase: str) -> str:
     return f"{name}, {share} of the experts, {context} tokens, {phase}"
 
 
+@cache
 def token_ids(path: Path, context: int) -> tuple[list[list[int]], list[int]]:
     """Return ids of some texts for the traces and other ones for the measurement."""
     from moe_offload.config import DEMO_MODEL
@@ -246,6 +266,12 @@ def ram_bytes(path: Path, share: str, context: int) -> int:
     checkpoint = open_checkpoint(path)
     plan = place(checkpoint, choices(share, context), ram_bytes=1 << 40, process=process_of(checkpoint))
     return plan.total_bytes + SLACK_BYTES
+
+
+@cache
+def record_traces(path: Path, context: int) -> list[Any]:
+    """Return the routing of the texts that a prediction goes by."""
+    return [record_trace(path, ids) for ids in token_ids(path, context)[0]]
 
 
 def record_trace(path: Path, ids: list[int]) -> Any:
@@ -388,6 +414,8 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         steady = [case for case in found if change(case) <= SAME_MACHINE]
         result[kind] = of_errors([error(case) for case in found])
         result[kind]["steady"] = of_errors([error(case) for case in steady])
+        result[kind]["of_rounds"] = of_errors([error(one) for case in found for one in case["rounds"]])
+        result[kind]["apart"] = statistics.median([apart(case) for case in found]) if found else 0.0
     result["changes"] = of_errors([change["error"] for change in changes(cases).values()])
     result["met"] = all(result[kind]["share"] >= GOAL_SHARE for kind in ("decode", "prefill"))
     return result
@@ -436,8 +464,8 @@ def print_table(cases: dict[str, Any]) -> None:
             f"{key:60} {predicted['tokens_per_s']:9.4g} predicted {measured['tokens_per_s']:9.4g} measured "
             f"{error(case):+6.0%}  (afterwards {predicted['afterwards']:.4g})  hits {hits:9} "
             f"{predicted.get('binding', ''):8} machine "
-            f"{'changed by' if change(case) > SAME_MACHINE else 'within'} {change(case):.0%}, attempt "
-            f"{case.get('attempts', 1)}",
+            f"{'changed by' if change(case) > SAME_MACHINE else 'within'} {change(case):.0%}, "
+            f"{len(case['rounds'])} measurements {apart(case):.0%} apart",
             flush=True,
         )
 

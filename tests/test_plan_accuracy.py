@@ -12,11 +12,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import plan_accuracy as accuracy
 
 
-def case(predicted: float, measured: float, pace: float = 1.0, afterwards: float = 0.0) -> Any:
+def attempt(predicted: float, measured: float, pace: float = 1.0, afterwards: float = 0.0) -> Any:
     return {
         "predicted": {"tokens_per_s": predicted, "afterwards": afterwards or predicted, "pace_s": [1.0, 2.0]},
         "measured": {"tokens_per_s": measured, "pace_s": [1.0, 2 * pace]},
     }
+
+
+def case(predicted: float, measured: float, pace: float = 1.0) -> Any:
+    one = attempt(predicted, measured, pace)
+    return {**one, "rounds": [one]}
 
 
 def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
@@ -33,7 +38,8 @@ def test_the_goal_is_a_share_of_the_cases_of_each_kind() -> None:
     found = accuracy.summary(cases)
     assert not found["met"] and found["prefill"] == {
         "cases": 1, "within": 0, "share": 0.0, "median_error": 2.0, "worst_error": 2.0,
-        "steady": {"cases": 0},
+        "steady": {"cases": 0}, "apart": 0.0,
+        "of_rounds": {"cases": 1, "within": 0, "share": 0.0, "median_error": 2.0, "worst_error": 2.0},
     }  # fmt: skip
     cases[prompt] = case(11.0, 10.0)
     cases[accuracy.case_key("m", "25%", 64, "warm")] = case(1.0, 10.0)
@@ -54,14 +60,18 @@ def test_what_more_memory_brings_is_held_against_what_it_was_said_to() -> None:
     assert accuracy.summary(cases)["changes"]["within"] == 1
 
 
-def test_the_attempt_with_the_least_change_of_the_machine_counts_not_the_truest() -> None:
-    cases: dict[str, dict[str, dict[str, float]]] = {}
-    true, steady, later = case(10.0, 10.0, 1.3), case(30.0, 10.0, 1.1), case(10.0, 10.0, 0.8)
-    for attempt in (true, steady, later):
-        accuracy.settle(cases, "key", attempt["predicted"], attempt["measured"])
-    assert cases["key"]["predicted"] == steady["predicted"] and cases["key"]["attempts"] == 3
-    assert accuracy.change(steady) == pytest.approx(0.1) and accuracy.change(later) == pytest.approx(0.25)
-    assert accuracy.change(case(10.0, 10.0, 1.1, afterwards=5.0)) == pytest.approx(1.0)
+def test_a_case_is_the_median_of_all_its_rounds_however_true_one_was() -> None:
+    cases: dict[str, Any] = {}
+    for one in (attempt(10.0, 10.0, 1.3), attempt(30.0, 20.0, 1.1), attempt(12.0, 16.0, 0.8)):
+        accuracy.settle(cases, accuracy.case_key("m", "25%", 64, "cold"), one["predicted"], one["measured"])
+    (found,) = cases.values()
+    assert found["predicted"]["tokens_per_s"] == 12.0 and found["measured"]["tokens_per_s"] == 16.0
+    assert accuracy.error(found) == pytest.approx(-0.25) and accuracy.apart(found) == pytest.approx(1.0)
+    assert accuracy.change(found) == pytest.approx(0.3), "the round during which most changed"
+    assert accuracy.change({"rounds": [attempt(10.0, 10.0, 1.1, afterwards=5.0)]}) == pytest.approx(1.0)
+    decode = accuracy.summary(cases)["decode"]
+    assert decode["cases"] == 1 and decode["of_rounds"]["cases"] == 3
+    assert decode["of_rounds"]["within"] == 1 and decode["apart"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("path", [accuracy.ROOT / "moe_offload/demo/tiny-moe.gguf", Path("synthetic.gguf")])
