@@ -161,6 +161,8 @@ def _fit(fitter: Fitter, *, network: bool) -> None:
 
 def _print(fit: PredictorFit, output: Path) -> None:
     """Print one line for each predictor and distance, then where the fit is."""
+    from moe_offload.planning.predictor_worth import best_predictor
+
     held_out = fit.report["held_out"]
     names = [name for name in held_out if isinstance(held_out[name], dict)]
     print(f"held-out text, {held_out['tokens']} tokens; top {fit.top_k} of {fit.num_experts}")
@@ -175,3 +177,6 @@ def _print(fit: PredictorFit, output: Path) -> None:
             print(f"{name:18} {ahead:>5} {row['recall']:7.3f} {needed:16.2f} {error:12.3f} {cost}")
     size = gib(output.stat().st_size)
     print(f"{output}: {size}; the best is {fit.report['best']}")
+    automatic = best_predictor(held_out, fit.top_k, ("hybrid", "learned", "cross_layer_gate"))
+    if automatic != fit.report["best"]:
+        print(f"predictor auto takes {automatic}: guessing better costs more here than it saves")
