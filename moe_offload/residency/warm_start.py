@@ -146,7 +146,9 @@ def begin_warm(cache: ExpertCache, state: WarmState, policy: str) -> None:
         try:
             cache.restore_policies(state.policy_states)
         except (ValueError, KeyError, TypeError) as error:
-            _say(f"the policy starts anew: {error}")
+            _say(
+                f"the eviction policy starts anew, an earlier run left what this one does not read ({error})"
+            )
     cache.preload(state.hottest())
 
 
