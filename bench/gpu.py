@@ -6,8 +6,8 @@
 Builds csrc/cuda for this machine's cards, checks bits, measures ceilings, kernels and link, then runs a
 model of random weights (where emulated: the bundled demo): decode (cold, warm, after a change of topic) and
 prefill with 25, 50, 12 and 100% of the experts' bytes in VRAM, for ours and the named baselines. The file is
-written after every row, so that a run that is cut off leaves what it had; what was not reached reads
-"not run", with the reason.
+written after every row, so that a run that is cut off leaves what it had, and the same command with the same
+--out goes on from there (--anew: from the beginning); what was not reached reads "not run", with the reason.
 
 ``label`` says what a number is: "measured" on a card, "emulated" (order and concurrency, no GPU's speed), or
 "modelled" (gpu_modelled.py: the cost model on a profile). Neither of the latter is ever a GPU's.
@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,24 +55,31 @@ def main() -> None:
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "model": str(args.model or f"{args.like}, {args.layers} layers"),
+        "decode_tokens": args.decode_tokens,
+        "prefill_tokens": args.prefill_tokens,
         "steps": {},
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run's process does not outlive this
+    if not args.anew:
+        report.resume()
     report.write()
     if is_card:
         report.step("build", build)
     report.step("machine", lambda: machine(report))
     if is_card and not card_report()["on"]:
         give_up(report, f"no card: {card_report()['reason']}")
-    report.step("bits", lambda: bits(args.device))
-    report.step("ceilings", lambda: ceilings(is_card))
-    report.step("link", lambda: link(args.device, report))
-    report.step("kernels", lambda: kernels(is_card, report), needs_s=20)
+    report.step("bits", lambda: bits(args.device), once=True)
+    report.step("ceilings", lambda: ceilings(is_card), once=True)
+    report.step("link", lambda: link(args.device, report), once=True)
+    report.step("kernels", lambda: kernels(is_card, report), needs_s=20, once=True)
     report.step("model", lambda: make_model(args), needs_s=60)
     report.step("runs", lambda: runs(args, report), needs_s=30)
     report.step("dense", lambda: dense(args, report), needs_s=30)
     report.step("laptop", lambda: laptop(args, report), needs_s=30)
-    report.step("modelled", modelled)
+    report.step("modelled", modelled, once=True)
     report.not_run("llama.cpp", "bench/peer_llama_cuda.py --source DIR builds and runs it")
+    report.end()
     print(json.dumps(summary(report.content)))
 
 
@@ -82,6 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help='default: "cuda"; or "emulated:link=2GB/s"')
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--anew", action="store_true", help="keep nothing of an earlier run's file")
     parser.add_argument(
         "--model", type=Path, help="a GGUF; default: random weights, where emulated the bundled demo"
     )
@@ -252,13 +261,13 @@ def runs(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Yield every method at every share of the experts' bytes, ours and the baselines in turn."""
     for share in args.shares:
         for method in args.methods:
-            yield run(args, report, method, {"vram_percent": share})
+            yield run(args, report, "runs", method, {"vram_percent": share})
 
 
 def dense(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Yield ours with dense layers there, too, in memory that comes on top: as many slots as without."""
     for share in args.shares:
-        yield run(args, report, "ours", {"vram_percent": share, "dense": "on"})
+        yield run(args, report, "dense", "ours", {"vram_percent": share, "dense": "on"})
 
 
 def laptop(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
@@ -266,12 +275,17 @@ def laptop(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]
     if not args.device.startswith("cuda"):
         raise NotRun("the emulated device's link is what --device says")
     for method in args.methods:
-        yield run(args, report, method, {"vram_percent": 25, "link_bytes_per_s": 12e9, "threads": 8})
+        limits = {"vram_percent": 25, "link_bytes_per_s": 12e9, "threads": 8}
+        yield run(args, report, "laptop", method, limits)
 
 
-def run(args: argparse.Namespace, report: Report, method: str, what: dict[str, Any]) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, report: Report, step: str, method: str, what: dict[str, Any]
+) -> dict[str, Any]:
     """Run one configuration in a process of its own; return its row, whatever became of it."""
     row = {"method": method, **what, "label": report.content["label"]}
+    if (kept := report.kept_row(step, row)) is not None:
+        return kept
     limit_s = min(RUN_LIMIT_S, report.left_s() - 5)
     if limit_s < 10:
         return {**row, "status": "not run: no time left"}
@@ -302,6 +316,8 @@ def run(args: argparse.Namespace, report: Report, method: str, what: dict[str, A
         process.kill()
         out, _ = process.communicate()
         status = f"cut off after {limit_s:.0f} s"
+    finally:
+        process.kill()  # where this process is being ended; nothing otherwise
     return {**row, "status": status, **phases_of(out)}
 
 

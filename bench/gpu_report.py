@@ -20,21 +20,64 @@ class Report:
     deadline: float  # of time.monotonic
     content: dict[str, Any] = field(default_factory=dict)
     context_bytes: int = 0  # what the driver takes of the card
+    kept: dict[str, Any] = field(default_factory=dict)  # steps of a run that was cut off
+
+    def resume(self) -> None:
+        """Take over what an earlier run of the same question left in the file, if it did."""
+        try:
+            earlier = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return
+        if all(earlier.get(key) == value for key, value in self.content.items() if key != "steps"):
+            before, last = earlier.get("earlier", {}), earlier.get("steps", {})
+            for name in {**before, **last}:
+                steps = [kept[name] for kept in (before, last) if name in kept]
+                rows = [row for step in steps for row in step["rows"]]
+                done = next((step for step in steps if step["status"] == "done"), None)
+                self.kept[name] = done or {**steps[-1], "rows": rows}
+
+    def kept_row(self, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """Return an earlier run's row of a step that was done as ``asked``; None: there is none."""
+        for row in self.kept.get(name, {}).get("rows", []):
+            if row.get("status") == "done" and all(row.get(key) == value for key, value in asked.items()):
+                return {**row, "from_earlier_run": True}
+        return None
 
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
     def write(self) -> None:
         partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        content = {**self.content, "earlier": self.kept} if self.kept else self.content
+        partial.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(partial, self.path)
+
+    def end(self) -> None:
+        """Forget what an earlier run had: it has been taken over."""
+        self.kept = {}
+        self.write()
 
     def not_run(self, name: str, reason: str) -> None:
         self.content["steps"][name] = {"status": f"not run: {reason}", "rows": []}
         self.write()
 
-    def step(self, name: str, rows: Callable[[], Iterator[dict[str, Any]]], needs_s: float = 0.0) -> None:
-        """Run a step and keep its rows; a failure is part of the result and stops no other step."""
+    def step(
+        self,
+        name: str,
+        rows: Callable[[], Iterator[dict[str, Any]]],
+        needs_s: float = 0.0,
+        *,
+        once: bool = False,
+    ) -> None:
+        """Run a step and keep its rows; a failure is part of the result and stops no other step.
+
+        Args:
+            once: an earlier run's rows will do.
+        """
+        if once and self.kept.get(name, {}).get("status") == "done":
+            self.content["steps"][name] = {**self.kept[name], "from_earlier_run": True}
+            print(f"[{name}] done by an earlier run", flush=True)
+            return self.write()
         step: dict[str, Any] = {"status": "running", "rows": []}
         self.content["steps"][name] = step
         started = time.monotonic()

@@ -56,6 +56,33 @@ def test_no_time_left_reads_not_run(tmp_path: Path) -> None:
     assert report.content["steps"]["kernels"]["rows"] == []
 
 
+def test_a_run_that_was_cut_off_goes_on_from_its_rows(tmp_path: Path) -> None:
+    """What was done is not done again, also after a second cut; another question begins anew."""
+    first = report_of(tmp_path)
+    first.content["commit"] = "a"
+    first.step("bits", lambda: iter([{"bits": 1}]))
+    done, cut = ({"method": m, "vram_percent": 25, "status": s} for m, s in (("x", "done"), ("y", "cut off")))
+    first.content["steps"]["runs"] = {"status": "running", "rows": [done, cut]}
+    first.write()
+    for _ in range(2):
+        second = report_of(tmp_path)
+        second.content["commit"] = "a"
+        second.resume()
+        second.write()  # and cut off again
+    second.step("bits", lambda: iter([{"bits": 2}]), once=True)
+    assert second.content["steps"]["bits"]["rows"] == [{"bits": 1}]
+    asked = {"vram_percent": 25}
+    assert second.kept_row("runs", {"method": "x", **asked}) == {**done, "from_earlier_run": True}
+    assert second.kept_row("runs", {"method": "y", **asked}) is None
+    assert second.kept_row("runs", {"method": "x", "vram_percent": 50}) is None
+    second.end()
+    assert "earlier" not in json.loads(second.path.read_text())
+    other = report_of(tmp_path)
+    other.content["commit"] = "b"
+    other.resume()
+    assert other.kept == {}
+
+
 def test_a_run_that_was_cut_off_tells_what_it_had() -> None:
     output = '{"load_s": 1.5}\nsome warning\n{"phase": "cold", "tokens_per_s": 3.0}\n{"phase": "wa'
     assert gpu.phases_of(output) == {"also": {"load_s": 1.5}, "cold": {"tokens_per_s": 3.0}}
