@@ -37,7 +37,10 @@ class Graph {
     template <class Launches>
     bool capture(cudaStream_t stream, const Launches& launches) {
         cudaGraph_t captured = nullptr;
-        if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return false;
+        if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
+            cudaGetLastError();
+            return false;
+        }
         try {
             launches();
         } catch (const DeviceError&) {  // of which the launches one by one will tell

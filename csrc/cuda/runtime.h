@@ -85,7 +85,11 @@ class Event {
         must(cudaEventElapsedTime(&milliseconds, begin.event_, event_), "an event");
         return double(milliseconds) * 1e-3;
     }
-    bool has_passed() const { return cudaEventQuery(event_) == cudaSuccess; }
+    bool has_passed() const {
+        if (cudaEventQuery(event_) == cudaSuccess) return true;
+        cudaGetLastError();  // "not ready" stays there, and a launch's check would take it for its own
+        return false;
+    }
     operator cudaEvent_t() const { return event_; }
     void wait(const char* what) const { must(cudaEventSynchronize(event_), what); }
 
