@@ -601,9 +601,11 @@ def test_a_device_begins_as_a_static_split(prompt_ids, expected) -> None:
         fill_ram(model)
         hybrid = model.offload.hybrid
         assert hybrid.is_frozen and not hybrid.tier.replaces and not model.offload.prefetcher.is_on
+        hybrid.switch._resting = 10_000  # a trial would begin once the device is filled
         assert_same(generate(model, prompt_ids), expected[True])
         assert hybrid.counters.copied_experts == 0 and hybrid.counters.device_experts > 0
         assert model.offload.stats().device.prefetched_bytes == 0
+        hybrid.switch._resting = 0
         while hybrid.is_frozen:  # its switch is told that sharing takes half of the time
             hybrid.switch.record(0.5 if hybrid.switch.is_on else 1.0)
         hybrid.tier.replaces = True
