@@ -129,7 +129,8 @@ class GainSwitch:
     def _decide(self) -> None:
         """Bring decision and gain up to date; rest, unless it takes more probes to change it."""
         gain, error = self._estimate()
-        clear = abs(gain) > (CLEAR + CLEAR_OF_FEW / (len(self._probes) - 1)) * error
+        num_kept = len(self._probes) - 2 * _num_extremes(len(self._probes))
+        clear = abs(gain) > (CLEAR + CLEAR_OF_FEW / (num_kept - 1)) * error
         decision = gain > (0.0 if clear else SWITCH_OFF if self.decision else SWITCH_ON)
         contradicts = decision != self.decision
         if contradicts and not clear and len(self._probes) < MOST_PROBES:
@@ -140,19 +141,26 @@ class GainSwitch:
         self.decision = decision
 
     def _estimate(self) -> tuple[float, float]:
-        """Return the mean gain of the probes as a share of a step without it, and its standard error."""
+        """Return the mean gain of the probes as a share of a step without it, and its standard error.
+
+        A trimmed mean, its error from what is left with the extremes drawn in (Yuen, Biometrika 61, 1974): a
+        disk that hesitates once shall not decide.
+        """
         miss_s = self._miss_s()
         differences, without = [], []
         for on, off in self._probes:
             (on_s, on_needs), (off_s, off_needs) = _means(on), _means(off)
             differences.append(off_s - on_s - miss_s * (off_needs - on_needs))
             without.append(off_s)
-        kept = _without_extremes(differences)
         step_s = statistics.median(without)
         if step_s <= 0.0:
             return 0.0, 0.0
-        spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
-        return statistics.fmean(kept) / step_s, spread / len(kept) ** 0.5 / step_s
+        cut, ordered = _num_extremes(len(differences)), sorted(differences)
+        kept = ordered[cut : len(ordered) - cut]
+        drawn_in = [min(max(value, kept[0]), kept[-1]) for value in differences]
+        spread = statistics.stdev(drawn_in) if len(kept) > 1 else 0.0
+        error = spread * len(differences) ** 0.5 / len(kept)
+        return statistics.fmean(kept) / step_s, error / step_s
 
     def _miss_s(self) -> float:
         """Return the seconds that a miss more takes, by least squares within the blocks; none below 0."""
@@ -167,7 +175,6 @@ def _means(block: Sequence[Timed]) -> tuple[float, float]:
     return statistics.fmean(step.seconds for step in kept), statistics.fmean(step.needs for step in kept)
 
 
-def _without_extremes(values: Sequence[float]) -> list[float]:
-    """Leave out an eighth at either end."""
-    cut = len(values) // 8
-    return sorted(values)[cut : len(values) - cut]
+def _num_extremes(num_probes: int) -> int:
+    """Return how many probes are left out at either end."""
+    return num_probes // 4
