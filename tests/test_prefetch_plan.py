@@ -152,6 +152,20 @@ def test_noise_alone_does_not_switch_it_off() -> None:
     assert wrong <= 3
 
 
+@pytest.mark.parametrize(("on_s", "expected"), [(0.85, True), (1.06, False)])
+def test_a_disk_that_hesitates_does_not_decide(on_s: float, expected: bool) -> None:
+    """Every eighty steps or so, eight in a row take twenty times as long, whatever is done."""
+    right = 0
+    for seed in range(20):
+        generator, switch, left = random.Random(seed), GainSwitch(), 0
+        for step in range(800):
+            left = max(0, left - 1) if left or generator.random() > 1 / 80 else 8
+            base_s = on_s if switch.is_on else 1.0
+            switch.record(base_s * generator.uniform(0.9, 1.1) * (20.0 if left else 1.0))
+            right += step >= 150 and switch.decision is expected
+    assert right > 0.8 * 20 * 650
+
+
 def test_it_changes_its_mind_when_the_world_does() -> None:
     switch = GainSwitch()
     run(switch, 500, 1.2, 1.0, noise=0.02)
