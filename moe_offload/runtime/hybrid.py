@@ -30,7 +30,8 @@ from moe_offload.planning.token_moves import Scheduler, TokenMoves, divide
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.prefetch import Likely, Prefetcher
+from moe_offload.residency.guessed_reads import Likely
+from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.residency.slot_reads import ON_ITS_WAY
 from moe_offload.stats import DeviceStats
 
