@@ -17,7 +17,7 @@ from torch import Tensor, from_numpy, nn
 from moe_offload.errors import ConfigError
 from moe_offload.predictors.fit_file import Pair, PredictorFit
 from moe_offload.predictors.fit_network import HIDDEN_UNITS, fit_network
-from moe_offload.predictors.history import DECAY, Float32Array, LayerOrder
+from moe_offload.predictors.history import Float32Array, LayerOrder, past_of
 from moe_offload.predictors.regression import fit_curve, low_rank, mean_squared_error, ridge
 from moe_offload.predictors.residual_gate import norm_weight
 from moe_offload.predictors.routers import Curve, RouterScores
@@ -222,7 +222,10 @@ class Fitter:
         )
 
     def _past(self, layer_idx: int) -> tuple[Float32Array, Float32Array]:
-        return past_of(self._one_hot(layer_idx), self._weighted(layer_idx), self._starts)
+        past: tuple[Float32Array, Float32Array] = past_of(
+            self._one_hot(layer_idx), self._weighted(layer_idx), self._starts
+        )
+        return past
 
     def _inputs(self, layer_idx: int) -> NDArray[np.float16]:
         return self.recording.router_inputs[:, self.order.row_of[layer_idx]]
@@ -286,16 +289,3 @@ class Fitter:
         held_out = scores[self._split :] if whole else scores
         curve: Curve = fit_curve(held_out, self._one_hot(later)[self._split :], self.top_k)
         self._keep(f"curve.{predictor}", (layer_idx, later), np.array(curve))
-
-
-def past_of(
-    one_hot: Float32Array, weighted: Float32Array, starts: NDArray[np.int64]
-) -> tuple[Float32Array, Float32Array]:
-    """Return (T, E) twice: previous and frequency that History holds before each token of one layer."""
-    previous = np.zeros_like(weighted)
-    previous[1:] = weighted[:-1]
-    previous[starts] = 0.0
-    frequency = np.zeros_like(one_hot)
-    for token in range(1, len(one_hot)):
-        frequency[token] = DECAY * frequency[token - 1] + (1.0 - DECAY) * one_hot[token - 1]
-    return previous, frequency

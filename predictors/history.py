@@ -53,6 +53,19 @@ class History:
             np.add.at(frequency, expert_ids.reshape(-1), np.repeat(share, expert_ids.shape[1]))
 
 
+def past_of(
+    one_hot: Float32Array, weighted: Float32Array, starts: NDArray[np.int64]
+) -> tuple[Float32Array, Float32Array]:
+    """Return (T, E) twice: previous and frequency that History holds before each token of one layer."""
+    previous = np.zeros_like(weighted)
+    previous[1:] = weighted[:-1]
+    previous[starts] = 0.0
+    frequency = np.zeros_like(one_hot)
+    for token in range(1, len(one_hot)):
+        frequency[token] = DECAY * frequency[token - 1] + (1.0 - DECAY) * one_hot[token - 1]
+    return previous, frequency
+
+
 class LayerOrder:
     """Rows of the MoE layers, and which come after which.
 

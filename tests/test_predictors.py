@@ -9,9 +9,16 @@ from torch import nn
 
 from moe_offload.planning.prediction import Forecast
 from moe_offload.predictors.exact import EarlyRouters, Oracle, TokenLookahead, token_tables
-from moe_offload.predictors.fit import past_of
 from moe_offload.predictors.fitted import Hybrid, LowRankGate
-from moe_offload.predictors.history import DECAY, Frequency, History, PreviousToken, Static, Transition
+from moe_offload.predictors.history import (
+    DECAY,
+    Frequency,
+    History,
+    PreviousToken,
+    Static,
+    Transition,
+    past_of,
+)
 from moe_offload.predictors.residual_gate import MeanOutputGate, ResidualGate, SharedExpertGate
 from moe_offload.predictors.routers import RouterScores, distances, probabilities, threshold
 
