@@ -13,7 +13,7 @@ from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 
 import moe_offload
 from moe_offload.planning.eviction import LruPolicy
-from moe_offload.planning.policies.horizon import HorizonPolicy
+from moe_offload.planning.policies.horizon import RATES, HorizonFit, HorizonPolicy
 from moe_offload.residency import warm_start
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.warm_start import WarmState, begin_warm, read_state, state_of, write_state
@@ -167,6 +167,36 @@ def test_a_policys_state_that_contradicts_itself_leaves_a_new_policy(capsys) -> 
     begin_warm(cache, WarmState({}, "horizon", (broken,)), "horizon")
     assert "starts anew" in capsys.readouterr().err
     run_step(cache, 0, [1])
+
+
+def write_horizon_fit(path, num_layers: int, written_at: int) -> None:
+    shape = (num_layers, NUM_EXPERTS, len(RATES), NUM_EXPERTS)
+    before = np.ones((num_layers, 1, NUM_EXPERTS, NUM_EXPERTS), np.float32)
+    constant = np.zeros((num_layers, NUM_EXPERTS), np.float32)
+    HorizonFit(tuple(range(num_layers)), np.ones(shape, np.float32), before, constant, ()).write(path)
+    os.utime(path, ns=(written_at, written_at))
+
+
+@pytest.mark.parametrize("num_layers", [NUM_LAYERS, NUM_LAYERS - 1])
+def test_scores_under_a_fit_that_was_made_anew_say_nothing_and_nothing_is_said(
+    tmp_path, capsys, num_layers
+) -> None:
+    """The policy's name is the same: what differs is the file, and perhaps its layers."""
+    path = tmp_path / "fit.npz"
+    name = f"horizon={path}"
+    write_horizon_fit(path, NUM_LAYERS, 10**9)
+    state = state_of(used_cache(lambda: HorizonPolicy(str(path))), name)
+    write_state(tmp_path / "m.npz", "m", state)
+    kept = read_state(tmp_path / "m.npz", "m", NUM_EXPERTS_OF)
+    assert kept is not None
+    again, _, _ = make_cache(10, lambda: HorizonPolicy(str(path)))
+    begin_warm(again, kept, name)
+    assert again.policy_states()[0]["parts"].any()
+    write_horizon_fit(path, num_layers, 2 * 10**9)
+    since, disk, _ = make_cache(10, lambda: HorizonPolicy(str(path)))
+    begin_warm(since, kept, name)
+    assert disk.submitted and not since.policy_states()[0]["parts"].any()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_folder_stays_small(tmp_path, monkeypatch) -> None:

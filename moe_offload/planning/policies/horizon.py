@@ -126,6 +126,7 @@ class _Shared:
     coefficients: HorizonCoefficients
     layers: tuple[int, ...]
     trained_on: tuple[str, ...]
+    version: str  # another for every file that was written
 
 
 @lru_cache(maxsize=2)
@@ -133,7 +134,7 @@ def _share(path: Path, mtime_ns: int) -> _Shared:
     """Read a version of a file once."""
     fit = read_fit(path)
     coefficients = HorizonCoefficients(fit.own, list(RATES), fit.before, fit.constant)
-    return _Shared(coefficients, fit.layers, fit.trained_on)
+    return _Shared(coefficients, fit.layers, fit.trained_on, str(mtime_ns))
 
 
 def _shared_fit(path: Path) -> _Shared:
@@ -153,6 +154,7 @@ class HorizonPolicy(TablePolicy):
         super().__init__()
         fit = None if path is None else _shared_fit(Path(path))
         self.trained_on = fit.trained_on if fit is not None else ()
+        self._version = fit.version if fit is not None else ""
         # What the table has not been told of, the evicted first: a crossing costs more than what it does.
         self._evicted: list[ExpertKey] = []
         self._inserted: list[ExpertKey] = []
@@ -192,15 +194,20 @@ class HorizonPolicy(TablePolicy):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return what it has learned of the text so far, for ``restore`` in a later run."""
-        return {"layers": np.array(self._table.layers(), np.int64), "parts": self._table.parts()}
+        layers = np.array(self._table.layers(), np.int64)
+        return {"layers": layers, "parts": self._table.parts(), "fit": np.array(self._version)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Begin with a share of ``state()`` of a policy of the same name and fit; before any other call.
+        """Begin with a share of ``state()`` of a policy of the same name; before any other call.
+
+        With another fit than this one's it means nothing, and the policy begins anew: a fit made since.
 
         Raises:
             ValueError: the arrays contradict one another.
             KeyError: one is missing.
         """
+        if str(state.get("fit", "")) != self._version:
+            return
         if not np.isfinite(state["parts"]).all():
             raise ValueError("a forecast is not finite")
         parts = RESTORED_SHARE * state["parts"].astype(np.float32)
