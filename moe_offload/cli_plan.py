@@ -147,8 +147,8 @@ def _ahead_line(planner: Planner, outlook: Outlook) -> str:
     if ahead is None:
         return "not counted: what is guessed of this model has not been measured (moe-offload tune)"
     if outlook.decode is None or not outlook.decode.ahead_gain:
-        return f"gains nothing here ({ahead.recall:.0%} of the experts guessed a layer ahead), so it is off"
-    return f"+{outlook.decode.ahead_gain:.0%} of it, {ahead.recall:.0%} of the experts guessed a layer ahead"
+        return f"gains nothing here ({ahead.describe()}), so it is off"
+    return f"+{outlook.decode.ahead_gain:.0%} of it, {ahead.describe()}"
 
 
 def _kv_line(planner: Planner) -> str:

@@ -76,6 +76,7 @@ FIGURES: dict[str, dict[str, Bounds]] = {
         "layer_overhead": (SECONDS, 0.0, 1.0),  # of a layer that misses nothing
         "stall_overhead": (SECONDS, 0.0, 1.0),  # what misses add, beside waiting for them
         "recall": (COUNT, 0.0, 1.0),  # of the predictor in [settings], a layer ahead
+        "missed_recall": (COUNT, 0.0, 1.0),  # the same of those experts that were not in memory
         "predict_time": (SECONDS, 0.0, 1.0),  # of asking it, for a layer
         "submit_time": (SECONDS, 0.0, 1.0),  # of asking for an expert's read, which takes from computing
     },

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,11 @@ class ReplayPool:
         self.total_experts = plan.num_experts
         self.keys = {i: [ExpertKey(i, expert_id) for expert_id in range(num_experts)] for i in plan.layers}
 
+    def absent(self, event: Event) -> list[int]:
+        """Return the event's experts that are not resident."""
+        keys = self.keys[event.layer_idx]
+        return [i for i in event.expert_ids if keys[i] not in self.residents]
+
     def admit(self, key: ExpertKey) -> None:
         """Begin with an expert resident."""
         self.residents[key] = None
@@ -139,7 +145,7 @@ class ReplayPool:
     def _stream(self, event: Event) -> None:
         """Read what is not resident; the most used fill free slots, up to the layer's share of the pool."""
         keys = self.keys[event.layer_idx]
-        absent = [i for i in event.expert_ids if keys[i] not in self.residents]
+        absent = self.absent(event)
         self.stats.stream_bytes += len(absent) * self.expert_bytes[event.layer_idx]
         held = sum(key in self.residents for key in keys)
         layer_share = self.capacity * len(keys) // self.total_experts
@@ -206,11 +212,7 @@ def replay_events(
         on_event: called after each event with the counters so far.
     """
     stats = OffloadStats()
-    by_layer: dict[int, ReplayPool] = {}
-    for plan in pools:
-        pool = ReplayPool(plan, num_experts, policy_factory(), stats, expert_bytes)
-        foresee(pool.policy, events, pool)
-        by_layer |= dict.fromkeys(plan.layers, pool)
+    by_layer = pools_by_layer(events, pools, policy_factory, expert_bytes, num_experts, stats)
     for key in residents:
         by_layer[key.layer_idx].admit(key)
     for count, event in enumerate(events()):
@@ -220,6 +222,42 @@ def replay_events(
         if on_progress is not None and count % 4096 == 0:
             on_progress(count)
     return stats
+
+
+def pools_by_layer(
+    events: Callable[[], Iterable[Event]],
+    pools: Sequence[PoolPlan],
+    policy_factory: Callable[[], EvictionPolicy],
+    expert_bytes: Mapping[int, int],
+    num_experts: int,
+    stats: OffloadStats,
+) -> dict[int, ReplayPool]:
+    """Return each layer's pool, empty; see ``replay_events``."""
+    by_layer: dict[int, ReplayPool] = {}
+    for plan in pools:
+        pool = ReplayPool(plan, num_experts, policy_factory(), stats, expert_bytes)
+        foresee(pool.policy, events, pool)
+        by_layer |= dict.fromkeys(plan.layers, pool)
+    return by_layer
+
+
+def missed_experts(
+    trace: RoutingTrace,
+    pools: Sequence[PoolPlan],
+    policy_factory: Callable[[], EvictionPolicy],
+    expert_bytes: Mapping[int, int],
+) -> NDArray[np.bool_]:
+    """Return what each pass of a trace, run from cold, has to wait for: (passes, layers, experts)."""
+    num_layers = len(trace.layers)
+    missed = np.zeros((len(trace.step_tokens), num_layers, trace.num_experts), bool)
+    by_layer = pools_by_layer(
+        partial(events, trace), pools, policy_factory, expert_bytes, trace.num_experts, OffloadStats()
+    )
+    for number, event in enumerate(events(trace)):
+        pool = by_layer[event.layer_idx]
+        missed[number // num_layers, number % num_layers, pool.absent(event)] = True
+        pool.route(event)
+    return missed
 
 
 def belady_hit_rate(trace: RoutingTrace, pools: Sequence[PoolPlan], expert_bytes: Mapping[int, int]) -> float:

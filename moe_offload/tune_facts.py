@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 from moe_offload.header_costs import bytes_per_token
-from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.eviction import EvictionPolicy, make_policy
 from moe_offload.planning.placement import with_staging
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.tuning import DividedHits, Division, TuningFacts
 from moe_offload.planning.tuning_device import DeviceFacts
-from moe_offload.replay import replay
+from moe_offload.replay import missed_experts, replay
 from moe_offload.residency.policy_fit import automatic_policy
 from moe_offload.runtime.tuning_run import HISTORIES, Text, TuningRun
 from moe_offload.storage.checkpoint import Checkpoint
@@ -38,9 +38,11 @@ def tuning_facts(
     hit_rate, predictors = {DEFAULT_POLICY: 1.0}, {}
     if has_cache:
         say("replaying eviction policies", 0.0)
-        hit_rate = _hit_rates(checkpoint, trace, _both(plan.pools, device_pools(run)), POLICIES)
+        pools = _both(plan.pools, device_pools(run))
+        hit_rate = _hit_rates(checkpoint, trace, pools, POLICIES)
         say("asking predictors", 0.0)
-        predictors = run.predictability((DEFAULT_PREDICTOR, *HISTORIES), text, trace)
+        missed = missed_experts(trace, pools, _maker(checkpoint, DEFAULT_POLICY), _expert_bytes(checkpoint))
+        predictors = run.predictability((DEFAULT_PREDICTOR, *HISTORIES), text, trace, missed)
     device = _device_facts(run, tiers, trace, list(hit_rate))
     divided: dict[tuple[str, Division], DividedHits] = {}
     if has_cache or device is not None:
@@ -119,11 +121,16 @@ def _hit_rates(
     if not pools:
         return dict.fromkeys(policies, 0.0)
     trace = _of_layers(trace, {layer_idx for pool in pools for layer_idx in pool.layers})
-    sizes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
-    return {
-        name: replay(trace, pools, partial(make_policy, automatic_policy(name, checkpoint)), sizes).hit_rate
-        for name in policies
-    }
+    sizes = _expert_bytes(checkpoint)
+    return {name: replay(trace, pools, _maker(checkpoint, name), sizes).hit_rate for name in policies}
+
+
+def _expert_bytes(checkpoint: Checkpoint) -> dict[int, int]:
+    return {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
+
+
+def _maker(checkpoint: Checkpoint, policy: str) -> Callable[[], EvictionPolicy]:
+    return partial(make_policy, automatic_policy(policy, checkpoint))
 
 
 def _of_layers(trace: RoutingTrace, layers: Collection[int]) -> RoutingTrace:

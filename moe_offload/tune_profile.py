@@ -77,10 +77,9 @@ def _prediction(choice: Choice, stage: Stage) -> dict[str, Figure]:
     if found is None or 1 not in found.recall:
         return {}
     note = f"of {choice.predictor}, a layer ahead, {stage.name}"
-    return {
-        "recall": Figure(found.recall[1], "measured", note),
-        "predict_time": Figure(found.predict_s, "measured", note),
-    }
+    missed = {} if 1 not in found.missed_recall else {"missed_recall": found.missed_recall[1]}
+    figures = {"recall": found.recall[1], **missed, "predict_time": found.predict_s}
+    return {name: Figure(value, "measured", note) for name, value in figures.items()}
 
 
 def _duel(stage: Stage) -> dict[str, Any]:

@@ -36,15 +36,23 @@ class Evaluation:
     chances: dict[Place, Float32Array] = field(default_factory=dict)
     predict_s: list[float] = field(default_factory=list)
 
-    def recall(self, ahead: int, num_guesses: int, rows: Sequence[int] | None = None) -> float | None:
+    def recall(
+        self,
+        ahead: int,
+        num_guesses: int,
+        rows: Sequence[int] | None = None,
+        among: NDArray[np.bool_] | None = None,
+    ) -> float | None:
         """Return the share of chosen experts among the ``num_guesses`` most probable ones of each layer.
 
         Args:
             rows: of the forecast layers; None: all that are forecast ``ahead``.
+            among: (T, rows, E), the chosen experts that count; None: all of them.
         """
         found = wanted = 0
         for row in self._rows(ahead, rows):
-            chances, used = self.chances[ahead, row], self.used[row]
+            chances = self.chances[ahead, row]
+            used = self.used[row] if among is None else self.used[row] & among[:, row]
             best = np.argpartition(-chances, num_guesses - 1, axis=1)[:, :num_guesses]
             found += int(np.take_along_axis(used, best, axis=1).sum())
             wanted += int(used.sum())

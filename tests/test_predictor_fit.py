@@ -110,6 +110,9 @@ def test_recall_and_over_fetch_by_hand():
     evaluation = Evaluation({0: used}, {(1, 0): chances})
     assert evaluation.recall(1, 2) == 3 / 4
     assert evaluation.recall(1, 3) == 1.0
+    missed = np.array([[[0, 0, 1, 0]], [[0, 1, 0, 0]]], bool)
+    assert evaluation.recall(1, 2, among=missed) == 1 / 2  # two were not there, one of them guessed
+    assert evaluation.recall(1, 2, among=np.zeros_like(missed)) is None
     assert evaluation.guesses_for(1, 0.75) == 3 / 2  # at a threshold above .6
     assert evaluation.guesses_for(1, 1.0) == 5 / 2
     assert evaluation.recall(2, 2) is None and evaluation.calibration_error(2) is None

@@ -14,7 +14,7 @@ import moe_offload
 from moe_offload.errors import CheckpointError
 from moe_offload.planning.eviction import ORACLES, POLICIES, LruPolicy, make_policy
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.replay import events, foresee, layer_pools, replay
+from moe_offload.replay import events, foresee, layer_pools, missed_experts, replay
 from moe_offload.replay_layers import replay_layers, scorer_of
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.model import DEMO_MODEL
@@ -133,6 +133,17 @@ def test_all_layers_at_once_match_stretches_as_one_after_the_other():
 
 class TheirOwn(LruPolicy):
     """A policy that only its own methods know."""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_a_trace_waits_for_is_what_its_replay_counts(shared):
+    trace = random_trace(5, [1] * 40)
+    pools, sizes = layer_pools(trace, 3, shared=shared), dict.fromkeys(trace.layers, 10)
+    missed = missed_experts(trace, pools, LruPolicy, sizes)
+    assert missed.shape == (40, len(trace.layers), trace.num_experts)
+    assert 0 < missed.sum() == replay(trace, pools, LruPolicy, sizes).misses < trace.experts.size
+    assert np.take_along_axis(missed, trace.experts.astype(np.int64), axis=2).sum() == missed.sum()
+    assert missed[0].sum() == trace.experts[0].size, "nothing is there at first"
 
 
 def test_a_policy_that_nothing_is_known_of_is_left_to_the_plain_engine():

@@ -102,6 +102,12 @@ def test_equal_runs_leave_the_defaults(tiny_moe: Path, monkeypatch: pytest.Monke
     assert (duel["winner"], duel["speedup"], duel["pairs"]) == ("the defaults", 1.0, SCREEN_ROUNDS)
     ahead = profile_speed(profile).ahead
     assert ahead is not None and 0 < ahead.recall <= 1 and ahead.layer_s > 0  # for `plan`
+    figures = profile.figures["model"]
+    assert ahead.of_misses and ahead.recall == figures["missed_recall"].value != figures["recall"].value
+    older = {name: figure for name, figure in figures.items() if name != "missed_recall"}
+    before = profile_speed(replace(profile, figures={**profile.figures, "model": older})).ahead
+    assert before is not None and before.recall == figures["recall"].value
+    assert "of the misses" in ahead.describe() and "not of the misses alone" in before.describe()
     assert profile_speed(profile).submit_s == 3e-4
 
 

@@ -48,6 +48,10 @@ def test_a_token_by_hand() -> None:
     assert token_s(Choice(2, "lru", NO_PREDICTOR), FACTS) == pytest.approx(4 * (3.0 + 2.0 - 1.0))
     # Four fifths predicted: 0.4 s + 0.2 s of surprises hide behind the 1 s at hand; the asking costs.
     assert token_s(Choice(2, "lru", "gate"), FACTS) == pytest.approx(4 * 3.05)
+    # Of what misses only a tenth: 1.8 s of surprises and 0.9 s of what is in their way, 1 s of it hidden.
+    harder = Predictability({1: 0.8}, predict_s=0.05, missed_recall={1: 0.1})
+    facts = replace(FACTS, predictors={"gate": harder})
+    assert token_s(Choice(2, "lru", "gate"), facts) == pytest.approx(4 * (3.05 + 1.7))
 
 
 def with_device(**changes: float) -> TuningFacts:

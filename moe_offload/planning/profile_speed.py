@@ -42,10 +42,10 @@ def profile_speed(profile: DeviceProfile) -> MachineSpeed:
 
 def _ahead(profile: DeviceProfile) -> ReadAhead | None:
     """Return what the profile's predictor does; None where nothing was measured, or nothing is read ahead."""
-    recall, layer_s = (profile.get("model", name) for name in ("recall", "predict_time"))
+    recall, layer_s = profile.get("model", "missed_recall", "recall"), profile.get("model", "predict_time")
     if recall is None or layer_s is None or not profile.settings.get("prefetch", True):
         return None
-    return ReadAhead(recall, layer_s)
+    return ReadAhead(recall, layer_s, of_misses=profile.get("model", "missed_recall") is not None)
 
 
 def _device(profile: DeviceProfile) -> DeviceSpeed | None:

@@ -88,10 +88,17 @@ class Predictability:
     Attributes:
         recall: by depth (1 ...), the share of a layer's experts among as many guesses.
         predict_s: of one prediction.
+        missed_recall: the same share of those that were not in memory, which are harder to guess and alone
+            save a wait; without a depth where too few missed to tell.
     """
 
     recall: Mapping[int, float]
     predict_s: float
+    missed_recall: Mapping[int, float] = field(default_factory=dict)
+
+    def of_misses(self, depth: int) -> float:
+        """Return the share of misses that are guessed; of all experts where that is all that is known."""
+        return self.missed_recall.get(depth, self.recall.get(depth, 0.0))
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def token_s(choice: Choice, facts: TuningFacts) -> float:
     if known is None or not choice.prefetch:
         return layers * (compute_s + max(0.0, miss_s - at_hand_s))
     room = (choice.ram_staging - (1 - hit_rate)) / max(1e-9, (1 - hit_rate) * choice.prefetch_depth)
-    recall = known.recall.get(choice.prefetch_depth, 0.0) * min(1.0, room)  # of guesses that have a slot
+    recall = known.of_misses(choice.prefetch_depth) * min(1.0, room)  # of guesses that have a slot
     wrong_s = (1 - recall) * miss_s  # as many guesses as needs: what they miss, they waste
     surprise_s = max(0.0, (1 - recall) * miss_s + wrong_s / 2 - at_hand_s)
     late_s = max(0.0, recall * miss_s - choice.prefetch_depth * compute_s)

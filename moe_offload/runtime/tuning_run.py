@@ -38,6 +38,7 @@ SEED = 0
 MOST_TOKENS, LEAST_TOKENS = 256, 16
 MOST_RECORDED = 128  # tokens whose routing is kept
 WARM_SHARE = 0.25  # of a run's tokens, the first ones: they find what the run before left behind
+LEAST_MISSES = 30  # fewer say nothing of how many are guessed
 DEPTHS = (1, 2)  # layers ahead
 HISTORIES = ("previous_token", "frequency")  # predictors of every model, beside "auto"
 
@@ -170,13 +171,20 @@ class TuningRun:
         return make_predictor(choice, self.model, sorted(skeleton.experts_modules(self.model)), depth=depth)
 
     def predictability(
-        self, names: Iterable[str], text: Text, trace: RoutingTrace
+        self, names: Iterable[str], text: Text, trace: RoutingTrace, missed: NDArray[np.bool_]
     ) -> dict[str, Predictability]:
-        """Return what predictors find of the recorded choices, and what asking them takes."""
+        """Return what predictors find of the recorded choices, and what asking them takes.
+
+        Args:
+            missed: (T, layers, E), what was not in memory; the first tokens, that find an empty one, aside.
+        """
         recording = _recording(text, trace)
+        counted = missed.copy()
+        counted[: int(WARM_SHARE * len(missed))] = False
         result = {}
         for name in names:
             recall: dict[int, float] = {}
+            of_missed: dict[int, float] = {}
             predict_s = 0.0
             for depth in DEPTHS:
                 predictor = self.predictor(name, depth)
@@ -187,10 +195,13 @@ class TuningRun:
                 if found is None:
                     break
                 recall[depth] = found
+                found = evaluation.recall(depth, trace.top_k, among=counted)
+                if found is not None and counted.sum() >= LEAST_MISSES:
+                    of_missed[depth] = found
                 if depth == DEPTHS[0]:
                     predict_s = statistics.median(evaluation.predict_s)
             if recall:
-                result[name] = Predictability(recall, predict_s)
+                result[name] = Predictability(recall, predict_s, of_missed)
         return result
 
 
