@@ -20,6 +20,7 @@ import moe_offload
 import moe_offload.runtime.model as runtime
 from moe_offload import cli, profile_store, rehearsals
 from moe_offload.config import DEMO_MODEL, GIB, MIB, DeviceChoice, RuntimeConfig
+from moe_offload.device import load_profile
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 from moe_offload.header_costs import Process, dense_read_bytes, element_bytes, head_bytes, prompt_weights
 from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
@@ -36,6 +37,7 @@ from moe_offload.planning.machine_speed import (
 )
 from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.prefetch_plan import WASTE_TARGET
+from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import decode_speed
 from moe_offload.planning.stalls import independent_misses, thinned
 from moe_offload.runtime import device_setup
@@ -204,7 +206,9 @@ def test_plan_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", model, "--model", model, "--profile", "cpu-laptop-16gb"]) == 0
     shown = capsys.readouterr().out
     assert "38.4 GB/s" in shown  # three quarters of the data sheet's 51.2
-    assert "binds" in shown and "fastest first" in shown
+    assert "binds" in shown and "fastest first" in shown and "not known" not in shown
+    laptop = profile_speed(load_profile("cpu-laptop-16gb"))
+    assert laptop.macs_per_s == pytest.approx(0.75 * 4 * 2 * 32 * 1.7e9, rel=1e-3)  # of a data sheet's peak
 
 
 def tuned_profile(disk_bytes_per_s: float) -> Any:

@@ -22,16 +22,19 @@ MORE_IN_PYTHON_S = TYPICAL_OVERHEADS.python_layer_s - TYPICAL_OVERHEADS.native_l
 
 
 def profile_speed(profile: DeviceProfile) -> MachineSpeed:
-    """Return what a profile's machine gives; data-sheet bandwidths count for three quarters.
+    """Return what a profile's machine gives; a data sheet's bandwidths and products count for three quarters.
 
     The decode kernels' own rate goes before what memory gives to plain reading.
     """
-    throughput, submit_s = profile.figures["cpu"].get("int8_throughput"), profile.get("model", "submit_time")
+    submit_s = profile.get("model", "submit_time")
+    operations_per_s = (
+        _sustained(profile, "cpu", "int8_throughput") if "int8_throughput" in profile.figures["cpu"] else None
+    )
     ram = "kernel_bandwidth" if "kernel_bandwidth" in profile.figures["ram"] else "read_bandwidth"
     return MachineSpeed(
         ram_bytes_per_s=_sustained(profile, "ram", ram),
         disk_bytes_per_s=_sustained(profile, "disk", "read_bandwidth"),
-        macs_per_s=throughput.value / 2 if throughput else None,  # a multiply-add is two operations
+        macs_per_s=None if operations_per_s is None else operations_per_s / 2,  # a multiply-add is two
         disk_latency_s=profile.get("disk", "latency") or 0.0,
         submit_s=SUBMIT_S if submit_s is None else submit_s,
         ahead=_ahead(profile),
