@@ -261,6 +261,16 @@ def prompt_weights(checkpoint: Checkpoint) -> int:
     return sum(info.num_elements for name, info in checkpoint.dense.items() if not _is_head(name))
 
 
+def skipped_weights(checkpoint: Checkpoint) -> int:
+    """Return how many of the last layer's dense weights only those tokens meet whose output is wanted."""
+    last = f"layers.{checkpoint.spec.num_hidden_layers - 1}."
+    return sum(
+        info.num_elements
+        for name, info in checkpoint.dense.items()
+        if last in name and "k_proj" not in name and "v_proj" not in name
+    )
+
+
 def prompt_type(checkpoint: Checkpoint) -> WeightType:
     """Return the format that most of ``prompt_weights`` have."""
     counts: dict[WeightType, int] = {}

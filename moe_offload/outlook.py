@@ -30,7 +30,13 @@ from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
 from moe_offload.planning.plans import DensePlan, DevicePlan, PlacementPlan, PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, prefill_speed
 from moe_offload.planning.roofline import Speed, decode_speed
-from moe_offload.prompt_outlook import chunk_sizes, expected_chunks, prompt_work, traced_chunks
+from moe_offload.prompt_outlook import (
+    chunk_sizes,
+    expected_chunks,
+    prompt_work,
+    skips_last_layer,
+    traced_chunks,
+)
 from moe_offload.replay import Event, events, replay_events
 from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.native_families import native_step_reason
@@ -205,21 +211,18 @@ class Planner:
 
     def chunks(self, placement: PlacementPlan) -> list[Chunk]:
         """Return the chunks of a first prompt, nothing in memory yet."""
-        sizes = chunk_sizes(
-            self.checkpoint,
-            self.prompt_tokens,
-            context_tokens=self.context_tokens,
-            is_native=self.shape(placement).is_native,
-            has_device=self.vram_bytes > 0,
-        )
+        how = {"is_native": self.shape(placement).is_native, "has_device": self.vram_bytes > 0}
+        sizes = chunk_sizes(self.checkpoint, self.prompt_tokens, context_tokens=self.context_tokens, **how)
+        skips_last = skips_last_layer(self.checkpoint.spec, **how)
         if self._trace is not None:
             layouts = self.checkpoint.experts.layouts
             expert_bytes = {i: layout.expert_bytes for i, layout in layouts.items()}
-            found = traced_chunks(self._trace, placement.pools, self.config.policy, sizes, expert_bytes)
+            pools, policy = placement.pools, self.config.policy
+            found = traced_chunks(self._trace, pools, policy, sizes, expert_bytes, skips_last=skips_last)
             if found is not None:
                 return found
         share = resident_share(placement.pools)
-        return expected_chunks(self.checkpoint.spec, share, sizes)
+        return expected_chunks(self.checkpoint.spec, share, sizes, skips_last=skips_last)
 
     def prefill(self, placement: PlacementPlan, chunks: Sequence[Chunk] | None = None) -> Speed | None:
         """Return the speed of a first prompt."""

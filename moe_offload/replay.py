@@ -110,6 +110,11 @@ class ReplayPool:
         keys = self.keys[event.layer_idx]
         return [i for i in event.expert_ids if keys[i] not in self.residents]
 
+    def num_newcomers(self, layer_idx: int) -> int:
+        """Return how many of a layer's experts are not resident and would find room beside those that are."""
+        missing = sum(key not in self.residents for key in self.keys[layer_idx])
+        return max(0, min(missing, self.capacity - len(self.residents)))
+
     def admit(self, key: ExpertKey) -> None:
         """Begin with an expert resident."""
         self.residents[key] = None

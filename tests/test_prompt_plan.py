@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import moe_offload
 from moe_offload.config import DEMO_MODEL, RuntimeConfig
 from moe_offload.expert_bench import expert_bench
 from moe_offload.measure_experts import LayerExperts
@@ -15,7 +17,7 @@ from moe_offload.planning.hit_curves import TOKENS_LIKE_INDEPENDENT, expected_us
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, PromptSpeed
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, PromptWork, prefill_speed, value_at
-from moe_offload.prompt_outlook import expected_chunks, prompt_work, traced_chunks
+from moe_offload.prompt_outlook import expected_chunks, prompt_work, skips_last_layer, traced_chunks
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.trace import make_trace
 
@@ -171,3 +173,66 @@ def test_a_layer_is_rehearsed_with_as_many_misses_as_asked() -> None:
         assert layer.streamed_s(2) > 0 and stats.stream_bytes > before
         assert layer.resident_s(64) > layer.resident_s(1)
         layer.cache.check()
+
+
+def test_the_last_layer_is_paid_for_the_tokens_that_it_computes() -> None:
+    work = replace(WORK, skipped_macs=300)
+    whole = Chunk(num_tokens=16, cached_tokens=8, used=4, read=0)
+    ends = replace(whole, last=Chunk(num_tokens=1, cached_tokens=23, used=2, read=1))
+    machine = replace(MACHINE, prompt=replace(PROMPT, score_s=0.01), overheads=Overheads(chunk_element_s=0.5))
+
+    def seconds_of(chunk: Chunk) -> float:
+        speed = prefill_speed(machine, SHAPE, work, [chunk])
+        assert speed is not None
+        return 16 / speed.tokens_per_s
+
+    scores_s = 3 * 0.01 * (16 * (8 + 16) - 15 * (8 + 15) / 2)  # of two layers, the last without 15 tokens
+    elements_s = (2 * 16 - 15) * 10 * 0.5
+    experts_s = 4 * 4.0 + max(2 * 1.0, 5.0)  # eight tokens each; one of two experts is read
+    assert seconds_of(ends) == pytest.approx(16.0 - 15 * 0.3 + scores_s + elements_s + experts_s + 2.0)
+    assert seconds_of(replace(whole, last=replace(whole))) == pytest.approx(seconds_of(whole))
+
+
+def test_a_first_prompt_computes_its_last_layer_whole_where_that_fills_the_memory() -> None:
+    spec = open_checkpoint(DEMO_MODEL).spec  # 12 layers of 32 experts, 4 a token
+    assert skips_last_layer(spec, is_native=True, has_device=False)
+    assert not skips_last_layer(spec, is_native=False, has_device=False)
+    assert not skips_last_layer(spec, is_native=True, has_device=True)
+    first, second = expected_chunks(spec, 0.5, [512, 100], skips_last=True)
+    assert first.last is None, "sixteen of its experts find room"
+    assert second.last == Chunk(1, 611, 4.0, 2.0) and second.num_skipped == 99
+    (only,) = expected_chunks(spec, 0.125, [512], skips_last=True)
+    assert only.last == Chunk(1, 511, 4.0, 4.0), "no more than a token brings find room"
+
+
+@pytest.mark.parametrize(("experts", "is_whole"), [(56, False), (160, True)])
+def test_a_trace_says_what_a_prompt_reads_of_its_last_layer(experts: int, is_whole: bool) -> None:
+    """As the runtime reads it: the demo's own choices, replayed."""
+    ids = torch.arange(7, 107)[None]
+    how = {"experts": experts, "context": 128, "prefetch": False, "profile": "none", "warm_start": False}
+    model = moe_offload.from_pretrained(**how)
+    with model.offload.trace() as recorder:
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+    trace, checkpoint = recorder.trace(), open_checkpoint(DEMO_MODEL)
+    model.offload.close()
+    model = moe_offload.from_pretrained(**how)
+    try:
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+        stats, pools = model.offload.stats(), model.offload.plan.pools
+    finally:
+        model.offload.close()
+    expert_bytes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
+    (chunk,) = traced_chunks(trace, pools, "horizon", [100], expert_bytes, skips_last=True) or [None]
+    assert chunk is not None and (chunk.last is None) is is_whole
+    last = chunk.last or chunk
+    assert stats.stream_bytes + stats.demand_bytes == round(11 * chunk.read + last.read) * expert_bytes[0]
+
+
+def test_what_a_skipped_token_saves_of_the_last_layer() -> None:
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    last = {name: info for name, info in checkpoint.dense.items() if "layers.11." in name}
+    keys_and_values = sum(
+        info.num_elements for name, info in last.items() if name[:-7].endswith(("k_proj", "v_proj"))
+    )
+    whole = sum(info.num_elements for info in last.values())
+    assert 0 < keys_and_values < prompt_work(checkpoint).skipped_macs == whole - keys_and_values

@@ -15,6 +15,8 @@ from moe_offload.planning.machine_speed import Curve, DecoderShape, MachineSpeed
 from moe_offload.planning.prompt_chunks import TILE_TOKENS
 from moe_offload.planning.roofline import Speed
 
+WALLS = ("RAM", "disk", "compute", "overhead")
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -22,14 +24,21 @@ class Chunk:
 
     Attributes:
         cached_tokens: before it.
-        used: experts of a layer that its tokens choose, on average over the layers.
+        used: experts of a layer that its tokens choose, on average over the layers, ``last`` left out.
         read: those that are not in memory.
+        last: the end of the chunk that alone goes through all of the last layer; None: all of it does.
     """
 
     num_tokens: int
     cached_tokens: int
     used: float
     read: float
+    last: Chunk | None = None
+
+    @property
+    def num_skipped(self) -> int:
+        """Tokens of which the last layer makes keys and values only."""
+        return 0 if self.last is None else self.num_tokens - self.last.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,14 @@ class PromptWork:
         dense_macs: of a token, all layers, without the head.
         expert_macs, expert_bytes: of one expert, on average.
         head_bytes: read once, for the last token.
+        skipped_macs: of a token of which the last layer makes keys and values only, what it saves.
     """
 
     dense_macs: int
     expert_macs: int
     expert_bytes: int
     head_bytes: int = 0
+    skipped_macs: int = 0
 
 
 def prefill_speed(
@@ -59,27 +70,41 @@ def prefill_speed(
     total_s = work.head_bytes / machine.ram_bytes_per_s
     for chunk in chunks:
         before_s = _before_experts_s(machine, shape, work, prompt, chunk)
-        computed_s, handling_s = (shape.moe_layers * part for part in _experts_s(prompt, shape, chunk))
-        latency_s = machine.disk_latency_s * min(1.0, chunk.read)
-        read_s = shape.moe_layers * (chunk.read * prompt.read_s + latency_s)
-        total_s += before_s["compute"] + before_s["overhead"] + max(computed_s, read_s) + handling_s
-        ram_s = shape.moe_layers * chunk.used * work.expert_bytes / _expert_bytes_per_s(machine)
-        more = {"RAM": ram_s, "disk": read_s, "compute": before_s["compute"] + computed_s + handling_s}
-        for wall, seconds in (more | {"overhead": before_s["overhead"]}).items():
-            walls_s[wall] = walls_s.get(wall, 0.0) + seconds
+        total_s += before_s["compute"] + before_s["overhead"]
+        parts = [before_s]
+        for layers, tokens in _layers(shape, chunk):
+            computed_s, handling_s = (layers * part for part in _experts_s(prompt, shape, tokens))
+            latency_s = machine.disk_latency_s * min(1.0, tokens.read)
+            read_s = layers * (tokens.read * prompt.read_s + latency_s)
+            total_s += max(computed_s, read_s) + handling_s
+            ram_s = layers * tokens.used * work.expert_bytes / _expert_bytes_per_s(machine)
+            parts.append({"RAM": ram_s, "disk": read_s, "compute": computed_s + handling_s})
+        for wall in WALLS:
+            walls_s[wall] = walls_s.get(wall, 0.0) + sum(part.get(wall, 0.0) for part in parts)
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
     return Speed(num_tokens / total_s, walls_s, max(walls_s, key=lambda wall: walls_s[wall]), num_tokens)
+
+
+def _layers(shape: DecoderShape, chunk: Chunk) -> list[tuple[int, Chunk]]:
+    """Return how many layers with experts there are for which tokens."""
+    if chunk.last is None:
+        return [(shape.moe_layers, chunk)]
+    return [(shape.moe_layers - 1, chunk), (1, chunk.last)]
 
 
 def _before_experts_s(
     machine: MachineSpeed, shape: DecoderShape, work: PromptWork, prompt: PromptSpeed, chunk: Chunk
 ) -> Mapping[str, float]:
     """Return what all the layers take but their experts: products, and what goes with layers and elements."""
-    num_tokens, overheads = chunk.num_tokens, machine.overheads
-    dense_s = num_tokens * work.dense_macs / value_at(prompt.dense_macs_per_s, min(num_tokens, TILE_TOKENS))
-    looked_at = num_tokens * (chunk.cached_tokens + prompt.own_share * num_tokens)
-    attention_s = shape.attention_heads * looked_at * prompt.score_s
-    elements_s = shape.num_layers * num_tokens * shape.hidden_size * overheads.chunk_element_s
+    num_tokens, skipped, overheads = chunk.num_tokens, chunk.num_skipped, machine.overheads
+    dense_macs = num_tokens * work.dense_macs - skipped * work.skipped_macs
+    dense_s = dense_macs / value_at(prompt.dense_macs_per_s, min(num_tokens, TILE_TOKENS))
+    looked_at, less = (
+        count * (chunk.cached_tokens + prompt.own_share * count) for count in (num_tokens, skipped)
+    )
+    attention_s = shape.attention_heads * (looked_at - less / shape.num_layers) * prompt.score_s
+    passed = shape.num_layers * num_tokens - skipped
+    elements_s = passed * shape.hidden_size * overheads.chunk_element_s
     return {
         "compute": dense_s + attention_s + elements_s,
         "overhead": shape.num_layers * overheads.chunk_layer_s,
