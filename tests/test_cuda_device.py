@@ -6,6 +6,7 @@ The same work as on the emulated device (test_device_launches.py). What only a c
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,8 +94,6 @@ def test_copies_cross_pieces_of_pinned_memory_and_what_is_not_pinned(device: _na
     ticket = device.submit(np.array([[source.ctypes.data, device.address + 3, len(source)]], np.int64), False)
     assert device.wait(ticket, 30) and device.error(ticket) is None
     if device.name == "stand-in":  # its memory is the host's
-        import ctypes
-
         assert ctypes.string_at(device.address + 3, len(source)) == source.tobytes()
 
 
@@ -109,6 +108,21 @@ def test_what_was_copied_there_comes_back(device: _native.Device, pinned_bytes: 
     assert device.wait(device.submit(np.array(rows[:1], np.int64), False), 30)
     assert device.copy_to_host(np.array(rows[1:], np.int64)) > 0
     assert np.array_equal(back, source)
+
+
+def test_a_copy_that_fails_half_way_waits_for_its_first_half(stand_in: str) -> None:
+    """Who hears of the failure uses the slot, or what was copied from, again."""
+    device, source = _native.CudaDevice(stand_in, 0, SLOT), np.full(1 << 16, 7, np.uint8)
+    half, native = len(source) // 2, ctypes.CDLL(stand_in)
+    for begin in (0, half):
+        assert device.pin(source.ctypes.data + begin, half) == half
+    native.cuda_fail_copy(ctypes.c_int64(1))
+    ticket = device.submit(np.array([[source.ctypes.data, device.address, len(source)]], np.int64), False)
+    assert device.wait(ticket, 30) and device.error(ticket) is not None
+    there = ctypes.string_at(device.address, len(source))
+    assert there[:half] == bytes([7]) * half, "still on its way"
+    assert there[half:] != bytes([7]) * half
+    device.close()
 
 
 def test_rows_come_back_in_a_time_of_their_own(device: _native.Device) -> None:

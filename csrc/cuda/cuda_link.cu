@@ -14,6 +14,8 @@ namespace {
 constexpr unsigned kCoresToSpare = 8;
 constexpr std::chrono::microseconds kSpin{200};
 
+constexpr const char* kCopy = "copy over the link";
+
 }  // namespace
 
 CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned,
@@ -26,7 +28,7 @@ CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const Pinned
 // The streams wait for each other, the thread does not.
 bool CudaLink::pass(int64_t fence) {
     if (!fence_ || fence == 0) return false;
-    must(cudaSetDevice(device_), "copy over the link");
+    must(cudaSetDevice(device_), kCopy);
     fence_->hold(stream_, fence);
     return false;
 }
@@ -37,7 +39,7 @@ void CudaLink::wait_for(const Event& event) const {
         while (Clock::now() < give_up)
             if (event.has_passed()) return;
     }
-    event.wait("copy over the link");
+    event.wait(kCopy);
 }
 
 // Returns when a link of the limit would have brought the bytes: the seconds that it would take, or 0.
@@ -57,44 +59,60 @@ double CudaLink::pace(int64_t num_bytes) {
 }
 
 void CudaLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
-    constexpr const char* kWhat = "copy over the link";
-    must(cudaSetDevice(device_), kWhat);
+    must(cudaSetDevice(device_), kCopy);
     std::unique_ptr<Lane> lane = take_lane();
+    or_settle([&] { copy_pieces(*lane, to, from, num_bytes); });
+    pace(num_bytes);
+    std::lock_guard lock(mutex_);
+    free_lanes_.push_back(std::move(lane));
+}
+
+// What was queued of a copy that fails ends before anyone hears of it: its memory will be used again.
+template <class Copies>
+void CudaLink::or_settle(const Copies& copies) {
+    try {
+        copies();
+    } catch (const DeviceError&) {
+        cudaStreamSynchronize(stream_);
+        cudaGetLastError();
+        throw;
+    }
+}
+
+void CudaLink::copy_pieces(Lane& lane, std::byte* to, const std::byte* from, int64_t num_bytes) {
     const bool to_host = direction_ == Direction::kToHost;
     const cudaMemcpyKind kind = to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
-    const int64_t total = num_bytes;
     while (num_bytes > 0) {
         bool pinned = false;
         int64_t n = pinned_->run(to_host ? to : from, num_bytes, &pinned);
         std::byte* bounce = nullptr;
         if (!pinned) {
             n = std::min(n, kBounceBytes);
-            bounce = lane->bounce.at_least<std::byte>(kBounceBytes);
+            bounce = lane.bounce.at_least<std::byte>(kBounceBytes);
             if (!to_host) std::memcpy(bounce, from, size_t(n));
         }
         std::byte* target = bounce && to_host ? bounce : to;
         const std::byte* source = bounce && !to_host ? bounce : from;
-        must(cudaMemcpyAsync(target, source, size_t(n), kind, stream_), kWhat);
+        must(cudaMemcpyAsync(target, source, size_t(n), kind, stream_), kCopy);
         const bool is_last = n == num_bytes;
         if (bounce || is_last) {
-            lane->event.record(stream_);
-            wait_for(lane->event);  // also before the bounce buffer is used again
+            lane.event.record(stream_);
+            wait_for(lane.event);  // also before the bounce buffer is used again
             if (bounce && to_host) std::memcpy(to, bounce, size_t(n));
         }
         to += n, from += n, num_bytes -= n;
     }
-    pace(total);
-    std::lock_guard lock(mutex_);
-    free_lanes_.push_back(std::move(lane));
 }
 
 double CudaLink::bring(void* to, const void* from, int64_t num_bytes, cudaEvent_t computed) {
-    constexpr const char* kWhat = "rows from the GPU";
-    must(cudaStreamWaitEvent(stream_, computed, 0), kWhat);
-    begin_.record(stream_);
-    must(cudaMemcpyAsync(to, from, size_t(num_bytes), cudaMemcpyDeviceToHost, stream_), kWhat);
-    end_.record(stream_);
-    end_.wait(kWhat);
+    constexpr const char* kRows = "rows from the GPU";
+    or_settle([&] {
+        must(cudaStreamWaitEvent(stream_, computed, 0), kRows);
+        begin_.record(stream_);
+        must(cudaMemcpyAsync(to, from, size_t(num_bytes), cudaMemcpyDeviceToHost, stream_), kRows);
+        end_.record(stream_);
+        end_.wait(kRows);
+    });
     return std::max(end_.seconds_since(begin_), pace(num_bytes));
 }
 

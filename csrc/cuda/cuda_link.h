@@ -82,6 +82,9 @@ class CudaLink : public Link {
     };
 
     std::unique_ptr<Lane> take_lane();
+    void copy_pieces(Lane& lane, std::byte* to, const std::byte* from, int64_t num_bytes);
+    template <class Copies>
+    void or_settle(const Copies& copies);
     void wait_for(const Event& event) const;
     double pace(int64_t num_bytes);
 

@@ -1,13 +1,16 @@
 // CUDA's runtime as csrc/cuda uses it, in host memory and at once: with grid_stand_in.h the whole device runs
 // where there is no GPU. Memory comes poisoned, copies may not cross two registered pieces, and the
-// system pins 48 MiB. It has one queue: it cannot show a missing wait.
+// system pins 48 MiB. It has one queue: it cannot show a missing wait, but before a copy that is made to
+// fail (fail_copy), where copies happen when something waits for them.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "graph_stand_in.h"
 
@@ -42,9 +45,20 @@ struct cudaDeviceProp {
 
 namespace stand_in {
 
-inline std::mutex mutex;  // guards both
+inline std::mutex mutex;  // guards all of it
 inline std::map<const char*, size_t> registered;
 inline int64_t pinnable = int64_t(48) << 20;  // bytes that the system pins
+
+inline int64_t copies_left = -1;  // so many more happen when something waits, the next fails; -1: none does
+inline std::vector<std::function<void()>> queued;
+inline bool fail_streams = false;  // no stream can be made
+inline int64_t num_allocated = 0;  // pieces of the card's memory
+
+inline cudaError_t wait() {
+    std::lock_guard lock(mutex);
+    for (const auto& copy : queued) copy();
+    return queued.clear(), cudaSuccess;
+}
 
 // The registered piece that holds an address, or null.
 inline const char* piece_of(const char* address) {
@@ -73,7 +87,7 @@ inline cudaError_t cudaSetDevice(int index) {
     return index == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaDeviceSynchronize() {
-    return cudaSuccess;
+    return stand_in::wait();
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = 13000, cudaSuccess;
@@ -94,6 +108,8 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 template <class T>
 cudaError_t cudaMalloc(T** to, size_t num_bytes) {
     if (num_bytes > size_t(1) << 30) return cudaErrorMemoryAllocation;
+    std::lock_guard lock(stand_in::mutex);
+    ++stand_in::num_allocated;
     return stand_in::allocate(reinterpret_cast<void**>(to), num_bytes);
 }
 template <class T>
@@ -101,6 +117,8 @@ cudaError_t cudaMallocHost(T** to, size_t num_bytes) {
     return stand_in::allocate(reinterpret_cast<void**>(to), num_bytes);
 }
 inline cudaError_t cudaFree(void* data) {
+    std::lock_guard lock(stand_in::mutex);
+    --stand_in::num_allocated;
     return std::free(data), cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void* data) {
@@ -124,11 +142,13 @@ inline cudaError_t cudaHostUnregister(void* begin) {
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind,
                                    cudaStream_t) {
     const char* begin = static_cast<const char*>(kind == cudaMemcpyDeviceToHost ? to : from);
-    {
-        std::lock_guard lock(stand_in::mutex);
-        if (num_bytes && stand_in::piece_of(begin) != stand_in::piece_of(begin + num_bytes - 1))
-            return cudaErrorInvalidValue;
-    }
+    std::lock_guard lock(stand_in::mutex);
+    if (num_bytes && stand_in::piece_of(begin) != stand_in::piece_of(begin + num_bytes - 1))
+        return cudaErrorInvalidValue;
+    if (stand_in::copies_left-- == 0) return cudaErrorInvalidValue;
+    if (stand_in::copies_left >= 0)
+        return stand_in::queued.push_back([=] { std::memcpy(to, from, num_bytes); }), cudaSuccess;
+    stand_in::copies_left = -1;
     return std::memcpy(to, from, num_bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind) {
@@ -136,13 +156,14 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cuda
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    if (stand_in::fail_streams) return cudaErrorMemoryAllocation;
     return *stream = new CUstream_st, cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return delete stream, cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return cudaSuccess;
+    return stand_in::wait();
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return cudaSuccess;
@@ -157,10 +178,10 @@ inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
     return cudaSuccess;
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    return cudaSuccess;
+    return stand_in::wait();
 }
 inline cudaError_t cudaEventQuery(cudaEvent_t) {
-    return cudaSuccess;
+    return stand_in::wait();
 }
 inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
     return *milliseconds = 1, cudaSuccess;

@@ -66,3 +66,14 @@ extern "C" __attribute__((visibility("default"))) int cuda_rows(
 extern "C" __attribute__((visibility("default"))) int64_t cuda_graphs_launched() {
     return stand_in::graphs_launched;
 }
+
+// The copy behind ``after`` others fails; those happen only when something waits for them.
+extern "C" __attribute__((visibility("default"))) void cuda_fail_copy(int64_t after) {
+    stand_in::copies_left = after;
+}
+
+// Whether streams can be made; returns how many pieces of the card's memory are held.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_fail_streams(int fail) {
+    stand_in::fail_streams = fail != 0;
+    return stand_in::num_allocated;
+}
