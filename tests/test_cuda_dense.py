@@ -200,6 +200,19 @@ def test_equal_scores_go_to_the_smaller_id(device: _native.Device) -> None:
     assert_same_tokens(device, layer, 2)
 
 
+@pytest.mark.parametrize("of_chosen", [True, False])
+def test_scores_that_are_no_numbers_choose_as_on_the_cpu(device: _native.Device, of_chosen: bool) -> None:
+    """Experts that there are: a number beyond them would be looked up by the host."""
+    layer = Layer(routed=(4, of_chosen, True))
+    layer.w["router_bias"][[2, 7]] = torch.nan
+    caches = [torch.zeros(layer.kv_heads, 2, layer.head_dim).to(layer.cache_dtype) for _ in range(4)]
+    theirs = [cache.clone() for cache in caches]
+    expected = layer.run(3, caches, 0)
+    actual = layer.run(3, theirs, 0, dense_on(device, layer, theirs))
+    assert list(actual[0]) == list(expected[0])
+    np.testing.assert_array_equal(np.asarray(actual[1]), np.asarray(expected[1]))
+
+
 def test_what_no_kernel_does_is_refused(device: _native.Device) -> None:
     assert device.has_matrix(int(GgmlType.Q4_K)) and not device.has_matrix(int(GgmlType.IQ2_XXS))
     layer = Layer()

@@ -224,13 +224,30 @@ MOE_DEVICE bool is_before(const Candidate& a, const Candidate& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
-// One warp. The best of those behind the one chosen before it, top_k times: of equals the smaller id.
-template <int>
-__global__ void __launch_bounds__(32) choose_kernel(const ChooseLaunch launch) {
-    __shared__ float weights[kMostTopK];
-    __shared__ int32_t ids[kMostTopK];
+MOE_DEVICE bool has_nan(const float* scores, int64_t n) {
+    int32_t found = 0;
+    for (int64_t i = threadIdx.x; i < n; i += 32) found |= scores[i] != scores[i];
+    for (int step = 16; step > 0; step /= 2) found |= shuffle_xor(found, step);
+    return found != 0;
+}
+
+// Where a score is no number there is no order: the CPU's steps, by one thread.
+MOE_DEVICE void choose_in_turn(const ChooseLaunch& launch, float* scores, int32_t* ids) {
+    int64_t count = 0;
+    for (int64_t id = 0; id < launch.num_experts; ++id) {
+        const float score = launch.scores[id];
+        if (count == launch.top_k && !(score > scores[count - 1])) continue;
+        count -= count == launch.top_k;
+        int64_t place = count++;
+        for (; place > 0 && score > scores[place - 1]; --place)
+            scores[place] = scores[place - 1], ids[place] = ids[place - 1];
+        scores[place] = score, ids[place] = int32_t(id);
+    }
+}
+
+// The best of those behind the one chosen before it, top_k times: of equals the smaller id.
+MOE_DEVICE void choose_by_warp(const ChooseLaunch& launch, float* scores, int32_t* ids) {
     constexpr int32_t kNobody = 0x7fffffff;
-    if (!launch.softmax_of_chosen) softmax_by_warp(launch.scores, launch.num_experts);
     Candidate last{-kMinusInfinity, -1};
     for (int64_t k = 0; k < launch.top_k; ++k) {
         Candidate best{kMinusInfinity, kNobody};
@@ -242,9 +259,21 @@ __global__ void __launch_bounds__(32) choose_kernel(const ChooseLaunch launch) {
             const Candidate other{shuffle_xor(best.score, step), shuffle_xor(best.id, step)};
             if (is_before(other, best)) best = other;
         }
-        if (threadIdx.x == 0) weights[k] = best.score, ids[k] = best.id;
+        if (threadIdx.x == 0) scores[k] = best.score, ids[k] = best.id;
         last = best;
     }
+}
+
+// One warp.
+template <int>
+__global__ void __launch_bounds__(32) choose_kernel(const ChooseLaunch launch) {
+    __shared__ float weights[kMostTopK];
+    __shared__ int32_t ids[kMostTopK];
+    if (!launch.softmax_of_chosen) softmax_by_warp(launch.scores, launch.num_experts);
+    if (!has_nan(launch.scores, launch.num_experts))
+        choose_by_warp(launch, weights, ids);
+    else if (threadIdx.x == 0)
+        choose_in_turn(launch, weights, ids);
     sync_warp();
     if (launch.softmax_of_chosen) softmax_by_warp(weights, launch.top_k);
     if (launch.normalize) {
