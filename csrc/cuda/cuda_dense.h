@@ -23,10 +23,12 @@ class Graph {
     ~Graph() {
         if (graph_) cudaGraphExecDestroy(graph_);
     }
-    // Runs `launches` on the stream: the first time it captures them, if the driver does that.
+    // Runs `launches` on the stream: the second time it captures them, if the driver does that. The first
+    // time each kernel is loaded, for which a stream under capture is no place.
     template <class Launches>
     void run(cudaStream_t stream, bool* may_capture, const Launches& launches) {
-        if (!graph_ && *may_capture && !capture(stream, launches)) *may_capture = false;
+        if (!graph_ && has_run_ && *may_capture && !capture(stream, launches)) *may_capture = false;
+        has_run_ = true;
         if (graph_)
             must(cudaGraphLaunch(graph_, stream), "dense layers");
         else
@@ -57,6 +59,7 @@ class Graph {
     }
 
     cudaGraphExec_t graph_ = nullptr;
+    bool has_run_ = false;
 };
 
 class CudaDense : public DenseStep {
