@@ -125,6 +125,18 @@ def test_a_copy_that_fails_half_way_waits_for_its_first_half(stand_in: str) -> N
     device.close()
 
 
+def test_a_card_without_room_for_the_rest_keeps_no_slots(stand_in: str) -> None:
+    """Else a second try with less would find no memory either."""
+    held = ctypes.CDLL(stand_in).cuda_fail_streams
+    before = held(1)
+    try:
+        with pytest.raises(DeviceError, match="a stream: out of memory"):
+            _native.CudaDevice(stand_in, 0, SLOT)
+        assert held(1) == before
+    finally:
+        held(0)
+
+
 def test_rows_come_back_in_a_time_of_their_own(device: _native.Device) -> None:
     work = OnDevice(device, Layer(EXPERT_CASES[0]), num_tokens=4)
     work.collect(work.launch([work.copy(expert_id) for expert_id in work.ids]))

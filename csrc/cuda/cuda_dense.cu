@@ -123,19 +123,29 @@ CudaDense::CudaDense(int device, const DenseParts& parts, std::shared_ptr<RowsFe
     if (parts.shape.max_top_k > kMostTopK)
         throw DeviceError("no kernel chooses more than " + std::to_string(kMostTopK) + " experts",
                           DeviceFault::kFailed);
+    if (const int type = parts.shape.cache_type; type != F32 && type != F16 && type != BF16)
+        throw DeviceError("no kernel reads keys and values of this type", DeviceFault::kFailed);
     for (const DenseLayer& layer : parts.layers)
-        if (!layer.router.top_k && (layer.kernel->gate_up_bias() || layer.kernel->down_bias()))
-            throw DeviceError("no kernel adds biases of a dense network", DeviceFault::kFailed);
+        if (!layer.router.top_k && (layer.kernel->gate_up_bias() || layer.kernel->down_bias() ||
+                                    layer.kernel->matrices().size() != 3))
+            throw DeviceError("no kernel for a dense network with biases or with gate and up in one",
+                              DeviceFault::kFailed);
     memory_ = std::make_unique<Memory>(parts);
     make_tiles();
     const float one = 1.0f;
-    must(cudaMemcpy(memory_->one, &one, sizeof one, cudaMemcpyHostToDevice), kWhat);
+    copy_to_card(memory_->one, &one, sizeof one, kWhat);
     graphs_.resize(parts.layers.size() + 1);
     choice_.ids.resize(size_t(parts.shape.max_top_k));
     choice_.weights.resize(size_t(parts.shape.max_top_k));
 }
 
-CudaDense::~CudaDense() = default;
+// Rows may be on their way still, and the first launches of a layer whose later ones failed: both read memory
+// that is freed now.
+CudaDense::~CudaDense() {
+    cudaSetDevice(device_);
+    cudaStreamSynchronize(stream_);
+    cudaGetLastError();
+}
 
 void CudaDense::use() const {
     must(cudaSetDevice(device_), "the GPU");
@@ -165,8 +175,7 @@ void CudaDense::make_tiles() {
         layers_.push_back(t);
     }
     if (parts_.head.weight) head_ = tile_of(parts_.head.weight, parts_.head.bias);
-    must(cudaMemcpy(memory_->tiles, tiles_.data(), tiles_.size() * sizeof(Tile), cudaMemcpyHostToDevice),
-         kWhat);
+    copy_to_card(memory_->tiles, tiles_.data(), tiles_.size() * sizeof(Tile), kWhat);
 }
 
 void CudaDense::wait() {

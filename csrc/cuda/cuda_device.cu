@@ -26,11 +26,12 @@ CudaDevice::CudaDevice(int index, int64_t vram_bytes) : index_(index), num_bytes
     cudaDeviceProp properties;
     must(cudaGetDeviceProperties(&properties, index), "the GPU");
     name_ = properties.name;
-    must(cudaMalloc(&memory_, size_t((vram_bytes + 255) / 256 * 256 + 256)), "memory for slots");
     fence_ = std::make_shared<RowsFence>();
     to_device_ = std::make_shared<CudaLink>(index, Direction::kToDevice, pinned_, fence_);
     to_host_ = std::make_shared<CudaLink>(index, Direction::kToHost, pinned_);
     buffers_ = std::make_unique<Buffers>();
+    // Last: where anything before it fails, nobody would free it.
+    must(cudaMalloc(&memory_, size_t((vram_bytes + 255) / 256 * 256 + 256)), "memory for slots");
 }
 
 void CudaDevice::use() const {
@@ -49,11 +50,11 @@ std::unique_ptr<DeviceKernel> CudaDevice::make_kernel(const ExpertKernel& kernel
     const int64_t down = kernel.down_bias() ? kernel.num_experts() * kernel.hidden_size() : 0;
     if (gate_up + down == 0) return made;
     float* biases = made->biases.at_least<float>(gate_up + down);
-    const auto upload = [](float* to, const float* from, int64_t count) {
-        must(cudaMemcpy(to, from, size_t(count) * sizeof(float), cudaMemcpyHostToDevice), "biases");
+    const auto bring = [](float* to, const float* from, int64_t count) {
+        copy_to_card(to, from, size_t(count) * sizeof(float), "biases");
     };
-    if (gate_up) upload(biases, kernel.gate_up_bias(), gate_up);
-    if (down) upload(biases + gate_up, kernel.down_bias(), down);
+    if (gate_up) bring(biases, kernel.gate_up_bias(), gate_up);
+    if (down) bring(biases + gate_up, kernel.down_bias(), down);
     made->gate_up_bias = gate_up ? biases : nullptr;
     made->down_bias = down ? biases + gate_up : nullptr;
     return made;
@@ -64,6 +65,7 @@ bool CudaDevice::has_matrix(int ggml_type) const {
 }
 
 std::unique_ptr<DenseStep> CudaDevice::make_dense(const DenseParts& parts) {
+    use();  // its stream is made before its constructor begins
     return std::make_unique<CudaDense>(index_, parts, fence_);
 }
 
@@ -164,5 +166,6 @@ extern "C" MOE_EXPORT int moe_offload_cuda_memory(int index, int64_t* free_bytes
     int code = cudaSetDevice(index);
     if (code == cudaSuccess) code = cudaMemGetInfo(&free, &total);
     *free_bytes = int64_t(free), *total_bytes = int64_t(total);
+    cudaGetLastError();  // the code has told it
     return code;
 }

@@ -34,6 +34,13 @@ inline void must(int code, const char* what) {
     throw DeviceError(std::string(what) + ": " + cudaGetErrorString(error), fault_of(error));
 }
 
+// To the device, for kernels of any stream: cudaMemcpy may return before pageable memory's last step, and
+// streams that do not block do not wait for it.
+inline void copy_to_card(void* to, const void* from, size_t num_bytes, const char* what) {
+    must(cudaMemcpy(to, from, num_bytes, cudaMemcpyHostToDevice), what);
+    must(cudaStreamSynchronize(nullptr), what);
+}
+
 // Memory that grows; what it held is lost when it does. `on_host`: pinned, and kernels read it too.
 class GrowingMemory {
   public:
