@@ -50,11 +50,12 @@ MOE_DEVICE void multiply_tiles(int32_t (&c)[4], const int32_t (&a)[4], const int
 #endif
 }
 
-// Starts a kernel; returns the CUDA error, 0 for success.
+// Starts a kernel; returns the CUDA error, 0 for success. It is the launch's own: after <<<>>> one would ask
+// for the thread's last error, which another library's call may have left.
 template <class Launch>
-int start(void (*kernel)(Launch), dim3 grid, unsigned threads, CUstream_st* stream, const Launch& launch) {
-    kernel<<<grid, threads, 0, stream>>>(launch);
-    return cudaGetLastError();
+int start(void (*kernel)(Launch), dim3 grid, unsigned threads, CUstream_st* stream, Launch launch) {
+    void* arguments[] = {&launch};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, 0, stream);
 }
 
 // Whether the code that this card runs of a kernel was compiled for tensor cores' int8.

@@ -42,6 +42,7 @@ extern "C" MOE_EXPORT int moe_offload_cuda_info(char* out, int size) {
         ", \"error\": " + quoted(error == cudaSuccess ? "" : cudaGetErrorString(error)) + ", \"devices\": [";
     for (int i = 0; i < count; ++i) json += (i ? ", " : "") + device_json(i);
     json += "]}";
+    cudaGetLastError();  // the text has told it
     if (out && size > 0) json.copy(out, static_cast<size_t>(size));
     return static_cast<int>(json.size());
 }
