@@ -130,6 +130,17 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch, asked: str, wanted: tupl
     assert nvcc.architectures() == wanted
 
 
+def test_cards_between_the_families_have_code() -> None:
+    """Machine code is for one family, and PTX for what is newer than it."""
+    asked = nvcc.codes(*nvcc.architectures("all"))
+    assert asked[-2:] == [
+        "-gencode=arch=compute_120,code=compute_120",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert nvcc.codes([86, 89], 89)[-1] == "-gencode=arch=compute_89,code=compute_89"
+    assert sum("code=compute" in code for code in nvcc.codes([90], 90)) == 1
+
+
 def answering(tmp_path: Path, answer: dict[str, object]) -> dict[str, object]:
     """Return what is said of a library that answers so."""
     if shutil.which("gcc") is None:

@@ -25,6 +25,7 @@ from pathlib import Path
 CSRC = Path(__file__).parents[1]
 LIBRARY, RECORD = "_cuda.so", "_cuda_build.json"
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 120)
+BEFORE_THE_GAP = 90
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
 # The flags that keep the bits: no contraction, subnormals, IEEE division.
 EXACT = ["--fmad=false", "-ftz=false", "-prec-div=true", "-Xcompiler", "-ffp-contract=off"]
@@ -99,9 +100,15 @@ def _cards() -> list[int]:
 
 
 def codes(numbers: Iterable[int], ptx: int) -> list[str]:
-    """Return nvcc's arguments for machine code and PTX."""
+    """Return nvcc's arguments for machine code and PTX.
+
+    The newest PTX runs on no card that is older than it, and between 90 and 120 there are families of cards
+    (sm_100 to sm_110) that have no code of their own: theirs is the PTX of 90.
+    """
+    numbers = list(numbers)
     machine = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return [*machine, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+    finished_later = [ptx, *(number for number in numbers if number == BEFORE_THE_GAP and number != ptx)]
+    return [*machine, *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in finished_later)]
 
 
 def sources() -> list[Path]:
@@ -140,7 +147,8 @@ def compile_library(nvcc: Nvcc, library: Path, work: Path, numbers: list[int], p
     """Compile what has changed since the last time and link it; the driver's library is not linked."""
     work.mkdir(parents=True, exist_ok=True)
     common = [str(nvcc.path), *FLAGS, f"-I{CSRC}", *codes(numbers, ptx)]
-    objects = [work / f"{path.stem}-{_fingerprint(path, common)}.o" for path in sources()]
+    made_by = [*common, str(nvcc.version)]  # a toolkit is replaced in its place
+    objects = [work / f"{path.stem}-{_fingerprint(path, made_by)}.o" for path in sources()]
     jobs = [
         [*common, "--threads", "0", "-c", str(path), "-o", str(to)]
         for path, to in zip(sources(), objects, strict=True)
