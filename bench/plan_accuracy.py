@@ -306,7 +306,8 @@ def predict(
 ) -> dict[str, dict[str, Any]]:
     """Return what plan says of prefill, cold and warm decoding on the machine as it was measured."""
     from moe_offload.header_costs import place
-    from moe_offload.outlook import Hits, Planner, replayed_hits
+    from moe_offload.hit_outlook import Hits, replayed_hits
+    from moe_offload.outlook import Planner
     from moe_offload.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)

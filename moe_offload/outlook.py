@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-
 from moe_offload.config import PREFILL_CHUNK_TOKENS, DeviceChoice, RuntimeConfig
-from moe_offload.errors import BudgetError, CheckpointError
+from moe_offload.errors import BudgetError
 from moe_offload.header_costs import (
     Process,
     attention_heads,
@@ -23,7 +21,7 @@ from moe_offload.header_costs import (
     place,
     resolve_context,
 )
-from moe_offload.planning.eviction import make_policy
+from moe_offload.hit_outlook import Hits, first_tokens, replayed_hits
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed
 from moe_offload.planning.placement import FixedCosts, smallest_ram_bytes
@@ -37,10 +35,8 @@ from moe_offload.prompt_outlook import (
     skips_last_layer,
     traced_chunks,
 )
-from moe_offload.replay import Event, events, replay_events
 from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.native_families import native_step_reason
-from moe_offload.stats import OffloadStats
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.trace import RoutingTrace
 
@@ -48,19 +44,6 @@ STEPS_BYTES = tuple(gibs << 30 for gibs in (1, 2, 4, 8))
 GAIN_WORTH_TELLING = 1.05
 DRIVER_BYTES = 512 << 20  # what a CUDA context and its kernels take of a card, an estimate
 Pools = tuple[PoolPlan, ...]
-TRACE_TOKENS = 2000  # of a trace; replaying them takes a second or two
-
-
-@dataclass(frozen=True)
-class Hits:
-    """What a cache does for some decoded tokens.
-
-    Attributes:
-        misses: share of a layer's steps with 0, 1, ... misses; None: not known.
-    """
-
-    rate: float
-    misses: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +98,7 @@ class Planner:
         self.context_tokens = resolve_context(checkpoint, config.context_tokens)
         self.prompt_tokens = min(prompt_tokens, self.context_tokens)
         self.token = bytes_per_token(checkpoint, self.context_tokens, config.kv)
-        self._trace = None if trace is None else _checked(trace, checkpoint)
+        self._trace = None if trace is None else first_tokens(trace, checkpoint)
         self._replayed = lru_cache(maxsize=64)(self._replay)
 
     @property
@@ -267,65 +250,10 @@ class Planner:
         }
 
 
-def replayed_hits(
-    checkpoint: Checkpoint, pools: Pools, trace: RoutingTrace, policy: str, split: int = 0
-) -> tuple[Hits, Hits]:
-    """Return what a cache does for a trace's decoded tokens before and after ``split``, from cold.
-
-    Args:
-        split: number of tokens; 0 is half of them.
-    """
-    expert_bytes = {i: layout.expert_bytes for i, layout in checkpoint.experts.layouts.items()}
-    split, top_k = split or trace.num_tokens // 2, trace.top_k
-    found = ([0] * (top_k + 1), [0] * (top_k + 1))  # steps by misses, before and after
-    ends = np.cumsum(trace.step_tokens).tolist()
-    seen, count = 0, 0
-
-    def note(event: Event, stats: OffloadStats) -> None:
-        nonlocal seen, count
-        end, count = ends[count // len(trace.layers)], count + 1
-        if event.num_tokens is None and len(event.expert_ids) <= top_k:
-            found[end > split][stats.misses - seen] += 1
-        seen = stats.misses
-
-    replay_events(
-        lambda: events(trace),
-        pools,
-        lambda: make_policy(policy),
-        expert_bytes,
-        trace.num_experts,
-        on_event=note,
-    )
-    first, later = (_hits_of(steps, top_k) for steps in found)
-    return first, later
-
-
-def _hits_of(steps: list[int], top_k: int) -> Hits:
-    total = max(1, sum(steps))
-    missed = sum(misses * count for misses, count in enumerate(steps))
-    return Hits(1 - missed / (total * top_k), tuple(count / total for count in steps))
-
-
 def _faster(machine: MachineSpeed, *names: str) -> MachineSpeed:
     given: Mapping[str, float | None] = {name: getattr(machine, name) for name in names}
     doubled = {name: 2 * value for name, value in given.items() if value is not None}
     return replace(machine, **doubled)  # type: ignore[arg-type]
-
-
-def _checked(trace: RoutingTrace, checkpoint: Checkpoint) -> RoutingTrace:
-    """Return the trace's first tokens.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    spec = checkpoint.spec
-    if (trace.num_experts, tuple(trace.layers)) != (spec.num_experts, tuple(spec.moe_layers)):
-        raise CheckpointError(
-            f"the trace has {trace.num_experts} experts in each of {len(trace.layers)} layers, "
-            f"{checkpoint.path} {spec.num_experts} in each of {len(spec.moe_layers)}; record one of this "
-            "model with moe-offload trace"
-        )
-    return trace.head(min(TRACE_TOKENS, trace.num_tokens))
 
 
 def resident_share(pools: Pools) -> float:

@@ -23,7 +23,8 @@ from moe_offload.config import DEMO_MODEL, GIB, MIB, DeviceChoice, RuntimeConfig
 from moe_offload.device import load_profile
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
 from moe_offload.header_costs import Process, dense_read_bytes, element_bytes, head_bytes, prompt_weights
-from moe_offload.outlook import DRIVER_BYTES, Planner, replayed_hits
+from moe_offload.hit_outlook import replayed_hits
+from moe_offload.outlook import DRIVER_BYTES, Planner
 from moe_offload.plan_plot import wall_limits
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.hit_curves import CURVES, expected_hit_rate, interpolate
