@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+def below(most: float | None, reached: float | None) -> float | None:
+    """Return how far a rate is below the most; None where one is not known."""
+    return None if most is None or reached is None else most - reached
+
+
 @dataclass
 class DeviceStats:
     """What a device did, and what moved to it. A need is an expert of a decode step, as in OffloadStats."""
@@ -28,6 +33,10 @@ class DeviceStats:
     host_wait_s: float = 0.0  # the CPU had finished its share before the device
     vram_bytes: int = 0
     vram_slot_bytes: int = 0
+    device_window_hit_rate: float | None = None  # of the device alone, over the last events that are kept
+    device_belady_hit_rate: float | None = (
+        None  # what no eviction policy could exceed there, without prefetch
+    )
     device_state: str = ""
 
     @property
@@ -47,10 +56,16 @@ class DeviceStats:
         achieved = self.link_bytes_per_s
         return achieved / self.link_peak_bytes_per_s if achieved and self.link_peak_bytes_per_s else None
 
+    @property
+    def device_below_belady(self) -> float | None:
+        """What was lost to Belady's rule on the device; None unless it was asked for."""
+        return below(self.device_belady_hit_rate, self.device_window_hit_rate)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
             "device_hit_rate": self.device_hit_rate,
+            "device_below_belady": self.device_below_belady,
             "link_bytes_per_s": self.link_bytes_per_s,
             "link_share": self.link_share,
         }
@@ -83,7 +98,7 @@ class OffloadStats:
     decode_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
-    window_hit_rate: float | None = None  # residents alone, over the last events that are kept
+    window_hit_rate: float | None = None  # residents alone, of what RAM served of the last events kept
     belady_hit_rate: float | None = None  # what no eviction policy could exceed there, without prefetch
     policy: str = ""  # of eviction, as make_policy takes it
     predictor: str = ""  # by name; "none" without prefetch
@@ -114,9 +129,7 @@ class OffloadStats:
     @property
     def below_belady(self) -> float | None:
         """What the policy lost to Belady's rule in hit rate; None unless it was asked for."""
-        if self.belady_hit_rate is None or self.window_hit_rate is None:
-            return None
-        return self.belady_hit_rate - self.window_hit_rate
+        return below(self.belady_hit_rate, self.window_hit_rate)
 
     @property
     def bytes_read(self) -> int:

@@ -22,7 +22,7 @@ from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import MeasuredCosts, RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
-from moe_offload.replay import replay
+from moe_offload.replay import belady_hit_rate, replay
 from moe_offload.residency.accelerator import wait_copy
 from moe_offload.runtime import device_setup
 from moe_offload.storage.expert_format import ExpertKey
@@ -309,7 +309,31 @@ def test_replaying_a_runs_own_trace_gives_the_devices_counters_to_the_digit(poli
             replayed.evictions,
         )
         assert stats.evictions > 100 and 0.2 < replayed.hit_rate < 0.9
-        assert model.offload.stats().device.device_hit_rate == replayed.hit_rate
+        device = model.offload.stats(belady=True).device
+        assert device.device_hit_rate == device.device_window_hit_rate == replayed.hit_rate
+        best = belady_hit_rate(trace, tier.plan.pools, expert_bytes)
+        assert device.device_belady_hit_rate == pytest.approx(best)
+        assert 0 < device.device_below_belady < 0.5
+
+
+def test_with_a_device_the_distance_to_belady_is_given_for_both_tiers(prompt_ids) -> None:
+    """RAM's needs are those that the device did not serve, whoever of Python and native code ran a layer."""
+    with loaded(experts="25%", policy="lru", prefetch=False) as model:
+        for _ in range(3):
+            generate(model, prompt_ids)
+        cache, tier = model.offload.cache, model.offload.hybrid.tier
+        stats = model.offload.stats(belady=True)
+        logged, (ram, device) = cache.log.events()
+        steps = [(ids, above) for _, ids, num_tokens, above in logged if num_tokens is None]
+        assert sum(len(ids) for ids, _ in steps) == tier.cache.hits_and_needs[1] - device.needs
+        assert sum(len(ids) - len(above) for ids, above in steps) == cache.hits_and_needs[1] - ram.needs
+        assert sum(len(above) for _, above in steps) > 0
+        assert stats.window_hit_rate == pytest.approx(stats.hits / (stats.hits + stats.misses))
+        hits, needs = tier.cache.hits_and_needs
+        assert stats.device.device_window_hit_rate == pytest.approx(hits / needs)
+        assert 0 < stats.below_belady < 1 and 0 < stats.device.device_below_belady < 1
+        account = stats.as_dict()
+        assert account["device_below_belady"] == stats.device.device_below_belady
 
 
 def test_layers_without_a_kernel_on_the_device_stay_on_the_cpu(

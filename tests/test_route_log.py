@@ -30,9 +30,32 @@ def test_events_come_back_as_they_were_with_who_was_there_before() -> None:
     residents.append(ExpertKey(0, 2))
     log.add(3, [1, 6, 7], [300, 1, 2])
     log.add(0, [1])
-    events, before, hits, needs = log.events()
-    assert events == [(0, [2, 5], None), (3, [1, 6, 7], [300, 1, 2]), (0, [1], None)]
-    assert (before, hits, needs) == ([ExpertKey(3, 1)], 5, 9)
+    log.add(3, [0, 4, 7], None, [7, 0])
+    events, (before,) = log.events()
+    assert events == [
+        (0, [2, 5], None, []),
+        (3, [1, 6, 7], [300, 1, 2], []),
+        (0, [1], None, []),
+        (3, [0, 4, 7], None, [0, 7]),
+    ]
+    assert (before.keys(), before.hits, before.needs) == ([ExpertKey(3, 1)], 5, 9)
+
+
+def test_each_chunk_knows_where_the_tier_above_stood() -> None:
+    log, residents, counters = make_log(max_bytes=1)
+    above, served = [ExpertKey(3, 4)], [0, 0]
+    log.watch_above(lambda: above, lambda: (served[0], served[1]))
+    for number in range(CHUNK_EVENTS):
+        log.add(0, [number % 8])
+    above[:], served[:] = [ExpertKey(0, 6)], [7, 8]
+    residents[:], counters[:] = [ExpertKey(0, 5)], [1, 2]
+    log.add(3, [4])
+    events, marks = log.events()
+    assert events == [(3, [4], None, [])]
+    assert [(mark.keys(), mark.hits, mark.needs) for mark in marks] == [
+        ([ExpertKey(0, 5)], 1, 2),
+        ([ExpertKey(0, 6)], 7, 8),
+    ]
 
 
 def test_old_chunks_are_dropped_and_the_rest_starts_at_its_own_chunk() -> None:
@@ -41,11 +64,11 @@ def test_old_chunks_are_dropped_and_the_rest_starts_at_its_own_chunk() -> None:
         counters[:] = [number, number]
         residents[:] = [ExpertKey(0, number // CHUNK_EVENTS)]
         log.add(0, [number % 8])
-    events, before, hits, _ = log.events()
+    events, (before,) = log.events()
     first = 5 * CHUNK_EVENTS - len(events)
     assert CHUNK_EVENTS <= len(events) <= 3 * CHUNK_EVENTS
-    assert events[0] == (0, [first % 8], None)
-    assert (before, hits) == ([ExpertKey(0, first // CHUNK_EVENTS)], first)
+    assert events[0] == (0, [first % 8], None, [])
+    assert (before.keys(), before.hits) == ([ExpertKey(0, first // CHUNK_EVENTS)], first)
 
 
 def test_heat_counts_tokens_and_fades() -> None:

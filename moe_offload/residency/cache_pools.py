@@ -220,15 +220,17 @@ class CachePools:
         expert_ids: Sequence[int],
         weights: Sequence[float],
         num_hits: int | None = None,
+        above: Sequence[int] = (),
     ) -> None:
         """Count a step that ran on ``resident_table`` as ``begin`` and ``end`` would have.
 
         Args:
             num_hits: how many of what the router chose were used here; the others in another tier. None: all.
+            above: those of them that the tier above served.
         """
         pool = self._pool_of[layer_idx]
-        if self.keeps_log and not pool.is_full_size:
-            self.log.add(layer_idx, expert_ids)
+        if self.keeps_log and not (pool.is_full_size and (pool.above is None or pool.above.is_full_size)):
+            self.log.add(layer_idx, expert_ids, None, above)
         self._stats.hits += len(expert_ids) if num_hits is None else num_hits
         pool.routed(layer_idx, expert_ids, weights)
 

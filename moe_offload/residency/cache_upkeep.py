@@ -76,6 +76,7 @@ class CacheUpkeep(CachePools):
         for layer_idx, pool in self._pool_of.items():
             pool.above = above._pool_of.get(layer_idx)
             pool.finish_copies = finish_copies
+        self.log.watch_above(above._all_residents, lambda: above.hits_and_needs)
         self.use_division(exclusive=exclusive)
 
     def use_division(self, staging_per_top_k: float | None = None, exclusive: bool | None = None) -> None:

@@ -111,13 +111,12 @@ class DeviceTier:
         """Whether what missed may be copied: something may leave, or there is room."""
         return self.replaces or self.has_room
 
-    def ran_on_cpu(self, keys: Sequence[ExpertKey], count: int) -> None:
-        """Take note of ``count`` misses that the CPU computed; between steps. Copies some of those worth it.
+    def ran_on_cpu(self, keys: Sequence[ExpertKey]) -> None:
+        """Copy some of the misses that the CPU computed, those worth it; between steps.
 
         Args:
-            keys: all of them; none where nobody ``wants_misses``.
+            keys: none where nobody ``wants_misses``.
         """
-        self.stats.misses += count
         if not keys:
             return
         with_room = {i for i in self._layers if self.cache.has_room(i)}

@@ -70,8 +70,10 @@ class ExpertCache(CacheHints, CacheUpkeep):
         pool = self._pool_of[layer_idx]
         if len(expert_ids) > pool.num_slots:
             return None
-        if self.keeps_log:
-            self.log.add(layer_idx, expert_ids if routed is None else routed[0])
+        if self.keeps_log and routed is None:
+            self.log.add(layer_idx, expert_ids)
+        elif self.keeps_log and routed is not None:
+            self.log.add(layer_idx, routed[0], None, [i for i in routed[0] if i not in expert_ids])
         step = Step(layer_idx, expert_ids, weights, [], routed=routed)
         try:
             missing = self._pin_what_is_there(pool, step)

@@ -1,7 +1,8 @@
 """What the routers chose lately, in a bounded buffer: for the distance to Belady and the next start.
 
 Events are kept as the cache saw them. Chunks of them are packed, and the oldest chunks are dropped; each one
-knows who was resident when it began, so that what is left can be replayed from there.
+knows who was resident when it began, so that what is left can be replayed from there. One log serves a cache
+and the one above it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -20,21 +22,36 @@ ROUTE_LOG_BYTES = 1 << 20
 CHUNK_EVENTS = 1024
 HEAT_KEPT = 0.98  # of an expert's heat, from chunk to chunk
 
-LoggedEvent = tuple[int, Sequence[int], Sequence[int] | None]  # layer, expert ids, tokens of each of a stream
+STEP, STREAM, SHARED_STEP = 0, 1, 2  # what follows an event's ids: nothing, token counts, who was above
+
+# layer, expert ids, tokens of each of a stream, which of a step's the tier above served
+LoggedEvent = tuple[int, Sequence[int], Sequence[int] | None, Sequence[int]]
+Residents = Callable[[], Iterable[ExpertKey]]
+Counters = Callable[[], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A tier when a chunk began: who was resident, and (hits, needs) by then."""
+
+    residents: bytes  # (n, 2) uint16
+    hits: int
+    needs: int
+
+    def keys(self) -> list[ExpertKey]:
+        return [ExpertKey(*pair) for pair in np.frombuffer(self.residents, np.uint16).reshape(-1, 2).tolist()]
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """``numbers``: per event layer, count, ids, and whether token counts follow, which then do."""
+    """``numbers``: per event layer, count, what follows (STEP, ...), ids, and what follows them."""
 
     numbers: NDArray[np.uint16]
-    residents: NDArray[np.uint16]  # (n, 2)
-    hits: int  # of the cache, when the chunk began
-    needs: int
+    marks: tuple[Mark, ...]  # by tier
 
     @property
     def num_bytes(self) -> int:
-        return self.numbers.nbytes + self.residents.nbytes
+        return self.numbers.nbytes + sum(len(mark.residents) for mark in self.marks)
 
 
 class RouteLog:
@@ -48,24 +65,36 @@ class RouteLog:
 
     def __init__(
         self,
-        residents: Callable[[], Iterable[ExpertKey]],
-        counters: Callable[[], tuple[int, int]],
+        residents: Residents,
+        counters: Counters,
         num_experts: dict[int, int],
         max_bytes: int = ROUTE_LOG_BYTES,
     ) -> None:
-        self._residents, self._counters, self._max_bytes = residents, counters, max_bytes
+        self._tiers: list[tuple[Residents, Counters]] = [(residents, counters)]
+        self._max_bytes = max_bytes
         self._chunks: deque[_Chunk] = deque()
         self._num_bytes = 0
         self._pending: list[LoggedEvent] = []
-        self._start: tuple[NDArray[np.uint16], int, int] = _packed_keys([]), 0, 0
+        self._start: tuple[Mark, ...] = ()
         self.heat = {layer_idx: np.zeros(count) for layer_idx, count in num_experts.items()}
 
-    def add(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: Sequence[int] | None = None) -> None:
+    def watch_above(self, residents: Residents, counters: Counters) -> None:
+        """Note from now on where another tier stands, too; it serves what ``add`` is told is ``above``."""
+        self.pack()
+        self._tiers.append((residents, counters))
+
+    def add(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        num_tokens: Sequence[int] | None = None,
+        above: Sequence[int] = (),
+    ) -> None:
         """Note an event before it is served: a step's, or a stream's with the tokens of each expert."""
         pending = self._pending
         if not pending:
-            self._start = (_packed_keys(self._residents()), *self._counters())
-        pending.append((layer_idx, expert_ids, num_tokens))
+            self._start = self._marks()
+        pending.append((layer_idx, expert_ids, num_tokens, above))
         if len(pending) >= CHUNK_EVENTS:
             self.pack()
 
@@ -74,37 +103,48 @@ class RouteLog:
         if not self._pending:
             return
         self._warm(self._pending)
-        chunk = _Chunk(_packed_events(self._pending), *self._start)
+        chunk = _Chunk(_packed_events(self._pending), self._start)
         self._pending = []
         self._chunks.append(chunk)
         self._num_bytes += chunk.num_bytes
         while self._num_bytes > self._max_bytes and len(self._chunks) > 1:
             self._num_bytes -= self._chunks.popleft().num_bytes
 
-    def events(self) -> tuple[list[LoggedEvent], list[ExpertKey], int, int]:
-        """Return what is kept, oldest first, who was resident before it, and (hits, needs) by then."""
+    def events(self) -> tuple[list[LoggedEvent], tuple[Mark, ...]]:
+        """Return what is kept, oldest first, and where each tier stood before it, the lowest first."""
         self.pack()
-        if not self._chunks:
-            return [], [], *self._counters()
-        first = self._chunks[0]
         events = [event for chunk in self._chunks for event in _unpacked_events(chunk.numbers)]
-        return events, [ExpertKey(*pair) for pair in first.residents.tolist()], first.hits, first.needs
+        return events, self._chunks[0].marks if self._chunks else self._marks()
+
+    def _marks(self) -> tuple[Mark, ...]:
+        return tuple(Mark(_packed_keys(residents()), *counters()) for residents, counters in self._tiers)
 
     def _warm(self, events: Sequence[LoggedEvent]) -> None:
         for heat in self.heat.values():
             heat *= HEAT_KEPT
-        for layer_idx, expert_ids, num_tokens in events:
+        for layer_idx, expert_ids, num_tokens, _ in events:
             self.heat[layer_idx][list(expert_ids)] += 1.0 if num_tokens is None else np.asarray(num_tokens)
 
 
-def _packed_keys(keys: Iterable[ExpertKey]) -> NDArray[np.uint16]:
-    return np.array(list(keys), np.uint16).reshape(-1, 2)
+def _packed_keys(keys: Iterable[ExpertKey]) -> bytes:
+    return np.array(list(keys), np.uint16).tobytes()
 
 
 def _packed_events(events: Sequence[LoggedEvent]) -> NDArray[np.uint16]:
     numbers: list[int] = []
-    for layer_idx, expert_ids, num_tokens in events:
-        numbers += (layer_idx, len(expert_ids), num_tokens is not None, *expert_ids, *(num_tokens or ()))
+    for layer_idx, expert_ids, num_tokens, above in events:
+        if num_tokens is not None:
+            numbers += (layer_idx, len(expert_ids), STREAM, *expert_ids, *num_tokens)
+        elif above:
+            numbers += (
+                layer_idx,
+                len(expert_ids),
+                SHARED_STEP,
+                *expert_ids,
+                *(i in above for i in expert_ids),
+            )
+        else:
+            numbers += (layer_idx, len(expert_ids), STEP, *expert_ids)
     return np.array(numbers, np.uint16)
 
 
@@ -113,11 +153,11 @@ def _unpacked_events(packed: NDArray[np.uint16]) -> list[LoggedEvent]:
     events: list[Any] = []
     position = 0
     while position < len(numbers):
-        layer_idx, count, is_stream = numbers[position : position + 3]
+        layer_idx, count, kind = numbers[position : position + 3]
         ids_end = position + 3 + count
-        end = ids_end + count * is_stream
-        events.append(
-            (layer_idx, numbers[position + 3 : ids_end], numbers[ids_end:end] if is_stream else None)
-        )
+        end = ids_end + (0 if kind == STEP else count)
+        ids, rest = numbers[position + 3 : ids_end], numbers[ids_end:end]
+        above = list(compress(ids, rest)) if kind == SHARED_STEP else []
+        events.append((layer_idx, ids, rest if kind == STREAM else None, above))
         position = end
     return events

@@ -105,21 +105,21 @@ class HybridRun:
         done = self._native.done()
         if not done:
             return 0
-        missed, num_missed = list[ExpertKey](), 0
+        missed = list[ExpertKey]()
         wants_misses, has_room = self._tier.wants_misses, self._tier.has_room
         for layer_idx, ids, weights, on_device, copied, _, _ in done:
-            self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device))
+            self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device), on_device)
             if layer_idx in self._hybrid:
                 num_hits = len(on_device) - len(copied)
                 self._tier.cache.used(layer_idx, ids, weights, num_hits, copied)
-                num_missed += len(ids) - len(on_device)
+                self._tier.stats.misses += len(ids) - len(on_device)
                 if wants_misses and (has_room or self._worth[layer_idx][len(on_device)]):
                     missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
             executor = self._executors[layer_idx]
             assert executor is not None
             executor.on_layer_done(layer_idx)
         num_copied = self._count(done)
-        self._tier.ran_on_cpu(missed, num_missed)
+        self._tier.ran_on_cpu(missed)
         return num_copied
 
     def _count(self, done: list[Done]) -> int:

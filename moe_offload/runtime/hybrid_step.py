@@ -179,7 +179,8 @@ class _Run:
             layer_idx, of_cpu = self.layer.layer_idx, self._of_cpu()
             is_worth = self.rows.num_tokens > 1 or self.layer.is_worth(len(self.on_device), len(of_cpu))
             missed = of_cpu if self.tier.has_room or is_worth else []
-            self.tier.ran_on_cpu([ExpertKey(layer_idx, i) for i in missed], len(of_cpu))
+            self.tier.stats.misses += len(of_cpu)
+            self.tier.ran_on_cpu([ExpertKey(layer_idx, i) for i in missed])
 
     def _of_cpu(self) -> list[int]:
         return [expert_id for expert_id in self.rows.expert_ids if expert_id not in self.on_device]

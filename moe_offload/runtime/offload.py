@@ -23,7 +23,7 @@ from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.runtime.belady_window import belady_window
+from moe_offload.runtime.belady_window import find_distances
 from moe_offload.runtime.context_room import ContextRoom
 from moe_offload.runtime.footprint import cache_bytes, trim_heap
 from moe_offload.runtime.hybrid import HybridLayers
@@ -97,8 +97,8 @@ class OffloadHandle:
 
         Args:
             belady: also find the distance to Belady's rule, by a replay of the last events that are kept
-                (ROUTE_LOG_BYTES of them; some 20 us an event). Not with a device, where RAM serves but
-                what the device lacks.
+                (ROUTE_LOG_BYTES of them; some 20 us an event). With a device, its own and that of RAM,
+                which serves but what the device lacks.
         """
         self._stats.peak_bytes = peak_bytes()
         if self.prefetcher is not None:
@@ -107,9 +107,9 @@ class OffloadHandle:
         self._stats.profile = "none" if self.profile is None else self.profile.describe()
         if self.hybrid is not None:
             self._stats.device = self.hybrid.stats()
-        elif belady and self.cache is not None:
-            rates = belady_window(self.cache, self.plan.pools, self.spec.num_experts)
-            self._stats.window_hit_rate, self._stats.belady_hit_rate = rates
+        if belady and self.cache is not None:
+            tier = None if self.hybrid is None else self.hybrid.tier
+            find_distances(self._stats, self.cache, self.plan.pools, self.spec.num_experts, tier)
         return self._stats
 
     def account(self, **choices: Any) -> dict[str, Any]:
