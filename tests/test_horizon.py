@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from moe_offload._native import HorizonCoefficients, HorizonForecast
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.eviction import make_policy
+from moe_offload.planning.policies import horizon_fit
 from moe_offload.planning.policies.horizon import (
     GENERIC_COEFFICIENTS,
     RATES,
@@ -114,6 +117,22 @@ def markov_trace(seed, num_tokens, seq_len=None):
         state = np.where(jump, generator.integers(0, NUM_EXPERTS // TOP_K, NUM_LAYERS), following[state])
         rows.append(state[:, None] * TOP_K + np.arange(TOP_K))
     return make_trace(np.array(rows), num_experts=NUM_EXPERTS, seq_len=seq_len)
+
+
+def test_a_fit_goes_through_a_trace_in_parts(monkeypatch):
+    """However small they are, to the same coefficients, and without room for the whole trace's inputs."""
+    num_tokens = 1200
+    trace = markov_trace(0, num_tokens, seq_len=[900, 300])
+    whole = fit_horizon([trace])
+    monkeypatch.setattr(horizon_fit, "CHUNK_TOKENS", 37)
+    tracemalloc.start()
+    parts = fit_horizon([trace])
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for name in ("own", "before", "constant"):
+        assert np.allclose(getattr(parts, name), getattr(whole, name), atol=1e-3), name
+    inputs_bytes = 4 * num_tokens * ((len(RATES) + NUM_LAYERS - 1) * NUM_EXPERTS + 1)
+    assert peak_bytes < inputs_bytes
 
 
 def test_a_fit_is_the_least_squares_solution():

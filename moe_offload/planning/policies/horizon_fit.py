@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,13 @@ def fit_horizon(
         raise ConfigError("a fit takes traces of one checkpoint, with decode tokens in them")
     layers, num_experts = shapes.pop()
     num_before = min(layers_before, len(layers) - 1)
-    chosen = [_one_hot(trace) for trace in traces]
     prior = _generic(num_experts, num_before)
-    weights = []
+    table = np.empty((len(layers), *prior.shape), np.float32)  # (L, rates * E + N * E + 1, E)
     for position in range(len(layers)):
-        inputs = [_inputs(used, position, num_before) for used in chosen]
-        targets = [
-            _future_use(used[:, position], trace.seq_len, gamma)
-            for used, trace in zip(chosen, traces, strict=True)
-        ]
-        weights.append(_ridge(inputs, targets, ridge, prior))
+        parts = (part for trace in traces for part in _parts(trace, position, num_before, gamma))
+        table[position] = _ridge(parts, ridge, prior)
         if on_progress is not None:
             on_progress(position + 1, len(layers))
-    table = np.stack(weights)  # (L, rates * E + N * E + 1, E)
     own_rows = len(RATES) * num_experts
     own = table[:, :own_rows].reshape(len(layers), len(RATES), num_experts, num_experts)
     before = table[:, own_rows:-1].reshape(len(layers), num_before, num_experts, num_experts)
@@ -63,35 +57,67 @@ def fit_horizon(
     return HorizonFit(layers, own.transpose(0, 2, 1, 3), before, table[:, -1], digests, traces[0].model)
 
 
-def _one_hot(trace: RoutingTrace) -> NDArray[np.uint8]:
-    """(T, L, E)"""
-    used = np.zeros((trace.num_tokens, len(trace.layers), trace.num_experts), np.uint8)
-    np.put_along_axis(used, trace.experts.astype(np.intp), 1, axis=2)
+def _parts(
+    trace: RoutingTrace, position: int, num_before: int, gamma: float
+) -> Iterator[tuple[Float32Array, Float32Array]]:
+    """Yield (inputs, future use) of CHUNK_TOKENS at a time: all of them at once are as large as a model."""
+    experts, num_experts = trace.experts, trace.num_experts
+    targets = _future_use(_one_hot(experts[:, position], num_experts), trace.seq_len, gamma)
+    frequencies = np.zeros((len(RATES), num_experts), np.float32)
+    for start in range(0, len(experts), CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, len(experts))
+        yield _inputs(experts, num_experts, position, num_before, start, end, frequencies), targets[start:end]
+
+
+def _one_hot(experts: NDArray[Any], num_experts: int) -> NDArray[np.uint8]:
+    """Return (T, E) of (T, K)."""
+    used = np.zeros((len(experts), num_experts), np.uint8)
+    np.put_along_axis(used, experts.astype(np.intp), 1, axis=1)
     return used
 
 
-def _inputs(used: NDArray[np.uint8], position: int, num_before: int) -> Float32Array:
-    """Return (T, rates * E + N * E + 1): the layer's frequencies, the choices before it, and a one."""
-    num_tokens, num_layers, num_experts = used.shape
-    columns = [_decayed(used[:, position], rate) for rate in RATES]
+def _inputs(
+    experts: NDArray[Any],
+    num_experts: int,
+    position: int,
+    num_before: int,
+    start: int,
+    end: int,
+    frequencies: Float32Array,
+) -> Float32Array:
+    """Return (end - start, rates * E + N * E + 1): a layer's frequencies, the choices before it, and a one.
+
+    Args:
+        experts: (T, L, K) of the whole trace.
+        frequencies: (rates, E) by ``start``; left as they are by ``end``.
+    """
+    inputs = np.zeros((end - start, (len(RATES) + num_before) * num_experts + 1), np.float32)
+    groups = inputs[:, :-1].reshape(end - start, -1, num_experts)
+    used = _one_hot(experts[start:end, position], num_experts)
+    for number, rate in enumerate(RATES):
+        _decay(used, rate, frequencies[number], groups[:, number])
     for n in range(num_before):
-        before = used[:, (position - 1 - n) % num_layers].astype(np.float32)
-        if position - 1 - n < 0:  # a later layer: what it chose for the token before
-            before = np.concatenate([np.zeros((1, num_experts), np.float32), before[:-1]])
-        columns.append(before)
-    return np.concatenate([*columns, np.ones((num_tokens, 1), np.float32)], axis=1)
+        layer = position - 1 - n
+        first = 0
+        if layer < 0:  # a later layer: what it chose for the token before
+            first = 1 if start == 0 else 0
+            chosen = experts[start - 1 + first : end - 1, layer % experts.shape[1]]
+        else:
+            chosen = experts[start:end, layer]
+        groups[first:, len(RATES) + n] = _one_hot(chosen, num_experts)
+    inputs[:, -1] = 1.0
+    return inputs
 
 
-def _decayed(used: NDArray[np.uint8], rate: float) -> Float32Array:
+def _decay(used: NDArray[np.uint8], rate: float, frequency: Float32Array, result: Float32Array) -> None:
+    """Bring (E,) ``frequency`` from token to token of (T, E) ``used``, each time into ``result``."""
     if rate == 1.0:
-        return used.astype(np.float32)
-    result = np.empty(used.shape, np.float32)
-    frequency = np.zeros(used.shape[1], np.float32)
+        result[:] = used
+        return
     for token in range(len(used)):
         frequency *= 1.0 - rate
         frequency += rate * used[token]
         result[token] = frequency
-    return result
 
 
 def _future_use(used: NDArray[np.uint8], seq_len: NDArray[np.int32], gamma: float) -> Float32Array:
@@ -111,14 +137,12 @@ def _generic(num_experts: int, num_before: int) -> Any:
     return np.concatenate([*own, np.zeros((num_before * num_experts + 1, num_experts))])
 
 
-def _ridge(inputs: Sequence[Float32Array], targets: Sequence[Float32Array], ridge: float, prior: Any) -> Any:
-    """Return the W of the least ``|Y - X W|^2 + ridge * |W - prior|^2``."""
-    gram: Any = np.zeros((inputs[0].shape[1],) * 2)
-    moment: Any = np.zeros((inputs[0].shape[1], targets[0].shape[1]))
-    for x, y in zip(inputs, targets, strict=True):
-        for start in range(0, len(x), CHUNK_TOKENS):
-            part = x[start : start + CHUNK_TOKENS]
-            gram += part.T @ part
-            moment += part.T @ y[start : start + CHUNK_TOKENS]
+def _ridge(parts: Iterable[tuple[Float32Array, Float32Array]], ridge: float, prior: Any) -> Any:
+    """Return the W of the least ``|Y - X W|^2 + ridge * |W - prior|^2`` over (X, Y) parts."""
+    gram: Any = np.zeros((len(prior),) * 2)
+    moment: Any = np.zeros(prior.shape)
+    for inputs, targets in parts:
+        gram += inputs.T @ inputs
+        moment += inputs.T @ targets
     gram[np.diag_indices_from(gram)] += ridge
     return np.linalg.solve(gram, moment + ridge * prior).astype(np.float32)
