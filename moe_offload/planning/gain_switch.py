@@ -5,7 +5,7 @@ the first step of a block is left out since it inherits the other's state. A ste
 longer, whether it prefetches or not, so what a miss costs is estimated from all steps and taken off. Each
 probe gives one difference; their mean and its confidence interval decide. While they agree with what is
 done, probes become rarer; when they do not, they follow one another until the interval is clear of zero.
-What is done and far faster in every step of a single probe needs no more of them for now.
+One probe is enough to rest where what is done was far faster in every one of its steps.
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ def from_pretrained(
         "predictor": predictor,
         "prefetch": prefetch,
         "num_threads": num_threads,
+        "scheduler": scheduler,
     }
-    chosen["scheduler"] = scheduler
     given = [name for name, value in chosen.items() if value is not None]
     found = machine_profile.find_profile(profile, checkpoint, config.device)
     config = machine_profile.with_settings(config, found, given)
