@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -19,6 +20,7 @@ from moe_offload.planning.prefetch_plan import (
     break_even,
     plan_reads,
 )
+from moe_offload.residency.prefetch_pace import Pace
 from moe_offload.storage.expert_format import ExpertKey
 
 GUESSES = st.lists(
@@ -36,7 +38,7 @@ GUESSES = st.lists(
 
 @settings(deadline=None)
 @given(GUESSES, st.integers(0, 200), st.integers(0, 100), st.floats(0, 1))
-def test_a_plan_keeps_its_deadlines_and_leaves_out_nothing_that_fits(
+def test_a_plan_fills_a_window_and_leaves_out_nothing_that_begins_in_it(
     guesses: list[Guess], queued_bytes: int, window_bytes: int, threshold: float
 ) -> None:
     keys = plan_reads(guesses, queued_bytes=queued_bytes, window_bytes=window_bytes, threshold=threshold)
@@ -47,14 +49,11 @@ def test_a_plan_keeps_its_deadlines_and_leaves_out_nothing_that_fits(
     total = queued_bytes
     for key in keys:
         assert of[key].probability >= threshold
-        assert total + of[key].num_bytes / 2 <= of[key].windows * window_bytes
+        assert total <= window_bytes, "begins before the next layer has routed"
         total += of[key].num_bytes
-    for guess in set(guesses) - {of[key] for key in keys}:
-        before = [of[key] for key in keys]
-        ahead = [g for g in before if (g.windows, -g.probability) <= (guess.windows, -guess.probability)]
-        start = queued_bytes + sum(g.num_bytes for g in ahead)
-        fits = start + guess.num_bytes / 2 <= guess.windows * window_bytes
-        assert guess.probability < threshold or not fits
+    left_out = {guess for guess in guesses if guess.probability >= threshold} - {of[key] for key in keys}
+    assert not left_out or total > window_bytes
+    assert all((g.windows, -g.probability) >= order[-1] for g in left_out if order)
 
 
 def test_an_unmeasured_link_admits_by_probability_alone() -> None:
@@ -67,7 +66,22 @@ def test_break_even_rises_as_reads_get_shorter() -> None:
     """A read of 1 ms holds a demand up by an eighth of it; asking costs 20 us."""
     assert break_even(1e-3, 2e-5) == pytest.approx((125 + 20) / (1000 + 125))
     assert break_even(1e-4, 2e-5) > break_even(1e-3, 2e-5)
+    assert break_even(1e-3, 2e-5, 1.0) == pytest.approx((1000 + 20) / (1000 + 1000)), "a read for a read"
     assert break_even(1e-9, 2e-5) == break_even(0.0, 2e-5) == HIGHEST
+
+
+def test_the_link_is_busy_for_as_long_as_what_steps_need_takes() -> None:
+    """Ten layers of 1 ms and a stall of 2 ms in which 6 MB were needed, at 1 GB/s: half of the time."""
+    now = itertools.count(0.0, 1e-3)
+    pace = Pace(None, None, lambda: next(now))
+    pace.bytes_per_s, needed, stalled_s = 1e9, 0, 0.0
+    pace.look(0.0)
+    for _ in range(40):
+        for _ in range(10):
+            pace.look(0.0)
+        needed, stalled_s = needed + 6_000_000, stalled_s + 2e-3
+        pace.measure_needs(needed, stalled_s)
+    assert pace.busy_share == pytest.approx(0.5, abs=0.01)
 
 
 @given(st.floats(0.02, 0.9))
