@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.planning.gain_switch import BLOCK_STEPS, LEAST_PROBES, LEAST_STEPS, GainSwitch
+from moe_offload.planning.gain_switch import (
+    AGREEING_PROBES,
+    BLOCK_STEPS,
+    LEAST_PROBES,
+    LEAST_STEPS,
+    GainSwitch,
+)
 from moe_offload.planning.prefetch_plan import (
     HIGHEST,
     LOWEST,
@@ -129,10 +135,27 @@ def test_a_first_trial_takes_turns_and_leaves_out_what_follows_a_turn() -> None:
     switch, seen = GainSwitch(), []
     for step in range(2 * BLOCK_STEPS * LEAST_PROBES):
         seen.append(switch.is_on)
-        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.0 if switch.is_on else 1.08))
+        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.08 if switch.is_on else 1.0))
     order = [True, False, False, True] * (LEAST_PROBES // 2)
     assert seen == [on for on in order for _ in range(BLOCK_STEPS)]
+    assert switch.gain == pytest.approx(-0.08) and not switch.decision and not switch.is_on
+
+
+def test_a_first_trial_is_short_where_every_probe_agrees() -> None:
+    switch, num_off = GainSwitch(), 0
+    for _ in range(2 * BLOCK_STEPS * AGREEING_PROBES):
+        num_off += not switch.is_on
+        switch.record(1.0 if switch.is_on else 1.08)
+    assert num_off == BLOCK_STEPS * AGREEING_PROBES and not switch.is_trying
     assert switch.gain == pytest.approx(0.08 / 1.08) and switch.decision and switch.is_on
+
+
+def test_probes_that_disagree_are_followed_by_more() -> None:
+    switch = GainSwitch()
+    for step in range(2 * BLOCK_STEPS * AGREEING_PROBES):
+        slower_s = 1.08 if step < 2 * BLOCK_STEPS else 0.92
+        switch.record(1.0 if switch.is_on else slower_s)
+    assert switch.is_trying
 
 
 @pytest.mark.parametrize(("on_s", "expected"), [(0.8, True), (0.95, True), (1.06, False), (1.5, False)])
