@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import plan_accuracy as accuracy
+import plan_accuracy_report as accuracy
+import plan_accuracy_runs as runs
 
 
-def attempt(predicted: float, measured: float, pace: float = 1.0, afterwards: float = 0.0) -> Any:
+def attempt(predicted: float, measured: float, pace: float = 1.0) -> Any:
     return {
-        "predicted": {"tokens_per_s": predicted, "afterwards": afterwards or predicted, "pace_s": [1.0, 2.0]},
+        "predicted": {"tokens_per_s": predicted, "pace_s": [1.0, 2.0]},
         "measured": {"tokens_per_s": measured, "pace_s": [1.0, 2 * pace]},
     }
 
@@ -68,14 +69,20 @@ def test_a_case_is_the_median_of_all_its_rounds_however_true_one_was() -> None:
     assert found["predicted"]["tokens_per_s"] == 12.0 and found["measured"]["tokens_per_s"] == 16.0
     assert accuracy.error(found) == pytest.approx(-0.25) and accuracy.apart(found) == pytest.approx(1.0)
     assert accuracy.change(found) == pytest.approx(0.3), "the round during which most changed"
-    assert accuracy.change({"rounds": [attempt(10.0, 10.0, 1.1, afterwards=5.0)]}) == pytest.approx(1.0)
     decode = accuracy.summary(cases)["decode"]
     assert decode["cases"] == 1 and decode["of_rounds"]["cases"] == 3
     assert decode["of_rounds"]["within"] == 1 and decode["apart"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("path", [accuracy.ROOT / "moe_offload/demo/tiny-moe.gguf", Path("synthetic.gguf")])
-def test_a_prediction_rests_on_other_text_than_the_measurement(path: Path) -> None:
-    traced, measured = accuracy.token_ids(path, 640)
-    assert len(traced) == 3 and {len(ids) for ids in (*traced, measured)} == {640 + accuracy.DECODED_TOKENS}
-    assert measured not in traced
+@pytest.mark.parametrize("path", [runs.ROOT / "moe_offload/demo/tiny-moe.gguf", Path("synthetic.gguf")])
+def test_rounds_measure_different_texts_of_one_length(path: Path) -> None:
+    found = runs.texts(path, 640)
+    assert len(found) >= 4 and {len(ids) for ids in found} == {640 + runs.DECODED_TOKENS}
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_loads_of_one_case_count_by_their_seconds() -> None:
+    marks = [{"seconds": s, "pace_s": [s, 1.0], "hit_rate": 0.5} for s in (1.0, 3.0)]
+    found = runs.mean_mark(marks, 8)
+    assert found["tokens_per_s"] == pytest.approx(2 * 8 / 4.0), "not the mean of 8 and 2.67"
+    assert found["pace_s"] == [2.0, 1.0] and found["hit_rate"] == 0.5
