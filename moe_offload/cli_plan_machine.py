@@ -67,15 +67,20 @@ def _profile(asked: str | None, checkpoint: Checkpoint, vram: str | None) -> Pro
 
 
 def _rehearsed(checkpoint: Checkpoint, *, may_be_kept: bool) -> Kept:
-    """Return what this machine gives to the checkpoint: what was measured lately, or else now."""
-    key = checkpoint_key(checkpoint)
+    """Return what this machine gives to the checkpoint: what was measured lately, or else now.
+
+    Args:
+        may_be_kept: False: what was measured before is forgotten.
+    """
+    key, afresh = checkpoint_key(checkpoint), not may_be_kept
     overheads, steps = (kept_overheads(), kept_steps(key)) if may_be_kept else (None, None)
     if overheads is None:
         overheads = _measured_overheads()
-        keep(PROGRAM, overheads)
+        keep(PROGRAM, overheads, afresh=afresh)
     if steps is None:
         steps = Kept(_measured_steps(checkpoint), 0.0)
-        keep(key, steps.machine)
+        keep(key, steps.machine, afresh=afresh)
+        steps = replace(kept_steps(key) or steps, age_s=0.0)
     return replace(steps, machine=replace(steps.machine, overheads=overheads))
 
 

@@ -26,10 +26,10 @@ from moe_offload.planning.prompt_roofline import value_at
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.stats import OffloadStats
 
-COMPUTE_S, READ_S = 0.02, 0.1  # for each round of a measurement, without and with reads
-LEAST_RUNS, ROUNDS = 4, 2
+COMPUTE_S, READ_S = 0.015, 0.05  # for a measurement, without and with reads
+LEAST_RUNS = 4
 FEW_TOKENS = (1, 4, 16, 32, 64, 128)  # of an expert in a chunk
-STREAMED_TOKENS = (16, 64, 128)
+STREAMED_TOKENS, STREAMED_PER_TOP_K = (16, 64, 128), 4
 RESIDENT_CALLS = 4  # experts in one call, as a prompt's residents come
 TURNS = 8  # of experts that follow one another, so that no cache has them
 
@@ -59,6 +59,11 @@ class LayerExperts:
         )
         self.kernel = ExpertKernel(self.layout, Activation())
         self._by_last_use = list(range(num_experts))
+        self.fill()
+
+    def fill(self) -> None:
+        """Serve every expert once, so that slots are in use as they are while a model decodes."""
+        num_experts = self.layout.num_experts
         for first in range(0, num_experts, self.top_k):
             self._serve(list(range(first, min(first + self.top_k, num_experts))))
 
@@ -77,19 +82,25 @@ class LayerExperts:
 
     def submit_s(self) -> float:
         """Return what asking for an expert's read takes from who computes."""
-        return max(
-            0.0, _median(lambda: self._begin(1), READ_S / 2) - _median(lambda: self._begin(0), COMPUTE_S)
-        )
+        return max(0.0, _mean(lambda: self._begin(1), READ_S / 2) - _mean(lambda: self._begin(0), COMPUTE_S))
 
     def step_s(self, misses: int) -> float:
         """Return the seconds of one token's experts of which so many must be read, all that goes with it."""
-        return _median(lambda: self._step(misses), READ_S if misses else COMPUTE_S)
+        return _mean(lambda: self._step(misses), READ_S if misses else COMPUTE_S)
 
-    def streamed_s(self, num_tokens: int) -> float:
-        """Return the seconds of one expert of a chunk where all of them are read."""
-        count = max(1, min(len(self._split()[1]), 2 * self.top_k))
+    def streamed_s(self, num_tokens: int, latency_s: float = 0.0) -> float:
+        """Return the seconds of one expert of a first prompt's chunk: all are read, all slots are free.
+
+        Args:
+            latency_s: until the first read bears, which is of the layer, not of its experts.
+        """
+        count = min(self.layout.num_experts, STREAMED_PER_TOP_K * self.top_k)
         hidden = torch.randn(num_tokens, self.layout.hidden_size)
-        return _median(lambda: self._stream(count, hidden), READ_S) / count
+        times: list[float] = []
+        started = time.perf_counter()
+        while not times or time.perf_counter() - started < READ_S:
+            times.append(self._stream(count, hidden))
+        return max(0.0, statistics.fmean(times) - latency_s) / count
 
     def prompt_curve(self) -> Curve:
         """Return seconds of a resident expert by tokens, up to what a chunk gives to the busiest ones."""
@@ -97,16 +108,16 @@ class LayerExperts:
         counts = [tokens for tokens in FEW_TOKENS if tokens <= max(16, busiest)]
         return tuple((float(tokens), self.resident_s(tokens)) for tokens in counts)
 
-    def handling_curve(self, resident: Curve, read_s: float) -> Curve:
+    def handling_curve(self, resident: Curve, read_s: float, latency_s: float) -> Curve:
         """Return what an expert that is read takes beyond the longer of reading and computing, by tokens.
 
         Args:
             resident: ``prompt_curve``.
-            read_s: ``streamed_s`` of one token.
+            read_s, latency_s: ``streamed_s`` of one token, and what it was given.
         """
         counts = [tokens for tokens in STREAMED_TOKENS if tokens <= resident[-1][0]]
         return tuple(
-            (float(count), max(0.0, self.streamed_s(count) - max(read_s, value_at(resident, count))))
+            (float(count), self.streamed_s(count, latency_s) - max(read_s, value_at(resident, count)))
             for count in counts
         )
 
@@ -165,13 +176,14 @@ class LayerExperts:
         out, tokens = torch.zeros_like(hidden), [num_tokens] * count
         ids = [[next(resident) for _ in range(count)] for _ in range(TURNS)]
         calls = cycle(self._prepared(hidden, self._addresses(i), tokens, out) for i in ids)
-        return _median(lambda: _seconds(next(calls)), COMPUTE_S)
+        return _mean(lambda: _seconds(next(calls)), COMPUTE_S)
 
     def _addresses(self, expert_ids: list[int]) -> list[int]:
         return self.cache.resident_addresses(self.layer_idx, expert_ids)
 
     def _stream(self, count: int, hidden: torch.Tensor) -> float:
-        chosen, num_tokens = sorted(self._split()[1][:count]), len(hidden)
+        self.cache.keep_only(())
+        chosen, num_tokens = sorted(self._by_last_use[:count]), len(hidden)
         out = torch.zeros_like(hidden)
         started = time.perf_counter()
         with closing(self.cache.stream_batches(self.layer_idx, chosen, [num_tokens] * count)) as batches:
@@ -204,18 +216,14 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _median(function: Callable[[], float], most_s: float) -> float:
-    """Return the median of what ``function`` returns, the first left out, in the best of some rounds.
+def _mean(function: Callable[[], float], most_s: float) -> float:
+    """Return the mean of what ``function`` returns, the first left out.
 
-    A median bears with a disk's moods; what else had the processor in a round only slowed it.
+    What is predicted from it is a sum of many such times, a disk's moods among them.
     """
-    return min(_round(function, most_s) for _ in range(ROUNDS))
-
-
-def _round(function: Callable[[], float], most_s: float) -> float:
     function()
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < LEAST_RUNS or time.perf_counter() - started < most_s:
         times.append(function())
-    return statistics.median(times)
+    return statistics.fmean(times)

@@ -1,13 +1,15 @@
 """What a decode step and a prompt's chunk cost on a model's own experts: for `plan` on this machine.
 
-The code that the runtime runs, on experts of the checkpoint in memory and on its file, in about two seconds.
+The code that the runtime runs, on experts of the checkpoint in memory and on its file, in a few seconds. All
+of it is measured several times over, one thing after the other, and of each figure the median counts: a host
+that others share is now fast and now slow, and what is predicted is how fast it is as a rule, not at best.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,14 +26,15 @@ from moe_offload.header_costs import (
     multiplied_bytes_by_type,
     prompt_type,
 )
-from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
+from moe_offload.measure import COLS, WEIGHTS_BYTES, random_weights
 from moe_offload.measure_experts import LayerExperts
-from moe_offload.planning.machine_speed import Curve, MachineSpeed, PromptSpeed
+from moe_offload.planning.machine_speed import Curve, MachineSpeed, PromptSpeed, medians
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import GgmlType, WeightType, row_bytes
 
-SHARE_S = 0.02  # for each round of a measurement
-LEAST_RUNS, ROUNDS = 3, 2
+PASSES = 3  # over everything, so that no figure is of one moment
+SHARE_S = 0.015  # for each measurement of a pass
+LEAST_RUNS = 3
 LEAST_S = 1e-9  # of a difference between noisy times
 CACHED_AS = {4: (GgmlType.F32, torch.float32), 2: (GgmlType.BF16, torch.bfloat16)}  # by an element's bytes
 CHUNK_TOKENS, CHUNK_ROWS = (16, 64, PREFILL_CHUNK_TOKENS), 1024  # of a dense product
@@ -45,35 +48,40 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
     """
     dense_type = next(iter(multiplied_bytes_by_type(checkpoint)))
     weights = random_weights(min(WEIGHTS_BYTES, dense_read_bytes(checkpoint)))
-    ram_bytes_per_s = kernel_bytes_per_s(dense_type, weights)
-    dense = _dense_macs_per_s(prompt_type(checkpoint), weights)
-    del weights
-    if not checkpoint.experts.layouts:
-        return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, dense[-1][1])
+
+    def dense() -> MachineSpeed:
+        macs_per_s = _dense_macs_per_s(prompt_type(checkpoint), weights)
+        score_s = _score_s(checkpoint, is_native)
+        prompt = PromptSpeed(macs_per_s, ((1.0, 0.0),), 0.0, score_s=score_s / own_share, own_share=own_share)
+        ram_bytes_per_s = _bytes_per_s(dense_type, weights)
+        return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, macs_per_s[-1][1], prompt=prompt)
+
     own_share = 0.5 if is_native else 1.0
-    score_s = _score_s(checkpoint, is_native) / own_share
+    if not checkpoint.experts.layouts:
+        return replace(medians([dense() for _ in range(PASSES)]), prompt=None)
     with expert_bench(checkpoint) as bench:
         layer = LayerExperts(bench, next(iter(checkpoint.experts.layouts)))
-        expert_s = layer.at_hand_s() / layer.top_k
-        latency_s, read_s = _decode_reads(layer, expert_s)
-        streamed_s, curve = layer.streamed_s(1), layer.prompt_curve()
-        expert_bytes = layer.layout.expert_bytes
-        return MachineSpeed(
-            ram_bytes_per_s=ram_bytes_per_s,
-            disk_bytes_per_s=expert_bytes / read_s,
-            macs_per_s=dense[-1][1],
-            expert_bytes_per_s=expert_bytes / expert_s,
-            disk_latency_s=latency_s,
-            submit_s=layer.submit_s(),
-            prompt=PromptSpeed(
-                dense_macs_per_s=dense,
-                expert_s=curve,
-                read_s=streamed_s,
-                handling_s=layer.handling_curve(curve, streamed_s),
-                score_s=score_s,
-                own_share=own_share,
-            ),
-        )
+        return medians([_with_experts(dense(), layer) for _ in range(PASSES)])
+
+
+def _with_experts(dense: MachineSpeed, layer: LayerExperts) -> MachineSpeed:
+    """Return the machine with what one look at a layer's experts tells of them."""
+    assert dense.prompt is not None
+    expert_s = layer.at_hand_s() / layer.top_k
+    latency_s, read_s = _decode_reads(layer, expert_s)
+    submit_s, curve = layer.submit_s(), layer.prompt_curve()
+    streamed_s = layer.streamed_s(1, latency_s)
+    handling = layer.handling_curve(curve, streamed_s, latency_s)
+    layer.fill()
+    expert_bytes = layer.layout.expert_bytes
+    return replace(
+        dense,
+        disk_bytes_per_s=expert_bytes / read_s,
+        expert_bytes_per_s=expert_bytes / expert_s,
+        disk_latency_s=latency_s,
+        submit_s=submit_s,
+        prompt=replace(dense.prompt, expert_s=curve, read_s=streamed_s, handling_s=handling),
+    )
 
 
 def _decode_reads(layer: LayerExperts, expert_s: float) -> tuple[float, float]:
@@ -90,15 +98,20 @@ def _decode_reads(layer: LayerExperts, expert_s: float) -> tuple[float, float]:
     return max(0.0, one_s - expert_s - read_s), read_s
 
 
+def _bytes_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
+    """Return bytes of weights per second of one token's product; more of them than any cache holds."""
+    rows = weights.numel() // row_bytes(ggml_type, COLS)
+    packed = weights[: rows * row_bytes(ggml_type, COLS)]
+    return packed.numel() / _mean_s(partial(ops.linear, torch.randn(1, COLS), packed, ggml_type, rows, COLS))
+
+
 def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
     """Return multiply-adds per second of a chunk's product with a dense matrix, by tokens."""
     rows = min(CHUNK_ROWS, weights.numel() // row_bytes(ggml_type, COLS))
     packed = weights[: rows * row_bytes(ggml_type, COLS)]
     rates = []
     for num_tokens in CHUNK_TOKENS:
-        seconds = _least_median_s(
-            partial(ops.linear, torch.randn(num_tokens, COLS), packed, ggml_type, rows, COLS)
-        )
+        seconds = _mean_s(partial(ops.linear, torch.randn(num_tokens, COLS), packed, ggml_type, rows, COLS))
         rates.append((float(num_tokens), num_tokens * rows * COLS / seconds))
     return tuple(rates)
 
@@ -110,12 +123,10 @@ def _score_s(checkpoint: Checkpoint, is_native: bool) -> float:
     dim = int(config.get("head_dim") or checkpoint.spec.hidden_size // heads)
     pairs = heads * tokens * tokens
     if is_native:
-        return _least_median_s(_native_attention(checkpoint, heads, dim)) / pairs
+        return _mean_s(_native_attention(checkpoint, heads, dim)) / pairs
     query, key, value = (torch.randn(1, heads, tokens, dim) for _ in range(3))
     if checkpoint.spec.model_type not in EAGER_FAMILIES:
-        return (
-            _least_median_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True)) / pairs
-        )
+        return _mean_s(lambda: scaled_dot_product_attention(query, key, value, is_causal=True)) / pairs
     mask = torch.zeros(1, 1, tokens, tokens)
 
     def with_scores() -> torch.Tensor:
@@ -124,7 +135,7 @@ def _score_s(checkpoint: Checkpoint, is_native: bool) -> float:
         with_sink = with_sink - with_sink.max(dim=-1, keepdim=True).values
         return torch.softmax(with_sink, dim=-1)[..., :-1] @ value
 
-    return _least_median_s(with_scores) / pairs
+    return _mean_s(with_scores) / pairs
 
 
 def _native_attention(checkpoint: Checkpoint, heads: int, dim: int) -> Callable[[], object]:
@@ -143,16 +154,11 @@ def _native_attention(checkpoint: Checkpoint, heads: int, dim: int) -> Callable[
     return attend
 
 
-def _least_median_s(function: Callable[[], object]) -> float:
-    """Return the median seconds of a call, the first left out, in the better of two rounds."""
+def _mean_s(function: Callable[[], object]) -> float:
+    """Return the mean seconds of a call, the first left out."""
     function()
-    medians = []
-    for _ in range(ROUNDS):
-        times: list[float] = []
-        started = time.perf_counter()
-        while len(times) < LEAST_RUNS or time.perf_counter() - started < SHARE_S:
-            before = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - before)
-        medians.append(statistics.median(times))
-    return min(medians)
+    calls, started = 0, time.perf_counter()
+    while calls < LEAST_RUNS or time.perf_counter() - started < SHARE_S:
+        function()
+        calls += 1
+    return (time.perf_counter() - started) / calls

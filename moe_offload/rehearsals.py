@@ -1,12 +1,15 @@
 """What `plan` rehearsed on this machine, kept beside the user's cache so that the next one need not.
 
 What the program costs beside bytes holds for all models of a machine, and for a day; how fast a model's own
-experts are read and computed is kept for an hour: disks and hosts that others share change.
+experts are read and computed is kept for an hour: disks and hosts that others share change. What is then
+measured anew counts together with what was measured within a day, figure by figure the median, since one look
+at such a host finds a mood of seconds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +17,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import moe_offload
-from moe_offload.planning.machine_speed import MachineSpeed, Overheads, PromptSpeed
+from moe_offload.planning.machine_speed import MachineSpeed, Overheads, PromptSpeed, medians
 from moe_offload.residency.machine_state import machine_key
 from moe_offload.storage.checkpoint_key import cache_folder
 
-OVERHEADS_S, STEPS_S = 24 * 3600.0, 3600.0  # that they are kept
+OVERHEADS_S, STEPS_S = 24 * 3600.0, 3600.0  # that they need not be measured again
+MOST_KEPT = 9  # rehearsals of one name
 PROGRAM = "overheads"  # the name of what holds for all models
 
 T = TypeVar("T")
@@ -34,8 +38,8 @@ class Kept:
 
 def kept_overheads() -> Overheads | None:
     """Return what the program costs beside bytes, as it was measured here; None: not lately."""
-    found = _read(PROGRAM, OVERHEADS_S, lambda values: Overheads(**_floats(Overheads, values)))
-    return None if found is None else found[0]
+    found = _lately(PROGRAM, _overheads, OVERHEADS_S)
+    return medians([overheads for overheads, _ in found]) if found else None
 
 
 def kept_steps(checkpoint: str) -> Kept | None:
@@ -44,18 +48,23 @@ def kept_steps(checkpoint: str) -> Kept | None:
     Args:
         checkpoint: its key.
     """
-    found = _read(checkpoint, STEPS_S, _machine)
-    return None if found is None else Kept(*found)
+    found = _lately(checkpoint, _machine, STEPS_S)
+    return Kept(medians([machine for machine, _ in found]), found[-1][1]) if found else None
 
 
-def keep(name: str, measured: Overheads | MachineSpeed) -> None:
-    """Keep what was measured for ``name``, a checkpoint's key or PROGRAM; a disk that refuses is no error."""
+def keep(name: str, measured: Overheads | MachineSpeed, *, afresh: bool = False) -> None:
+    """Keep what was measured for ``name``, a checkpoint's key or PROGRAM; a disk that refuses is no error.
+
+    Args:
+        afresh: what was measured before is to count no more.
+    """
     path = _path(name)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    entry = {"version": moe_offload.__version__, "taken": time.time(), "values": asdict(measured)}
+    earlier = [] if afresh else _entries(name)[1 - MOST_KEPT :]
+    entries = [*earlier, {"taken": time.time(), "values": asdict(measured)}]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(entry))
+        partial.write_text(json.dumps({"version": moe_offload.__version__, "rehearsals": entries}))
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -65,16 +74,30 @@ def _path(name: str) -> Any:
     return cache_folder("rehearsals") / f"{machine_key()}-{name}.json"
 
 
-def _read(name: str, kept_s: float, make: Callable[[Any], T]) -> tuple[T, float] | None:
-    """Return what was kept and its age; None where it is missing, old, damaged or another version's."""
+def _entries(name: str) -> list[dict[str, Any]]:
+    """Return what was kept, oldest first; nothing where it is missing, damaged or another version's."""
     try:
-        entry = json.loads(_path(name).read_text())
-        age_s = time.time() - float(entry["taken"])
-        if entry["version"] != moe_offload.__version__ or not 0 <= age_s < kept_s:
-            return None
-        return make(entry["values"]), age_s
+        kept = json.loads(_path(name).read_text())
+        return list(kept["rehearsals"]) if kept["version"] == moe_offload.__version__ else []
     except (OSError, ValueError, TypeError, KeyError):
-        return None
+        return []
+
+
+def _lately(name: str, make: Callable[[Any], T], newest_s: float) -> list[tuple[T, float]]:
+    """Return what was measured within a day and its age, the newest last; nothing where that is too old."""
+    found, now = [], time.time()
+    for entry in _entries(name):
+        try:
+            values, age_s = make(entry["values"]), now - float(entry["taken"])
+        except (ValueError, TypeError, KeyError):
+            return []
+        if 0 <= age_s < OVERHEADS_S:
+            found.append((values, age_s))
+    return found if found and found[-1][1] < newest_s else []
+
+
+def _overheads(values: Any) -> Overheads:
+    return Overheads(**_floats(Overheads, values))
 
 
 def _floats(kind: type[Any], values: Mapping[str, Any]) -> dict[str, float]:
@@ -84,6 +107,12 @@ def _floats(kind: type[Any], values: Mapping[str, Any]) -> dict[str, float]:
 
 def _number(value: Any) -> float:
     if not 0.0 <= float(value) < float("inf"):
+        raise ValueError(f"{value} was never measured")
+    return float(value)
+
+
+def _difference(value: Any) -> float:
+    if not math.isfinite(value):
         raise ValueError(f"{value} was never measured")
     return float(value)
 
@@ -102,10 +131,10 @@ def _machine(values: Mapping[str, Any]) -> MachineSpeed:
 
 
 def _prompt(values: Mapping[str, Any]) -> PromptSpeed:
-    dense, expert, handling = (
-        tuple((_number(x), _number(y)) for x, y in values[name])
-        for name in ("dense_macs_per_s", "expert_s", "handling_s")
+    dense, expert = (
+        tuple((_number(x), _number(y)) for x, y in values[name]) for name in ("dense_macs_per_s", "expert_s")
     )
+    handling = tuple((_number(x), _difference(y)) for x, y in values["handling_s"])
     return PromptSpeed(
         dense_macs_per_s=dense,
         expert_s=expert,

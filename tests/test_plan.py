@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,7 +240,8 @@ def test_plan_as_json_measures_a_machine_that_was_not_tuned(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("moe_offload.measure_experts.READ_S", 0.01)  # enough to be sane, not to be true
-    monkeypatch.setattr("moe_offload.runtime.yardstick.ROUNDS", 1)
+    for module in ("runtime.yardstick", "measure_steps"):
+        monkeypatch.setattr(f"moe_offload.{module}.PASSES", 1)
     assert cli.main(["plan", "--json"]) == 0  # what the first load saw is no reason not to look again
     (model,) = json.loads(capsys.readouterr().out)["models"]
     assert model["profile"] is None and model["machine"]["prompt"]["read_s"] > 0
@@ -276,15 +278,34 @@ def test_what_was_kept_counts_while_it_is_young_and_whole(
     rehearsals.keep(rehearsals.PROGRAM, overheads)
     assert rehearsals.kept_overheads() == overheads
     (path,) = tmp_path.rglob(f"*-{rehearsals.PROGRAM}.json")
-    entry = json.loads(path.read_text())
+    kept = json.loads(path.read_text())
+    (entry,) = kept["rehearsals"]
     if spoil == "old":
         entry["taken"] -= rehearsals.OVERHEADS_S
     elif spoil == "other version":
-        entry["version"] += "x"
+        kept["version"] += "x"
     elif spoil in ("negative", "no number"):
         entry["values"]["token_s"] = -1.0 if spoil == "negative" else "soon"
-    path.write_text("{" if spoil == "no json" else json.dumps(entry))
+    path.write_text("{" if spoil == "no json" else json.dumps(kept))
     assert rehearsals.kept_overheads() is None
+
+
+def test_of_a_days_rehearsals_the_median_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for number, (disk, layer_s) in enumerate([(9.0, 1.0), (1.0, 1.0), (2.0, 5.0), (4.0, 4.0)]):
+        prompt = PromptSpeed(((1.0, disk),), ((1.0, 1e-4), (9.0, disk)), 2e-4, ((16.0, -disk),))
+        rehearsals.keep("model", replace(MACHINE, disk_bytes_per_s=disk, prompt=prompt))
+        rehearsals.keep(rehearsals.PROGRAM, Overheads(native_layer_s=layer_s))
+        if number == 0:  # a day passes
+            path = next(tmp_path.rglob("*-model.json"))
+            path.write_text(re.sub(r'"taken": \d+', '"taken": 1', path.read_text()))
+    kept, overheads = rehearsals.kept_steps("model"), rehearsals.kept_overheads()
+    assert kept is not None and kept.machine.disk_bytes_per_s == 2.0, "of 1, 2 and 4"
+    assert kept.machine.prompt is not None and kept.machine.prompt.expert_s == ((1.0, 1e-4), (9.0, 2.0))
+    assert overheads is not None and overheads.native_layer_s == 2.5
+    rehearsals.keep("model", MACHINE, afresh=True)
+    kept = rehearsals.kept_steps("model")
+    assert kept is not None and kept.machine == MACHINE, "what was before is forgotten"
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

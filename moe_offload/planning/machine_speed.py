@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 Curve = tuple[tuple[float, float], ...]  # (tokens, value), ascending
 SUBMIT_S = 2e-5  # where it was not measured
 
@@ -137,3 +144,22 @@ class DecoderShape:
     attention_heads: int = 0
     attention_scores: int = 0
     is_native: bool = True
+
+
+def medians(measured: Sequence[T]) -> T:
+    """Return figure by figure the median of the same things measured several times.
+
+    A machine that others share is now fast and now slow, for seconds: no single look tells which is usual.
+    """
+    found: T = _medians(measured)
+    return found
+
+
+def _medians(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [figure.name for figure in fields(first)]
+        return replace(first, **{name: _medians([getattr(one, name) for one in values]) for name in names})
+    if isinstance(first, tuple):  # a curve, of the same tokens
+        return tuple(_medians(same) for same in zip(*values, strict=True))
+    return first if first is None or isinstance(first, bool) else statistics.median(values)

@@ -21,7 +21,7 @@ import torch
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
 from moe_offload.header_costs import attention_heads, bytes_per_token
 from moe_offload.measure_steps import measure_steps
-from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads
+from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, medians
 from moe_offload.planning.prompt_roofline import prefill_speed
 from moe_offload.planning.roofline import decode_speed
 from moe_offload.planning.stalls import independent_misses
@@ -30,7 +30,7 @@ from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.model import from_pretrained
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 
-STEPS, ROUNDS = 24, 3  # tokens of each measurement, and how often it is made
+STEPS, PASSES = 24, 3  # tokens of each measurement, and how often all of it is made
 PROMPT_TOKENS, FAR_TOKENS = 32, 900
 SHORT_TOKENS = 64  # of a chunk in which calls cost more than tokens
 FIRST_TOKEN = 300
@@ -39,37 +39,33 @@ ROOM_BYTES = 512 * MIB  # more than the demo takes
 
 
 def measure_overheads() -> Overheads:
-    """Return the seconds beside bytes; takes about two seconds once the libraries are loaded."""
+    """Return the seconds beside bytes: medians of several looks, in about four seconds."""
     checkpoint = open_checkpoint(DEMO_MODEL)
     demo = _Demo(checkpoint, measure_steps(checkpoint, is_native=True))
-    layers = checkpoint.spec.num_hidden_layers
-    whole = _load("all")
-    try:
+    with _load("all") as whole, _load(FEW_EXPERTS) as few:
         whole.step_s()  # every expert is in memory, every page touched
-        native_s = whole.best_step_s()
-        loop_s = whole.loop_s()
-        with _replaced(whole.model.offload.native_step, "_tables", lambda: None):
-            python_s = whole.best_step_s()
-        with _replaced(whole.model.offload, "native_step", None):
-            modules_s, _ = whole.step_s()
-        far_s = whole.best_step_s(FAR_TOKENS)
-        short_s, chunk_s = whole.chunk_s(SHORT_TOKENS), whole.chunk_s(PREFILL_CHUNK_TOKENS)
-    finally:
-        whole.model.offload.close()
-    few = _load(FEW_EXPERTS)
-    try:
-        few_s, misses = min(few.step_s() for _ in range(ROUNDS))
-    finally:
-        few.model.offload.close()
-    weights_s = demo.token_s(misses=0.0)
+        return medians([_look(demo, whole, few) for _ in range(PASSES)])
+
+
+def _look(demo: _Demo, whole: _Loaded, few: _Loaded) -> Overheads:
+    """Return what one look at everything says, the parts in the same second."""
+    layers = demo.checkpoint.spec.num_hidden_layers
+    native_s, _ = whole.step_s()
+    few_s, misses = few.step_s()
+    with _replaced(whole.model.offload.native_step, "_tables", lambda: None):
+        python_s, _ = whole.step_s()
+    with _replaced(whole.model.offload, "native_step", None):
+        modules_s, _ = whole.step_s()
+    far_s, _ = whole.step_s(FAR_TOKENS)
+    short_s, chunk_s = whole.chunk_s(SHORT_TOKENS), whole.chunk_s(PREFILL_CHUNK_TOKENS)
+    weights_s, stalled_s = demo.token_s(misses=0.0), demo.token_s(misses)
     layer_s, element_s = demo.beside_products(short_s, chunk_s)
     return Overheads(
         native_layer_s=max(0.0, native_s - weights_s) / layers,
         python_layer_s=max(0.0, python_s - weights_s) / layers,
         modules_layer_s=max(0.0, modules_s - weights_s) / layers,
-        stalled_layer_s=max(0.0, few_s - native_s - (demo.token_s(misses) - weights_s))
-        / demo.stalled(misses),
-        token_s=loop_s,
+        stalled_layer_s=max(0.0, few_s - native_s - (stalled_s - weights_s)) / demo.stalled(misses),
+        token_s=whole.loop_s(),
         chunk_layer_s=layer_s,
         chunk_element_s=element_s,
         attention_score_s=max(0.0, far_s - native_s) / demo.more_scores,
@@ -143,20 +139,9 @@ class _Loaded:
         stats = self.model.offload.stats
         cache = self.model(_tokens(prompt_tokens)).past_key_values
         misses = stats().misses
-        times = self._steps_s(cache)
-        missed = stats().misses - misses
-        return statistics.fmean(times) if missed else statistics.median(times), missed / STEPS
-
-    @torch.no_grad()
-    def best_step_s(self, prompt_tokens: int = PROMPT_TOKENS) -> float:
-        """Return the least of some rounds after one prompt: what else the machine did only slows."""
-        cache = self.model(_tokens(prompt_tokens)).past_key_values
-        return min(statistics.median(self._steps_s(cache)) for _ in range(ROUNDS))
-
-    def _steps_s(self, cache: Any) -> list[float]:
-        """Return the seconds of some more tokens."""
         tokens = [torch.tensor([[FIRST_TOKEN + number]]) for number in range(STEPS)]
-        return [_seconds(partial(self.model, token, past_key_values=cache)) for token in tokens]
+        times = [_seconds(partial(self.model, token, past_key_values=cache)) for token in tokens]
+        return statistics.fmean(times), (stats().misses - misses) / STEPS
 
     def loop_s(self) -> float:
         """Return what generate() adds to a step."""
@@ -173,11 +158,11 @@ class _Loaded:
     @torch.no_grad()
     def chunk_s(self, num_tokens: int) -> float:
         """Return seconds of a prompt of one chunk."""
-        prompt = partial(self.model, _tokens(num_tokens), logits_to_keep=1)
-        return min(_seconds(prompt) for _ in range(3))
+        return _seconds(partial(self.model, _tokens(num_tokens), logits_to_keep=1))
 
 
-def _load(experts: str) -> _Loaded:
+@contextmanager
+def _load(experts: str) -> Iterator[_Loaded]:
     ram_bytes = process_bytes() + ROOM_BYTES
     model = from_pretrained(
         DEMO_MODEL,
@@ -188,7 +173,10 @@ def _load(experts: str) -> _Loaded:
         warm_start=False,
         profile="none",
     )
-    return _Loaded(model)
+    try:
+        yield _Loaded(model)
+    finally:
+        model.offload.close()
 
 
 def _tokens(count: int) -> torch.Tensor:
