@@ -41,7 +41,7 @@ from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.prefetch_plan import WASTE_TARGET
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.roofline import decode_speed
-from moe_offload.planning.stalls import independent_misses, thinned
+from moe_offload.planning.stalls import Stalls, independent_misses, thinned
 from moe_offload.runtime import device_setup
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
@@ -106,10 +106,22 @@ def test_what_is_guessed_is_read_while_the_layer_before_computes() -> None:
     machine = replace(MACHINE, submit_s=0.0, ahead=ReadAhead(recall=0.5, layer_s=0.0))
     ahead = decode_speed(TOKEN, machine, two, hit_rate=0.5)
     asked = 0.5 * (0.5 + WASTE_TARGET / (1 - WASTE_TARGET))  # a layer
-    busy_s = 1.0 + 1.5
-    late_s = 2 * max(0.0, 3 * asked - busy_s / 2)
-    assert 1 / ahead.tokens_per_s == pytest.approx(max(busy_s + late_s, 3.0 / (1 - WASTE_TARGET)))
+    late_s = 2 * max(0.0, 3 * asked - 0.5)  # no guess advances while a layer waits for what it demanded
+    assert 1 / ahead.tokens_per_s == pytest.approx(max(1.0 + 1.5 + late_s, 3.0 / (1 - WASTE_TARGET)))
     assert ahead.ahead_gain == pytest.approx(ahead.tokens_per_s / plain.tokens_per_s - 1)
+
+
+def test_guesses_that_would_not_be_half_there_are_not_asked_for() -> None:
+    two = replace(SHAPE, num_layers=2, moe_layers=2)
+    stalls = Stalls(TOKEN, replace(MACHINE, submit_s=0.0), two, experts_s=0.6)
+    window_s, read_s = 1.0 / 2, 3.0  # of a layer that computes, and of its one expert
+    asked = window_s / read_s + 0.5
+    found = 0.9 * asked / (0.9 + WASTE_TARGET / (1 - WASTE_TARGET))
+    late_s = 2 * (asked * read_s - window_s)
+    found_s = stalls.ahead_s((0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=1.0, disk_s=0.0)
+    assert found_s == pytest.approx(1.0 + 2 * (1 - found) * read_s + late_s)
+    slower = stalls.ahead_s((0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=8.0, disk_s=0.0)
+    assert slower == pytest.approx(8.0 + 2 * 0.1 * read_s), "there is time for all of them"
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))

@@ -8,7 +8,7 @@ from math import comb
 
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, ReadAhead
-from moe_offload.planning.prefetch_plan import WASTE_TARGET
+from moe_offload.planning.prefetch_plan import HALF_THERE, WASTE_TARGET
 
 
 def _step_overhead_s(overheads: Overheads, shape: DecoderShape, stalled: float) -> float:
@@ -66,18 +66,27 @@ class Stalls:
     def ahead_s(self, shares: Sequence[float], ahead: ReadAhead, ram_s: float, disk_s: float) -> float:
         """Return a token's seconds where each layer's guessed misses are read during the layer before.
 
-        What has not arrived by then is waited for. Guesses are asked for by who computes, wrong ones, too,
-        and take their share of the disk.
+        Guesses are asked for by who computes, wrong ones, too, and take their share of the disk. As many are
+        asked for as half arrive while a layer computes (``plan_reads``), the rest are found missing. What has
+        not arrived by then is waited for; while a layer waits for its own misses, no guess advances.
         """
         missed = sum(misses * share for misses, share in enumerate(shares))
-        asked = missed * (ahead.recall + WASTE_TARGET / (1 - WASTE_TARGET))
+        wanted = missed * (ahead.recall + WASTE_TARGET / (1 - WASTE_TARGET))
         overheads, layers = self.machine.overheads, self.shape.moe_layers
         watched_s = max(0.0, overheads.python_layer_s - overheads.native_layer_s) + ahead.layer_s
-        overhead_s, stall_s = self.of(thinned(shares, ahead.recall))
-        busy_s = ram_s + overhead_s + stall_s + layers * (watched_s + asked * self.machine.submit_s)
+
+        def layer_s(overhead_s: float, asked: float) -> float:
+            beside_s = layers * (watched_s + asked * self.machine.submit_s)
+            return (ram_s + overhead_s + beside_s) / max(1, self.shape.num_layers)
+
+        asked = min(wanted, layer_s(self.of(shares)[0], wanted) / self.read_s + HALF_THERE)
+        found = ahead.recall * (asked / wanted if wanted else 1.0)
+        overhead_s, stall_s = self.of(thinned(shares, found))
+        window_s = layer_s(overhead_s, asked)
         reading_s = min(1.0, asked) * self.machine.disk_latency_s + asked * self.read_s
-        late_s = layers * max(0.0, reading_s - busy_s / max(1, self.shape.num_layers))
-        return max(busy_s + late_s, disk_s / (1 - WASTE_TARGET))
+        late_s = layers * max(0.0, reading_s - window_s)
+        busy_s = window_s * max(1, self.shape.num_layers)
+        return max(busy_s + stall_s + late_s, disk_s / (1 - WASTE_TARGET))
 
 
 def _layer_stall_s(misses: int, top_k: int, latency_s: float, read_s: float, expert_s: float) -> float:
