@@ -44,16 +44,21 @@ class _NvmlMemory(ctypes.Structure):
 def card_memory(index: int, library: Path | None = None, nvml: str = "libnvidia-ml.so.1") -> CardMemory:
     """Return a card's memory; makes a CUDA context in this process, if there is none.
 
+    Args:
+        index: CUDA's, which counts the cards of CUDA_VISIBLE_DEVICES in its own order; NVML knows all cards
+            in another one, so that it is asked by the place on the bus.
+
     Raises:
         DeviceError: the card does not answer.
     """
-    before = _used_bytes(nvml, index)
+    cuda_library = ctypes.CDLL(str(library or cuda.LIBRARY))
+    card = _find_card(nvml, _pci_bus_id(cuda_library, index))
+    before = None if card is None else card.used_bytes()
     free, total = ctypes.c_int64(), ctypes.c_int64()
-    ask = ctypes.CDLL(str(library or cuda.LIBRARY)).moe_offload_cuda_memory
-    code = ask(index, ctypes.byref(free), ctypes.byref(total))
+    code = cuda_library.moe_offload_cuda_memory(index, ctypes.byref(free), ctypes.byref(total))
     if code != 0:
         raise DeviceError(f"GPU {index} does not say how much memory it has (CUDA error {code})")
-    after = _used_bytes(nvml, index)
+    after = None if card is None else card.used_bytes()
     grown = after - before if before is not None and after is not None else 0
     is_measured = MIB <= grown <= total.value // 2
     return CardMemory(
@@ -61,35 +66,46 @@ def card_memory(index: int, library: Path | None = None, nvml: str = "libnvidia-
         free.value,
         grown if is_measured else ASSUMED_CONTEXT_BYTES,
         is_measured,
-        _has_display(nvml, index),
+        card is None or card.has_display(),
     )
 
 
-def _nvml_card(nvml: str, index: int) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+def _pci_bus_id(library: ctypes.CDLL, index: int) -> bytes:
+    """Return where a card is on its bus; empty where CUDA does not say."""
+    text = ctypes.create_string_buffer(32)
+    code = library.moe_offload_cuda_pci_bus_id(index, text, len(text))
+    return text.value if code == 0 else b""
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A card as NVML sees it."""
+
+    library: ctypes.CDLL
+    handle: ctypes.c_void_p
+
+    def used_bytes(self) -> int | None:
+        """Return what all processes hold of it."""
+        memory = _NvmlMemory()
+        if self.library.nvmlDeviceGetMemoryInfo(self.handle, ctypes.byref(memory)) != 0:
+            return None
+        return int(memory.used)
+
+    def has_display(self) -> bool:
+        """Whether it draws a screen; where nobody says, it may."""
+        active = ctypes.c_int()
+        code = self.library.nvmlDeviceGetDisplayActive(self.handle, ctypes.byref(active))
+        return bool(active.value) if code == 0 else True
+
+
+def _find_card(nvml: str, bus_id: bytes) -> _Card | None:
+    """Return the card at a place on the bus; None where NVML is not there or does not know it."""
     try:
         library = ctypes.CDLL(nvml)
     except OSError:
         return None
     handle = ctypes.c_void_p()
-    if library.nvmlInit_v2() != 0:
+    if not bus_id or library.nvmlInit_v2() != 0:
         return None
-    found = library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0
-    return (library, handle) if found else None
-
-
-def _used_bytes(nvml: str, index: int) -> int | None:
-    """Return what all processes hold of a card."""
-    card = _nvml_card(nvml, index)
-    memory = _NvmlMemory()
-    if card is None or card[0].nvmlDeviceGetMemoryInfo(card[1], ctypes.byref(memory)) != 0:
-        return None
-    return int(memory.used)
-
-
-def _has_display(nvml: str, index: int) -> bool:
-    """Return whether the card draws a screen; where nobody says, it may."""
-    card = _nvml_card(nvml, index)
-    active = ctypes.c_int()
-    if card is None or card[0].nvmlDeviceGetDisplayActive(card[1], ctypes.byref(active)) != 0:
-        return True
-    return bool(active.value)
+    found = library.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)) == 0
+    return _Card(library, handle) if found else None

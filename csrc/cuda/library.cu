@@ -46,3 +46,9 @@ extern "C" MOE_EXPORT int moe_offload_cuda_info(char* out, int size) {
     if (out && size > 0) json.copy(out, static_cast<size_t>(size));
     return static_cast<int>(json.size());
 }
+
+extern "C" MOE_EXPORT int moe_offload_cuda_pci_bus_id(int index, char* out, int size) {
+    const cudaError_t error = cudaDeviceGetPCIBusId(out, size, index);
+    cudaGetLastError();  // the code has told it
+    return error;
+}

@@ -30,6 +30,10 @@ double moe_offload_cuda_matrix_seconds(int device, const MatrixMeasurement* what
 double moe_offload_cuda_memory_seconds(int device, int64_t num_bytes);
 double moe_offload_cuda_link_seconds(int device, int64_t num_bytes);
 
+// Where the card is on its bus ("0000:01:00.0"), by which the driver's other libraries know it: they count
+// without regard to CUDA_VISIBLE_DEVICES. Makes no context. Returns the CUDA error.
+int moe_offload_cuda_pci_bus_id(int index, char* out, int size);
+
 // What the card has free now; makes a context. Returns the CUDA error.
 int moe_offload_cuda_memory(int index, int64_t* free_bytes, int64_t* total_bytes);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -185,6 +186,9 @@ inline cudaError_t cudaEventQuery(cudaEvent_t) {
 }
 inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
     return *milliseconds = 1, cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetPCIBusId(char* out, int size, int) {
+    return std::snprintf(out, size_t(size), "0000:00:00.0"), cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t num_bytes) {
     return std::memset(to, value, num_bytes), cudaSuccess;
