@@ -225,8 +225,14 @@ def dense_sizes(checkpoint: Checkpoint, bytes_per_element: int, context_tokens: 
         tuple(layers),
         sum(size for name, size in others.items() if is_tied or "embed_tokens" not in name),
         tuple(elements * bytes_per_element for elements in spec.kv_elements_per_token),
-        dense_workspace_bytes(spec, num_heads, head_dim, context_tokens),
+        dense_workspace_bytes(spec, num_heads, head_dim, context_tokens, _widest_network(checkpoint)),
     )
+
+
+def _widest_network(checkpoint: Checkpoint) -> int:
+    """Return the units of the widest dense network, shared experts left out; 0 without one."""
+    dense = [info for name, info in checkpoint.dense.items() if ".mlp.down_proj." in name]
+    return max((info.shape[-1] for info in dense), default=0)
 
 
 def element_bytes(checkpoint: Checkpoint) -> int:

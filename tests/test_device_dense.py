@@ -17,6 +17,7 @@ from toy_models import decode, save_toy_model
 from moe_offload.header_costs import dense_sizes
 from moe_offload.planning.dense_placement import DenseCosts, DenseSizes, place_dense
 from moe_offload.planning.placement import plan_device
+from moe_offload.runtime import device_dense
 from moe_offload.storage.checkpoint import open_checkpoint
 
 DENSE = "dense=on"
@@ -51,7 +52,7 @@ def test_every_family_has_the_cpus_bits(name: str, tmp_path: Path) -> None:
         dense, plan = on_device(model), model.offload.hybrid.tier.plan
         assert dense.plan.first_layer == 0 and dense.plan.has_head and not dense.plan.reason
         assert torch.equal(decode(model, ids, 18), expected)
-        assert dense.copied_tokens == 18 * dense.plan.num_layers, "the prompt's, once"
+        assert dense.copied_tokens == 0 and dense.prompt_tokens == 18, "the prompt was computed there"
         assert model.offload.hybrid.counters.device_experts > 0
         used = plan.expert_bytes + plan.dense_bytes + plan.workspace_bytes
         assert used <= plan.vram_bytes and plan.dense_bytes > 0
@@ -150,13 +151,30 @@ def test_a_cache_may_go_on_anywhere(toy: Path, alone: torch.Tensor) -> None:
         assert torch.equal(decode(model, ids_of(30, seed=2)[:, :12], 4, second), other[:9])
         cache.crop_to(9)
         model(ids[:, 9:17], past_key_values=cache, use_cache=True)  # a prompt that goes on
-        assert cache.layers[0].mirrored_tokens == 9
+        assert cache.layers[0].mirrored_tokens == 17
         for i in range(17, 30):
             out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
         torch.testing.assert_close(out.logits[0, -1], alone[25], rtol=0, atol=1e-4)
         copied = dense.copied_tokens
         rest = decode(model, ids_of(30, seed=2)[:, 12:], 1, second)
         assert torch.equal(rest, other[9:]) and dense.copied_tokens == copied + 12 * 3
+
+
+def test_a_prompt_on_the_cpu_is_copied_once(
+    toy: Path, alone: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between tokens on the device, which the prompt's own native code leaves alone then."""
+    monkeypatch.setattr(device_dense, "prompt_pays", lambda work, costs, num_tokens: num_tokens < 7)
+    ids = ids_of(40)
+    with loaded(f"8MiB,{DENSE}", path=toy) as model, torch.no_grad():
+        dense, cache = on_device(model), model.offload.new_cache()
+        dense._prompt_costs = object()
+        assert torch.equal(decode(model, ids[:, :6], 5, cache), alone[:2])
+        assert dense.prompt_tokens == 5 and dense.copied_tokens == 0
+        model(ids[:, 6:20], past_key_values=cache, use_cache=True)
+        assert dense.prompt_tokens == 5
+        assert torch.equal(decode(model, ids[:, 20:], 1, cache), alone[16:])
+        assert dense.copied_tokens == 14 * 3
 
 
 @pytest.mark.parametrize("lost", [False, True])

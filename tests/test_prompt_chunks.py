@@ -149,7 +149,7 @@ def test_an_interrupt_does_not_wait_for_a_chunk_and_leaves_nothing_of_it(tmp_pat
     )
     ids, cache = torch.arange(TOKENS)[None] % 90 + 3, model.offload.new_cache(TOKENS)
     prompt = model.offload.native_step._prompt
-    step, tiles = prompt._step, []
+    step, tiles = prompt.step, []
 
     class Interrupted:
         """Ctrl-C in the second tile of a layer, with experts of the layers before in the slots."""
@@ -166,7 +166,7 @@ def test_an_interrupt_does_not_wait_for_a_chunk_and_leaves_nothing_of_it(tmp_pat
     with torch.no_grad():
         expected = model(ids, logits_to_keep=1).logits
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prompt, "_step", Interrupted())
+            patch.setattr(prompt, "step", Interrupted())
             model(ids, past_key_values=cache, logits_to_keep=1)
         assert tiles[:4] == [(0, 0, 512), (0, 512, 512), (0, 1024, 76), (1, 0, 512)]
         assert cache.get_seq_length() == 0

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/cuda_dense.h"
+#include "cuda/dense_memory.h"
 
 namespace moe::cuda {
 
@@ -10,112 +11,12 @@ namespace {
 
 constexpr const char* kWhat = "dense layers";
 
-int64_t whole_words(int64_t num_bytes) {
-    return (num_bytes + 15) / 16 * 16;
-}
-
-int64_t cache_bytes(int type) {
-    return type == F32 ? 4 : 2;
-}
-
 bool graphs_are_on() {
     const char* setting = std::getenv("MOE_OFFLOAD_CUDA_GRAPHS");
     return !setting || std::strcmp(setting, "off") != 0;
 }
 
 }  // namespace
-
-// One piece of memory, cut into parts that begin at 256 bytes.
-class Pieces {
-  public:
-    explicit Pieces(bool on_host) : memory_(on_host) {}
-    void reserve(int64_t num_bytes) { begin_ = memory_.at_least<std::byte>(num_bytes); }
-    template <class T>
-    T* take(int64_t count) {
-        T* part = reinterpret_cast<T*>(begin_ + used_);  // of nothing yet, while sizes are counted
-        used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-        return part;
-    }
-    int64_t used() const { return used_; }
-    void start_over() { used_ = 0; }
-
-  private:
-    GrowingMemory memory_;
-    std::byte* begin_ = nullptr;
-    int64_t used_ = 0;
-};
-
-// Everything but weights, keys and values.
-struct CudaDense::Memory {
-    explicit Memory(const DenseParts& parts) {
-        cut(parts);  // to count
-        device.reserve(device.used()), host.reserve(host.used());
-        cut(parts);
-    }
-
-    void cut(const DenseParts& parts) {
-        device.start_over(), host.start_over();
-        const DecoderShape& s = parts.shape;
-        const int64_t query_size = s.num_heads * s.head_dim, kv_size = s.num_kv_heads * s.head_dim;
-        int64_t widest = std::max(s.hidden_size, query_size), units = 1, experts = 1;
-        for (const DenseLayer& layer : parts.layers) {
-            experts = std::max(experts, layer.router.gate.matrix.rows);
-            if (!layer.router.top_k) units = std::max(units, layer.kernel->intermediate_size());
-        }
-        widest = std::max(widest, units);
-        const int64_t top_k = std::max<int64_t>(1, s.max_top_k);
-
-        token_bytes = whole_words(sizeof(TokenState) + 4 * (s.hidden_size + s.rotary_dim));
-        host_token = host.take<std::byte>(token_bytes);
-        token = device.take<TokenState>(token_bytes / int64_t(sizeof(TokenState)) + 1);
-        residual = reinterpret_cast<float*>(token + 1);
-        rotary = residual + s.hidden_size;
-
-        result_bytes = whole_words(4 * (2 * top_k + s.hidden_size));
-        const int64_t row_bytes = whole_words(kv_size * cache_bytes(s.cache_type));
-        host_result = host.take<std::byte>(result_bytes + 2 * row_bytes);
-        result = device.take<std::byte>(result_bytes + 2 * row_bytes);
-        normed = reinterpret_cast<float*>(result);
-        weights = normed + s.hidden_size;
-        ids = reinterpret_cast<int32_t*>(weights + top_k);
-        token_key = reinterpret_cast<uint8_t*>(result + result_bytes);
-        token_value = token_key + row_bytes;
-        result_bytes += 2 * row_bytes;
-
-        host_weights = host.take<float>(top_k), host_sources = host.take<int32_t>(top_k);
-        host_rows = host.take<float>(top_k * s.hidden_size);
-        expert_rows = device.take<float>(top_k * s.hidden_size);
-        query = device.take<float>(query_size);
-        key = device.take<float>(kv_size), value = device.take<float>(kv_size);
-        context = device.take<float>(query_size);
-        product = device.take<float>(s.hidden_size);
-        scores = device.take<float>((experts + 7) / 8 * 8);
-        units_gate = device.take<float>(units), units_up = device.take<float>(units);
-        intermediate = device.take<float>(units);
-        one = device.take<float>(1);
-        packed = device.take<float>(packed_input_bytes(widest) / 4 + 1);
-        max_ranges = (parts.capacity + kRangeTokens - 1) / kRangeTokens + 1;
-        range_max = device.take<float>(s.num_heads * max_ranges);
-        range_sum = device.take<float>(s.num_heads * max_ranges);
-        range_parts = device.take<float>(s.num_heads * max_ranges * s.head_dim);
-        logits_bytes = parts.head.weight ? whole_words(4 * parts.head.matrix.rows) : 0;
-        logits = device.take<float>(std::max(logits_bytes, 4 * s.hidden_size) / 4);
-        host_logits = host.take<float>(std::max(logits_bytes, 4 * whole_words(s.hidden_size)) / 4);
-        tiles = device.take<Tile>(int64_t(parts.layers.size()) * 8 + 1);
-    }
-
-    Pieces device{false}, host{true};
-    int64_t token_bytes, result_bytes, logits_bytes, max_ranges;
-    std::byte *host_token, *host_result, *result;
-    TokenState* token;
-    float *residual, *rotary, *normed, *weights, *host_weights, *host_rows, *expert_rows, *query, *key,
-        *value, *context, *product, *scores;
-    float *units_gate, *units_up, *intermediate, *one, *packed, *range_max, *range_sum, *range_parts, *logits;
-    float* host_logits;
-    int32_t *ids, *host_sources;
-    uint8_t *token_key, *token_value;
-    Tile* tiles;
-};
 
 CudaDense::CudaDense(int device, const DenseParts& parts, std::shared_ptr<RowsFence> fence)
     : device_(device), parts_(parts), fence_(std::move(fence)), may_capture_(graphs_are_on()) {
@@ -266,29 +167,13 @@ void CudaDense::norm(float* x, const float* added, const float* weight, float* y
 }
 
 Inputs CudaDense::quantized(const float* x, int64_t cols, bool is_packed) {
-    float* d = memory_->packed;
-    auto* sums = reinterpret_cast<int16_t*>(d + padded_cols(cols) / 32);
-    const Inputs inputs{x, reinterpret_cast<int8_t*>(sums + padded_cols(cols) / 16), d, sums, cols};
+    const Inputs inputs = packed_inputs(x, memory_->packed, 1, cols);
     if (is_packed) must(launch_quantize(inputs, 1, stream_), kWhat);
     return inputs;
 }
 
 void CudaDense::multiply(const Linear& linear, const Inputs& inputs, const Tile* tile, float* out) {
-    const Matrix& m = linear.matrix;
-    must(launch_rows({m.type,
-                      m.transposed,
-                      false,
-                      m.rows,
-                      inputs,
-                      nullptr,
-                      out,
-                      RowOrder::GATE_UP,
-                      {ActivationKind::SILU, 0, 0},
-                      tile,
-                      1,
-                      1},
-                     stream_),
-         kWhat);
+    must(launch_product(linear.matrix, inputs, {tile, 1, 1}, out, stream_), kWhat);
 }
 
 // All of a layer up to the next wait.
@@ -369,20 +254,46 @@ void CudaDense::residual(float* out) {
     std::copy_n(m.host_logits, hidden_size, out);
 }
 
-void CudaDense::logits(float* out) {
-    use();
+void CudaDense::launch_head() {
     const Memory& m = *memory_;
     const Linear& head = parts_.head;
+    norm(m.residual, nullptr, parts_.final_norm, m.normed, 1, parts_.shape.hidden_size);
+    multiply(head, quantized(m.normed, parts_.shape.hidden_size, !is_float(head.matrix.type)), head_,
+             m.logits);
+    must(launch_fetch(m.host_logits, m.logits, m.logits_bytes, stream_), kWhat);
+}
+
+void CudaDense::logits(float* out) {
+    use();
     graphs_.back().run(stream_, &may_capture_, [&] {
         launch_pending();
-        norm(m.residual, nullptr, parts_.final_norm, m.normed, 1, parts_.shape.hidden_size);
-        const Inputs inputs = quantized(m.normed, parts_.shape.hidden_size, !is_float(head.matrix.type));
-        multiply(head, inputs, head_, m.logits);
-        must(launch_fetch(m.host_logits, m.logits, m.logits_bytes, stream_), kWhat);
+        launch_head();
     });
     pending_ = Pending::kNothing;
     wait();
-    std::copy_n(m.host_logits, head.matrix.rows, out);
+    std::copy_n(memory_->host_logits, parts_.head.matrix.rows, out);
+}
+
+void CudaDense::logits_of(const float* residual, float* out) {
+    use();
+    wait();  // nothing reads what is written now
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    std::copy_n(residual, hidden_size, memory_->host_rows);
+    must(launch_fetch(memory_->residual, memory_->host_rows, 4 * hidden_size, stream_), kWhat);
+    launch_head();
+    pending_ = Pending::kNothing;
+    wait();
+    std::copy_n(memory_->host_logits, parts_.head.matrix.rows, out);
+}
+
+void CudaDense::attend_tile(int64_t layer, const PromptTile& tile) {
+    use();
+    wait();
+    pending_ = Pending::kNothing;
+    const DenseLayer& there = parts_.layers.at(size_t(layer - parts_.first_layer));
+    prompt_.launch(there, tile);
+    wait();
+    prompt_.bring(there, tile);
 }
 
 }  // namespace moe::cuda

@@ -7,60 +7,15 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/cuda_graph.h"
 #include "cuda/cuda_link.h"
 #include "cuda/dense_kernels.h"
+#include "cuda/dense_products.h"
+#include "cuda/dense_prompt.h"
 #include "cuda/expert_rows.h"
-#include "cuda/runtime.h"
 #include "device/dense_step.h"
 
 namespace moe::cuda {
-
-// Launches that are always the same.
-class Graph {
-  public:
-    Graph() = default;
-    Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
-    ~Graph() {
-        if (graph_) cudaGraphExecDestroy(graph_);
-    }
-    // Runs `launches` on the stream: the second time it captures them, if the driver does that. The first
-    // time each kernel is loaded, for which a stream under capture is no place.
-    template <class Launches>
-    void run(cudaStream_t stream, bool* may_capture, const Launches& launches) {
-        if (!graph_ && has_run_ && *may_capture && !capture(stream, launches)) *may_capture = false;
-        has_run_ = true;
-        if (graph_)
-            must(cudaGraphLaunch(graph_, stream), "dense layers");
-        else
-            launches();
-    }
-
-  private:
-    template <class Launches>
-    bool capture(cudaStream_t stream, const Launches& launches) {
-        cudaGraph_t captured = nullptr;
-        if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
-            cudaGetLastError();
-            return false;
-        }
-        try {
-            launches();
-        } catch (const DeviceError&) {  // of which the launches one by one will tell
-            cudaStreamEndCapture(stream, &captured);
-            if (captured) cudaGraphDestroy(captured);
-            cudaGetLastError();
-            return false;
-        }
-        bool done = cudaStreamEndCapture(stream, &captured) == cudaSuccess && captured;
-        done = done && cudaGraphInstantiate(&graph_, captured, 0) == cudaSuccess;
-        if (captured) cudaGraphDestroy(captured);
-        if (!done) cudaGetLastError(), graph_ = nullptr;
-        return done;
-    }
-
-    cudaGraphExec_t graph_ = nullptr;
-    bool has_run_ = false;
-};
 
 class CudaDense : public DenseStep {
   public:
@@ -73,6 +28,8 @@ class CudaDense : public DenseStep {
     void add_rows(const float* rows, const float* weights, const int32_t* sources, int64_t num_rows) override;
     void residual(float* out) override;
     void logits(float* out) override;
+    void attend_tile(int64_t layer, const PromptTile& tile) override;
+    void logits_of(const float* residual, float* out) override;
     RowsDone take_rows_done() override { return std::exchange(done_, {}); }
     int64_t num_waits() const override { return num_waits_; }
 
@@ -87,6 +44,7 @@ class CudaDense : public DenseStep {
     void launch_layer(size_t index);
     void launch_pending();
     void launch_dense_network(size_t index);
+    void launch_head();
     void multiply(const Linear& linear, const Inputs& inputs, const Tile* tile, float* out);
     Inputs quantized(const float* x, int64_t cols, bool is_packed);
     void norm(float* x, const float* added, const float* weight, float* y, int64_t rows, int64_t width);
@@ -113,6 +71,7 @@ class CudaDense : public DenseStep {
     RowsDone done_;
     int64_t num_waits_ = 0;
     std::unique_ptr<Memory> memory_;
+    DensePrompt prompt_{parts_, stream_};
     std::vector<Tile> tiles_;  // as they lie on the device
     std::vector<LayerTiles> layers_;
     const Tile* head_ = nullptr;

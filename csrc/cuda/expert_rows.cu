@@ -52,11 +52,8 @@ bool CudaKernel::reads_packed() const {
 }
 
 Inputs PackedInputs::inputs(int64_t num_rows, int64_t cols) {
-    const int64_t padded = padded_cols(cols);
-    auto* d = packed_.at_least<float>(num_rows * packed_input_bytes(cols) / int64_t(sizeof(float)) + 1);
-    auto* sums = reinterpret_cast<int16_t*>(d + num_rows * padded / 32);
-    return {rows_.at_least<float>(num_rows * cols), reinterpret_cast<int8_t*>(sums + num_rows * padded / 16),
-            d, sums, cols};
+    auto* packed = packed_.at_least<float>(num_rows * packed_input_bytes(cols) / int64_t(sizeof(float)) + 1);
+    return packed_inputs(rows_.at_least<float>(num_rows * cols), packed, num_rows, cols);
 }
 
 // On the device.

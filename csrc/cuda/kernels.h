@@ -29,6 +29,21 @@ MOE_HD constexpr int64_t packed_input_bytes(int64_t cols) {
     return padded + padded / 32 * 4 + padded / 16 * 2;
 }
 
+// Rows x (num_rows, cols) and where they are packed: num_rows * packed_input_bytes(cols) bytes from `packed`
+// on.
+inline Inputs packed_inputs(const float* x, float* packed, int64_t num_rows, int64_t cols) {
+    const int64_t padded = padded_cols(cols);
+    auto* sums = reinterpret_cast<int16_t*>(packed + num_rows * padded / 32);
+    return {x, reinterpret_cast<int8_t*>(sums + num_rows * padded / 16), packed, sums, cols};
+}
+
+// The same without the first rows.
+inline Inputs rows_from(const Inputs& inputs, int64_t first) {
+    const int64_t padded = padded_cols(inputs.cols);
+    return {inputs.x + first * inputs.cols, inputs.q + first * padded, inputs.d + first * (padded / 32),
+            inputs.sums + first * (padded / 16), inputs.cols};
+}
+
 // One matrix for a few rows of the inputs.
 struct Tile {
     const uint8_t* weights;  // packed rows, aligned to nothing; readable to the 16-byte boundaries around

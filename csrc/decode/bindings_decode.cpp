@@ -265,6 +265,8 @@ void register_decode(py::module_& m) {
     py::class_<PromptStep>(m, "PromptStep", "Many tokens through the decoder of a DecodeStep")
         .def(py::init([](DecodeStep& step) { return std::make_unique<PromptStep>(step.decoder()); }),
              py::keep_alive<1, 2>())
+        .def("use_device", &PromptStep::use_device, py::arg("device").none(true), py::arg("first_layer"),
+             py::arg("has_head"), py::keep_alive<1, 2>(), "Run the last layers, and the head, there")
         .def("begin", begin_prompt,
              "Embed tokens; states: addresses of residual, normed, ids, weights, cos, sin")
         .def("attend", attend_prompt_layer, py::arg("layer"), py::arg("keys"), py::arg("values"),

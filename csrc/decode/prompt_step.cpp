@@ -32,11 +32,21 @@ float* at_least(std::vector<float>& buffer, int64_t size) {
 
 }  // namespace
 
+void PromptStep::use_device(DenseStep* device, int64_t first_layer, bool has_head) {
+    device_ = device;
+    first_on_device_ = first_layer;
+    head_on_device_ = device && has_head;
+}
+
+void PromptStep::begin(int64_t num_tokens, const PromptStates& states) {
+    num_tokens_ = num_tokens;
+    states_ = states;
+}
+
 void PromptStep::begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states) {
     for (int64_t token = 0; token < num_tokens; ++token) decoder_.check_token(token_ids[token]);
     ThreadPool::Operation operation(ThreadPool::instance());
-    num_tokens_ = num_tokens;
-    states_ = states;
+    begin(num_tokens, states);
     const int64_t hidden_size = decoder_.shape().hidden_size;
     for_each_token(num_tokens, [&](int64_t token) {
         decoder_.embed(token_ids[token], states.residual + token * hidden_size);
@@ -52,12 +62,14 @@ void PromptStep::multiply(const float* x, int64_t num_tokens, std::initializer_l
 }
 
 // Where the states of the tokens from ``first`` on are.
-PromptStates PromptStep::tile(int64_t first) const {
+PromptStates PromptStep::tile(int64_t first, int64_t top_k) const {
     const DecoderShape& shape = decoder_.shape();
     const int64_t hidden = first * shape.hidden_size, angles = first * (shape.rotary_dim / 2);
     PromptStates tile = states_;
     tile.residual += hidden;
     tile.normed += hidden;
+    tile.ids += first * top_k;
+    tile.weights += first * top_k;
     tile.cos += angles;
     tile.sin += angles;
     return tile;
@@ -75,14 +87,14 @@ void PromptStep::attend(int64_t index, const CachedTokens& before_chunk, int64_t
     const DecoderLayer& layer = decoder_.layer(index);
     CachedTokens cached = before_chunk;
     cached.num_tokens += first;
+    const int64_t skipped = std::clamp<int64_t>(wanted - first, 0, num_tokens), top_k = layer.router.top_k;
+    if (device_ && index >= first_on_device_)
+        return device_->attend_tile(index, {tile(first, top_k), cached, num_tokens, skipped});
     ThreadPool::Operation operation(ThreadPool::instance());
-    const int64_t skipped = std::clamp<int64_t>(wanted - first, 0, num_tokens);
-    project(layer.attention, cached, tile(first), num_tokens, skipped);
+    project(layer.attention, cached, tile(first, top_k), num_tokens, skipped);
     if (skipped == num_tokens) return;
     cached.num_tokens += skipped;
-    PromptStates states = tile(first + skipped);
-    states.ids += (first + skipped) * layer.router.top_k;
-    states.weights += (first + skipped) * layer.router.top_k;
+    const PromptStates states = tile(first + skipped, top_k);
     add_attention(layer, cached, states, num_tokens - skipped);
     if (layer.router.top_k)
         choose(layer.router, states, num_tokens - skipped);
@@ -164,10 +176,12 @@ void PromptStep::feed_forward(const DecoderLayer& layer, const PromptStates& til
 }
 
 void PromptStep::logits(int64_t first, float* out) {
-    ThreadPool::Operation operation(ThreadPool::instance());
     const DecoderShape& shape = decoder_.shape();
     check(first >= 0 && first <= num_tokens_, "PromptStep",
           "there are no tokens from " + std::to_string(first));
+    if (head_on_device_ && first + 1 == num_tokens_)
+        return device_->logits_of(states_.residual + first * shape.hidden_size, out);
+    ThreadPool::Operation operation(ThreadPool::instance());
     for_each_token(num_tokens_ - first, [&](int64_t token) {
         const int64_t at = (first + token) * shape.hidden_size;
         token_kernels().rms_norm(states_.residual + at, decoder_.final_norm(), shape.eps, shape.hidden_size,

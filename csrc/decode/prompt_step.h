@@ -13,25 +13,23 @@
 #include <vector>
 
 #include "decode/decoder.h"
+#include "decode/prompt_states.h"
+#include "device/dense_step.h"
 
 namespace moe {
-
-// Where a chunk's states are; the caller's memory, until logits().
-struct PromptStates {
-    float* residual;  // (num_tokens, hidden_size)
-    float* normed;    // (num_tokens, hidden_size): what the last router saw
-    int32_t* ids;     // (num_tokens, max_top_k), filled as (num_tokens, top_k): chosen experts, ascending
-    float* weights;   // likewise
-    const float *cos, *sin;  // (num_tokens, rotary_dim / 2)
-};
 
 class PromptStep {
   public:
     // ``decoder`` lives as long as this.
     explicit PromptStep(const Decoder& decoder) : decoder_(decoder) {}
 
+    // As DecodeStep::use_device(), between chunks.
+    void use_device(DenseStep* device, int64_t first_layer, bool has_head);
+
     // The tokens' embeddings.
     void begin(const int64_t* token_ids, int64_t num_tokens, const PromptStates& states);
+    // The same from what the layers before have made of them.
+    void begin(int64_t num_tokens, const PromptStates& states);
 
     // Of tokens [first, first + num_tokens) of the chunk, those before them done: attention and its residual,
     // then the router's choices, whose weighted experts the caller adds to the residual when all tiles are
@@ -49,7 +47,7 @@ class PromptStep {
         const Linear* linear;
         float* out;
     };
-    PromptStates tile(int64_t first) const;
+    PromptStates tile(int64_t first, int64_t top_k) const;
     void multiply(const float* x, int64_t num_tokens, std::initializer_list<Place> products) const;
     void project(const AttentionLayer& attention, const CachedTokens& cached, const PromptStates& tile,
                  int64_t num_tokens, int64_t skipped);
@@ -59,6 +57,9 @@ class PromptStep {
     void feed_forward(const DecoderLayer& layer, const PromptStates& tile, int64_t num_tokens);
 
     const Decoder& decoder_;
+    DenseStep* device_ = nullptr;
+    int64_t first_on_device_ = 0;
+    bool head_on_device_ = false;
     int64_t num_tokens_ = 0;
     PromptStates states_{};
     std::vector<float> query_, key_, value_, product_;  // (tokens of a tile, ...)

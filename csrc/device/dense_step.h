@@ -1,6 +1,6 @@
-// The dense part of decode steps on a device: norms, projections, rotary, keys and values, attention,
-// router and head, with the bits of decode/decode_step.h. Weights and keys and values lie in the device's
-// memory, where the caller put them.
+// The dense part of forwards on a device: norms, projections, rotary, keys and values, attention, router and
+// head, with the bits of decode/decode_step.h. Weights and keys and values lie in the device's memory, where
+// the caller put them. One token:
 //
 //   begin(residual) ─► attend(layer) ─► rows ─► add_rows ─► attend(layer + 1) ─► rows ... ─► logits
 //
@@ -9,12 +9,16 @@
 // value, which the host keeps as well: so a lost device costs a token's time and never a conversation. One
 // thread calls at a time; every call may throw DeviceError, after which the token is begun anew, here or on
 // the CPU.
+//
+// Many tokens of a prompt: attend_tile(layer) is all of a layer but its experts, whose rows the host adds for
+// a whole chunk of tiles. So states go there and come back, a token's keys and values as above.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "decode/decoder.h"
+#include "decode/prompt_states.h"
 #include "decode/token_parts.h"
 
 namespace moe {
@@ -77,6 +81,12 @@ class DenseStep {
 
     virtual void residual(float* out) = 0;  // (hidden_size,)
     virtual void logits(float* out) = 0;    // (vocab_size,); only with a head
+
+    // A layer of a prompt's tile behind the tokens that are cached here and there, as PromptStep::attend();
+    // then its states, keys and values are the host's, too. Gives up what begin() began.
+    virtual void attend_tile(int64_t layer, const PromptTile& tile) = 0;
+    // Logits (vocab_size,) of what the layers have made of one token, (hidden_size,); only with a head.
+    virtual void logits_of(const float* residual, float* out) = 0;
 
     // What rows() was asked for, of what has been waited for and was not taken before.
     virtual RowsDone take_rows_done() = 0;

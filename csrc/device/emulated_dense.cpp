@@ -72,6 +72,12 @@ void EmulatedDense::wait() {
     sources_.clear();
 }
 
+// The token under way, if there is one.
+void EmulatedDense::give_up() {
+    sources_.clear();
+    wait();
+}
+
 void EmulatedDense::upload(float* to, const float* from, int64_t count) {
     to_device_->copy_pinned(bytes(to), bytes(from), count * int64_t(sizeof(float)));
 }
@@ -84,8 +90,7 @@ void EmulatedDense::begin(const float* residual, const float* cos, const float* 
     check(num_tokens >= 0 && num_tokens < parts_.capacity, "DenseStep",
           "the device's key/value cache is full: " + std::to_string(num_tokens) + " tokens");
     const int64_t half = parts_.shape.rotary_dim / 2;
-    sources_.clear();  // of a token that was given up
-    wait();
+    give_up();
     upload(residual_.data(), residual, int64_t(residual_.size()));
     upload(rotary_.data(), cos, half);
     upload(rotary_.data() + half, sin, half);
@@ -163,6 +168,48 @@ void EmulatedDense::logits(float* out) {
     wait();
     step_.logits(logits_.data());
     bring(out, logits_.data(), int64_t(logits_.size()));
+}
+
+void EmulatedDense::logits_of(const float* residual, float* out) {
+    give_up();
+    upload(residual_.data(), residual, int64_t(residual_.size()));
+    step_.begin(residual_.data(), nullptr, nullptr);
+    logits(out);
+}
+
+void EmulatedDense::attend_tile(int64_t layer, const PromptTile& tile) {
+    const DenseLayer& here = parts_.layers.at(size_t(layer - parts_.first_layer));
+    const int64_t num_tokens = tile.num_tokens, hidden = num_tokens * parts_.shape.hidden_size;
+    const int64_t angles = num_tokens * (parts_.shape.rotary_dim / 2),
+                  choices = num_tokens * here.router.top_k;
+    const CachedTokens there{here.keys, here.values, parts_.capacity, tile.cached.num_tokens};
+    give_up();
+    tile_.resize(size_t(2 * hidden + 2 * angles + choices));
+    tile_ids_.resize(size_t(choices));
+    float *residual = tile_.data(), *normed = residual + hidden, *cos = normed + hidden, *sin = cos + angles;
+    float* weights = sin + angles;
+    upload(residual, tile.states.residual, hidden);
+    upload(cos, tile.states.cos, angles);
+    upload(sin, tile.states.sin, angles);
+    prompt_.begin(num_tokens, {residual, normed, tile_ids_.data(), weights, cos, sin});
+    prompt_.attend(layer - parts_.first_layer, there, 0, num_tokens, tile.skipped);
+    bring(tile.states.residual, residual, hidden);
+    bring(tile.states.normed, normed, hidden);
+    bring(reinterpret_cast<float*>(tile.states.ids), reinterpret_cast<const float*>(tile_ids_.data()),
+          choices);
+    bring(tile.states.weights, weights, choices);
+    bring_rows(there, tile.cached, num_tokens);
+}
+
+// Keys and values of a tile; every head's lie together.
+void EmulatedDense::bring_rows(const CachedTokens& there, const CachedTokens& here, int64_t num_tokens) {
+    const int64_t row_bytes = token_bytes_ / parts_.shape.num_kv_heads;
+    for (int64_t head = 0; head < parts_.shape.num_kv_heads; ++head) {
+        const int64_t from = (head * there.capacity + there.num_tokens) * row_bytes;
+        const int64_t to = (head * here.capacity + here.num_tokens) * row_bytes;
+        to_host_->copy_pinned(bytes(here.keys) + to, bytes(there.keys) + from, num_tokens * row_bytes);
+        to_host_->copy_pinned(bytes(here.values) + to, bytes(there.values) + from, num_tokens * row_bytes);
+    }
 }
 
 }  // namespace moe

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "decode/decode_step.h"
+#include "decode/prompt_step.h"
 #include "device/dense_step.h"
 #include "device/emulated_stream.h"
 #include "device/inline_experts.h"
@@ -27,6 +28,8 @@ class EmulatedDense : public DenseStep {
     void add_rows(const float* rows, const float* weights, const int32_t* sources, int64_t num_rows) override;
     void residual(float* out) override;
     void logits(float* out) override;
+    void attend_tile(int64_t layer, const PromptTile& tile) override;
+    void logits_of(const float* residual, float* out) override;
     RowsDone take_rows_done() override { return std::exchange(done_, {}); }
     int64_t num_waits() const override { return num_waits_; }
 
@@ -34,7 +37,8 @@ class EmulatedDense : public DenseStep {
     void upload(float* to, const float* from, int64_t count);
     void bring(float* to, const float* from, int64_t count);
     void append_token(const uint8_t* rows);
-
+    void bring_rows(const CachedTokens& there, const CachedTokens& here, int64_t num_tokens);
+    void give_up();
     void wait();
 
     const DenseParts parts_;
@@ -42,6 +46,7 @@ class EmulatedDense : public DenseStep {
     const std::shared_ptr<EmulatedStream> stream_;
     const std::shared_ptr<ThrottledLink> to_device_, to_host_;
     DecodeStep step_;
+    PromptStep prompt_{step_.decoder()};
     int64_t num_tokens_ = 0, num_waits_ = 0;
     InlineExperts experts_;                                 // the stream's
     RowsDone under_way_, done_;                             // the stream's until it was waited for; taken
@@ -52,6 +57,8 @@ class EmulatedDense : public DenseStep {
     // What a layer's router saw, the token's key and value: there and on the host.
     std::vector<std::byte> result_, brought_;
     int64_t token_bytes_ = 0;  // of a key
+    std::vector<float> tile_;  // a prompt's states on the device
+    std::vector<int32_t> tile_ids_;
 };
 
 }  // namespace moe

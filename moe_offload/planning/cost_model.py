@@ -63,21 +63,50 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
 
 
-def dense_workspace_bytes(spec: ModelSpec, num_heads: int, head_dim: int, context_tokens: int) -> int:
-    """Return what a token's dense part takes on a device beside weights, keys and values.
+def dense_workspace_bytes(
+    spec: ModelSpec, num_heads: int, head_dim: int, context_tokens: int, intermediate_size: int = 0
+) -> int:
+    """Return what dense layers take on a device beside weights, keys and values, for one token and for many.
 
-    By range of cached tokens and head: maximum, sum and weighted values (head_dim); twice the projections
-    and hidden states, float and quantized; the logits; rows of experts; tables.
+    One token, by range of cached tokens and head: maximum, sum and weighted values (head_dim); twice the
+    projections and hidden states, float and quantized; the logits; rows of experts; tables.
+
+    Args:
+        intermediate_size: of the widest dense network, 0 where there is none.
     """
     ranges = num_heads * (-(-context_tokens // RANGE_TOKENS) + 1)
     rows = 4 * num_heads * head_dim + (4 + 2 * spec.top_k) * spec.hidden_size
     elements = ranges * (head_dim + 2) + 4 * rows + 2 * spec.vocab_size + 4 * spec.num_experts
-    return FLOAT32_BYTES * elements + MIB
+    of_tile = dense_tile_bytes(spec, num_heads, head_dim, intermediate_size)
+    return FLOAT32_BYTES * elements + of_tile + MIB
+
+
+def dense_tile_bytes(
+    spec: ModelSpec,
+    num_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    num_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> int:
+    """Return what a tile of a prompt takes there (csrc/cuda/dense_prompt.cu).
+
+    Of each token: residual, router's input and product; query and context; key and value, and both as they
+    are cached; angles, scores and choice; the widest of these and of a network's units quantized, and those
+    as they are.
+    """
+    query_size, key_values = num_heads * head_dim, max(spec.kv_elements_per_token, default=0)
+    floats = 3 * spec.hidden_size + 2 * query_size + 2 * key_values + head_dim + spec.num_experts
+    floats += 2 * spec.top_k + intermediate_size
+    packed = max(spec.hidden_size, query_size) + intermediate_size
+    return num_tokens * (FLOAT32_BYTES * floats + 2 * packed)
 
 
 def device_host_bytes(spec: ModelSpec, num_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
-    """Return what a device's launches take in RAM: inputs (T, H), rows (T K, H) as they come and in place."""
-    return FLOAT32_BYTES * spec.hidden_size * num_tokens * (1 + 2 * spec.top_k)
+    """Return what a device's launches take in RAM: inputs (T, H), rows (T K, H) as they come and in place.
+
+    A prompt's states in dense layers cross in as much: (T, H) there, twice that back.
+    """
+    return FLOAT32_BYTES * spec.hidden_size * num_tokens * (4 + 2 * spec.top_k)
 
 
 def state_bytes(spec: ModelSpec) -> int:

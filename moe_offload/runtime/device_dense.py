@@ -1,8 +1,8 @@
 """Dense layers on a device: their weights, and a copy of a conversation's keys and values.
 
 The host's key/value cache stays whole: every token's key and value come back with the router's choice, and
-what a prompt or another conversation left there is copied to the device before the next token. So a device
-that is lost costs the token under way, which the CPU computes anew, and nothing of the conversation.
+what the CPU or another conversation left there is copied to the device before the next token. So a device
+that is lost costs the token or chunk under way, which the CPU computes anew, and nothing of the conversation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_offload._native import DecodeStep, DenseStep
+from moe_offload._native import DecodeStep, DenseStep, PromptStep
 from moe_offload.errors import DeviceError
 from moe_offload.planning.cost_model import aligned
+from moe_offload.planning.dense_prompts import PromptCosts, PromptWork, prompt_pays
 from moe_offload.planning.plans import DensePlan
 from moe_offload.residency.accelerator import Device, DeviceFault, wait_copy
 from moe_offload.runtime.kv_cache import KVCache
@@ -27,22 +28,34 @@ VECTORS = ("norm", "q_norm", "k_norm", "sinks", "feed_forward_norm")
 LINEARS = ("query", "key", "value", "out")
 
 Span = tuple[int, int, int]  # address here, address there, bytes
+Step = DecodeStep | PromptStep
 
 
 class DeviceDense:
     """The layers of ``plan`` on ``device``, in its memory from ``address`` on.
 
+    Args:
+        prompt_costs: by which a prompt goes there, too, or not; None: it does.
+
     Attributes:
         off_reason: why they are not used any more; empty while they are.
         copied_tokens: times layers, that were brought to the device for a cache that it did not hold.
+        prompt_tokens: of prompts, whose layers it has computed.
 
     Raises:
         DeviceError: the weights did not arrive.
     """
 
-    def __init__(self, device: Device, plan: DensePlan, decoder: NativeDecoder, address: int) -> None:
-        self._device, self.plan, self._step = device, plan, decoder.step
-        self.off_reason, self.copied_tokens = "", 0
+    def __init__(
+        self,
+        device: Device,
+        plan: DensePlan,
+        decoder: NativeDecoder,
+        address: int,
+        prompt_costs: PromptCosts | None = None,
+    ) -> None:
+        self._device, self.plan, self._prompt_costs = device, plan, prompt_costs
+        self.off_reason, self.copied_tokens, self.prompt_tokens = "", 0, 0
         self._failures = 0
         self._owner: weakref.ref[KVCache] | None = None  # whose tokens are there
         shape = decoder.native_shape
@@ -50,6 +63,7 @@ class DeviceDense:
         self._row_bytes = head_bytes * KV_ELEMENT_BYTES[int(shape["cache_type"])]
         weights = _Weights(decoder, address)
         layers = decoder.described[plan.first_layer :]
+        self.prompt_work = _prompt_work(layers, shape, 2 * self._heads * self._row_bytes)
         placed = [weights.layer(layer) for layer in layers]
         head = weights.linear(decoder.head) if plan.has_head else None
         final_norm = weights.place(decoder.final_norm) if plan.has_head else 0
@@ -78,24 +92,30 @@ class DeviceDense:
         """Return which layers run there."""
         return self.plan.describe() if self.is_on else f"dense layers off: {self.off_reason}"
 
-    def begin(self, step: DecodeStep, cache: KVCache) -> None:
-        """Make ``step`` use the device for the cache's next token.
+    def takes(self, num_tokens: int) -> bool:
+        """Whether the next forward, of so many tokens, runs there."""
+        if num_tokens == 1 or self._prompt_costs is None or not self.is_on:
+            return self.is_on
+        return prompt_pays(self.prompt_work, self._prompt_costs, num_tokens)
+
+    def begin(self, step: Step, cache: KVCache) -> None:
+        """Make ``step`` use the device for the cache's next tokens.
 
         Raises:
-            DeviceError: the tokens before it did not arrive.
+            DeviceError: the tokens before them did not arrive.
         """
         self._catch_up(cache)
         step.use_device(self.native, self.plan.first_layer, self.plan.has_head)
 
-    def done(self, cache: KVCache) -> None:
-        """Take note that a token was computed; the cache has counted it."""
+    def done(self, cache: KVCache, num_tokens: int) -> None:
+        """Take note that tokens were computed; the cache has counted them."""
         self._failures = 0
+        self.prompt_tokens += num_tokens if num_tokens > 1 else 0
         for layer in cache.layers[self.plan.first_layer :]:
             layer.mirrored_tokens = layer.num_tokens
 
-    def failed(self, step: DecodeStep, error: DeviceError) -> None:
-        """Leave the device for this token, after a failure; for good where it is lost or fails again."""
-        step.use_device(None, 0, False)
+    def failed(self, error: DeviceError) -> None:
+        """Take note of a failure: for good where the device is lost or fails again."""
         self._failures += 1
         if error.fault == DeviceFault.LOST or self._failures >= MOST_FAILURES:
             self.off_reason = str(error)
@@ -142,6 +162,22 @@ class DeviceDense:
 
 
 KV_ELEMENT_BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
+
+
+def _prompt_work(layers: list[DescribedLayer], shape: dict[str, float], row_bytes: int) -> PromptWork:
+    """Return what the average layer does for a token.
+
+    Args:
+        row_bytes: of a token's key and value.
+    """
+    linears: list[LinearTuple] = []
+    for layer in layers:
+        linears += [layer.attention[name] for name in LINEARS]
+        linears += layer.matrices if layer.router is None else [layer.router[0]]
+    # The residual there; it and what the router saw back; ids and weights back.
+    floats = 3 * int(shape["hidden_size"]) + int(shape["rotary_dim"]) + 2 * int(shape["max_top_k"])
+    num_weights = sum(rows * cols for _, rows, cols, *_ in linears)
+    return PromptWork(num_weights // len(layers), 4 * floats + row_bytes)
 
 
 class _Weights:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from moe_offload.config import RuntimeConfig, gib
+from moe_offload.config import DeviceChoice, RuntimeConfig, gib
 from moe_offload.errors import ConfigError
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.cost_model import DEVICE_ALIGNMENT, aligned
+from moe_offload.planning.dense_prompts import PromptCosts
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.placement import plan_device
@@ -101,13 +102,26 @@ def attach_device(
         for layer_idx, executor in served.items():
             executor.hybrid = HybridLayer(layers, layer_idx, executor.kernel, kernels[layer_idx])
         if native_step is not None and plan.dense is not None and not plan.dense.is_empty:
-            native_step.use_device(device, plan.dense, device.address + aligned(plan.expert_bytes))
+            address = device.address + aligned(plan.expert_bytes)
+            native_step.use_device(device, plan.dense, address, _prompt_costs(config.device, layers, served))
             assert native_step.dense is not None
             layers.describe_dense = native_step.dense.describe
     except BaseException:
         device.close()
         raise
     return layers
+
+
+def _prompt_costs(
+    choice: DeviceChoice, layers: HybridLayers, served: Mapping[int, ExpertExecutor]
+) -> PromptCosts | None:
+    """Return what prompts' dense layers are judged by; None where they were asked for."""
+    if choice.dense == "on":
+        return None
+    layer_idx = min(served)
+    layout = served[layer_idx].kernel.layout
+    num_weights = sum(matrix.rows * matrix.cols for matrix in layout.matrices)
+    return PromptCosts(layers.costs[layer_idx], num_weights, layers.tier.cache.expert_bytes(layer_idx))
 
 
 def _formats_without_kernel(device: Device, executors: Mapping[int, ExpertExecutor]) -> dict[int, str]:

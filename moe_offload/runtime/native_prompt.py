@@ -30,7 +30,7 @@ class NativePrompt:
 
     def __init__(self, decoder: NativeDecoder, executors: Sequence[ExpertExecutor | None]) -> None:
         self._decoder, self._executors = decoder, executors
-        self._step = PromptStep(decoder.step)
+        self.step = PromptStep(decoder.step)
 
     def run(self, inputs: dict[str, Any], cache: KVCache) -> Tensor:
         """Compute a forward of several tokens and return (1, kept tokens, vocab_size) float32 logits.
@@ -45,20 +45,20 @@ class NativePrompt:
         states = ChunkStates(
             num_tokens, self._decoder.shape.hidden_size, max(self._decoder.top_k.values(), default=0)
         )
-        self._step.begin(ids.data_ptr(), num_tokens, (*states.addresses(), cos.data_ptr(), sin.data_ptr()))
+        self.step.begin(ids.data_ptr(), num_tokens, (*states.addresses(), cos.data_ptr(), sin.data_ptr()))
         cached = self._decoder.cached(cache)
         num_kept = min(inputs.get("logits_to_keep") or num_tokens, num_tokens)
         for layer_idx, executor in enumerate(self._executors):
             needed = self._first_needed(layer_idx, num_tokens, num_kept)
             for start in range(0, num_tokens, TILE_TOKENS):
                 tile = start, min(TILE_TOKENS, num_tokens - start), needed
-                self._step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens, *tile)
+                self.step.attend(layer_idx, *cached[layer_idx], cache.capacity_tokens, past_tokens, *tile)
             if executor is not None:
                 routed = states.routed(self._decoder.top_k[layer_idx], needed)
                 out, dtype = states.residual[needed:], self._decoder.dtype
                 executor.add_experts(*routed, out, dtype, is_part=needed > 0)
         logits = torch.empty(1, num_kept, self._decoder.shape.vocab_size)
-        self._step.logits(num_tokens - num_kept, logits.data_ptr())
+        self.step.logits(num_tokens - num_kept, logits.data_ptr())
         return logits
 
     def _first_needed(self, layer_idx: int, num_tokens: int, num_kept: int) -> int:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from moe_offload._native import DecodeStep
 from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.errors import DeviceError
+from moe_offload.planning.dense_prompts import PromptCosts
 from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.prompt_chunks import constant_chunks, even_chunks
 from moe_offload.residency.accelerator import Device
@@ -65,9 +66,11 @@ class NativeStep:
         self._served = ServedForwards(model, kv)
         self._prompt = NativePrompt(self._decoder, self._executors)
 
-    def use_device(self, device: Device, plan: DensePlan, address: int) -> None:
-        """Run the plan's layers on a device from now on, in its memory from ``address`` on."""
-        self.dense = DeviceDense(device, plan, self._decoder, address)
+    def use_device(
+        self, device: Device, plan: DensePlan, address: int, prompt_costs: PromptCosts | None
+    ) -> None:
+        """Run the plan's layers on a device from now on; arguments as DeviceDense's."""
+        self.dense = DeviceDense(device, plan, self._decoder, address, prompt_costs)
 
     def serves(self, inputs: dict[str, Any]) -> bool:
         """Whether this forward is one that native code computes; depends on no placement."""
@@ -82,19 +85,24 @@ class NativeStep:
     @torch.no_grad()
     def run(self, inputs: dict[str, Any]) -> Any:
         """Compute a forward that ``serves`` accepted; the cache grows only when all of it is done."""
-        dense = self.dense
-        if dense is None or not dense.is_on or inputs["input_ids"].shape[1] > 1:
-            return self._run_token(inputs)
+        dense, num_tokens = self.dense, inputs["input_ids"].shape[1]
+        if dense is None:
+            return self._run_tokens(inputs)
+        step = self._step if num_tokens == 1 else self._prompt.step
+        if not dense.takes(num_tokens):
+            step.use_device(None, 0, False)
+            return self._run_tokens(inputs)
         try:
-            dense.begin(self._step, inputs["past_key_values"])
-            out = self._run_token(inputs)
-        except DeviceError as error:  # the cache has not grown: the CPU begins the token anew
-            dense.failed(self._step, error)
-            return self._run_token(inputs)
-        dense.done(inputs["past_key_values"])
+            dense.begin(step, inputs["past_key_values"])
+            out = self._run_tokens(inputs)
+        except DeviceError as error:  # the cache has not grown: the CPU begins the tokens anew
+            dense.failed(error)
+            step.use_device(None, 0, False)
+            return self._run_tokens(inputs)
+        dense.done(inputs["past_key_values"], num_tokens)
         return out
 
-    def _run_token(self, inputs: dict[str, Any]) -> Any:
+    def _run_tokens(self, inputs: dict[str, Any]) -> Any:
         cache: KVCache = inputs["past_key_values"]
         num_tokens = inputs["input_ids"].shape[1]
         logits = self._one_token(inputs, cache) if num_tokens == 1 else self._prompt.run(inputs, cache)

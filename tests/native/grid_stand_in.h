@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "graph_stand_in.h"
@@ -19,6 +20,8 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct CUstream_st;
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
