@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports t
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# matplotlib lists the fonts of a machine once, which takes seconds; that list is not our cache.
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+
 # What one run leaves behind for the next is not the next test's business; test_warm_start.py asks for it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moe_offload_tests_")
 

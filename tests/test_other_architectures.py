@@ -45,9 +45,9 @@ def codebook(ggml_type: GgmlType) -> np.ndarray:
 
 
 def build(compiler: str, folder: Path, *, replaced: dict[str, Path] | None = None) -> Path:
-    """Compile the checking program; ``replaced`` gives other files for some of csrc/cpu."""
+    """Compile the checking program; ``replaced`` gives other files for some of csrc/cpu, one for several."""
     sources = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.name.startswith("bindings")]
-    sources = [(replaced or {}).get(path.name, path) for path in sources]
+    sources = list(dict.fromkeys((replaced or {}).get(path.name, path) for path in sources))
     program = folder / "check_golden_ops"
     sources.append(ROOT / "tests" / "native" / "check_golden_ops.cpp")
     run_compiler([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", *sources, "-o", program])
@@ -95,5 +95,9 @@ def test_avxvnni_gives_the_golden_bits_in_avx512s_encoding(tmp_path: Path) -> No
     assert code.count("{vex} vpdpbusd") > 100
     assembly.write_text(code.replace("{vex} vpdpbusd", "vpdpbusd"))
     data = tmp_path / "cases.bin"
-    program = build(compiler, tmp_path, replaced={"kernels_avx512vnni.cpp": assembly})
-    check([program, data], data, "baseline avx2 avxvnni")
+    others = ["avx2", "avxvnni", "amx"]
+    tables = "".join(f"const Kernels kernels_{isa} = kernels_baseline;\n" for isa in others)
+    without = tmp_path / "without_others.cpp"
+    without.write_text(f'#include "cpu/kernels.h"\nnamespace moe {{\n{tables}}}\n')
+    replaced = {"kernels_avx512vnni.cpp": assembly, **{f"kernels_{isa}.cpp": without for isa in others}}
+    check([build(compiler, tmp_path, replaced=replaced), data], data, "baseline baseline avxvnni")
