@@ -4,12 +4,14 @@ import platform
 import sys
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
 import nvcc  # noqa: E402  csrc/cuda/nvcc.py
+import objects  # noqa: E402  csrc/objects.py
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 # -ffp-contract=off and no fast-math: every ISA and thread count must give the same bits.
@@ -35,16 +37,25 @@ ParallelCompile("MOE_OFFLOAD_BUILD_JOBS", default=0).install()
 
 
 class BuildExt(build_ext):
-    """Give a kernel file the flags of its instruction set; on other machines the file is empty."""
+    """Compile what has changed since any build in this folder, a kernel file for its instruction set.
+
+    On machines of another kind a kernel file is empty.
+    """
 
     def build_extensions(self):
         compile_one = self.compiler._compile
+        made_with = f"{sys.version}, pybind11 {pybind11.__version__}"
+        kept = objects.KeptObjects(ROOT / "build" / "objects", self.compiler.compiler_so_cxx, made_with)
 
-        def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
+        def compile_changed(obj, src, ext, cc_args, extra_postargs, pp_opts):
             isa_flags = ISA_FLAGS.get(Path(src).name, []) if platform.machine() == "x86_64" else []
-            compile_one(obj, src, ext, cc_args, [*extra_postargs, *isa_flags], pp_opts)
+            flags = [*extra_postargs, *isa_flags]
+            # Where other headers lie is made_with's: a build in isolation has a folder of its own for them.
+            known = [flag for flag in [*cc_args, *flags] if not flag.startswith("-I/")]
+            compile_to = lambda to: compile_one(str(to), src, ext, cc_args, flags, pp_opts)  # noqa: E731
+            kept.put(Path(src), known, Path(obj), compile_to)
 
-        self.compiler._compile = compile_with_isa
+        self.compiler._compile = compile_changed
         super().build_extensions()
 
     def run(self):
@@ -52,7 +63,7 @@ class BuildExt(build_ext):
         in_place = self.inplace  # the parent resets it while it runs
         super().run()
         folder = ROOT / "moe_offload" if in_place else Path(self.build_lib) / "moe_offload"
-        nvcc.build(folder, Path(self.build_temp) / "cuda", default="native" if in_place else "all")
+        nvcc.build(folder, ROOT / "build" / "cuda", default="native" if in_place else "all")
 
 
 setup(

@@ -267,6 +267,7 @@ class Lookahead:
         threshold: float,
     ) -> list[tuple[int, int, int, float]]: ...
     def leave_out(self, slot_tables: dict[int, npt.NDArray[np.uint64]]) -> None: ...
+    def chosen(self, layer_idx: int, expert_ids: list[int]) -> None: ...
     def observe(self, row: int, expert_ids: list[int], weights: list[float]) -> None: ...
 
 class LayerPace:
@@ -293,9 +294,7 @@ def plan_reads(
 ) -> list[tuple[int, int]]: ...
 
 class EarlyReads(LayerWatch):
-    def __init__(
-        self, reader: DirectReader, lookahead: Lookahead, pace: LayerPace, largest_expert_bytes: int
-    ) -> None: ...
+    def __init__(self, reader: DirectReader, lookahead: Lookahead, pace: LayerPace) -> None: ...
     def add_layer(
         self,
         layer_idx: int,
@@ -310,7 +309,6 @@ class EarlyReads(LayerWatch):
         threshold: float,
         depth: int,
         bytes_per_s: float,
-        reach_windows: float,
         free_bytes: float,
         stall_s: float,
     ) -> None: ...

@@ -7,6 +7,7 @@ in the arguments, or ``inspect``.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def entry() -> None:
     After Ctrl-C it leaves without unloading torch and transformers, which takes a second: the command
     has closed its files and joined its threads by then.
     """
+    _mend_streams()
     code = main()
     if code == EXIT_INTERRUPTED:
         with contextlib.suppress(OSError):
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if getattr(args, "download", False):
+            if args.model is None:
+                raise ConfigError("--download: which model? give its name, --model org/name")
             import_module("moe_offload.storage.download").fetch(args.model)
         code = int(import_module(f"moe_offload.cli_{args.command.replace('-', '_')}").run(args))
         sys.stdout.flush()
@@ -56,10 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away. Point stdout elsewhere, or the flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away
+        _drop_stdout()
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # a full disk, a folder that may not be written, a device that fails
+        _drop_stdout()
+        print(f"moe-offload: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _mend_streams() -> None:
+    """Let a command run where a stream was closed before it began (`>&-`), or cannot show a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process lives
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Point stdout to where nothing is read, or the flush at exit would complain of what it still holds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile
@@ -113,6 +114,8 @@ def _talk(
         import readline  # noqa: F401  (line editing and history for input())
 
         print("/reset forgets, /exit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused, not the rest
     while (text := _read_line()) is not None:
         if text == "/exit":
             return

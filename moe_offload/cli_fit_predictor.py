@@ -120,8 +120,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--depth {args.depth}: from 1 to 4 layers ahead can be fitted")
     if args.tokens < 1000:
         raise ConfigError(f"--tokens {args.tokens}: at least 1000 are needed; 30000 is a good number")
-    if args.output is not None and args.output.suffix != ".npz":
-        raise ConfigError(f"-o {args.output}: a fit is an .npz file")
+    cli_session.check_output("-o", args.output, ".npz")
 
 
 def _affordable(model: Any, tokens: int) -> int:

@@ -65,7 +65,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def _read_text(args: argparse.Namespace) -> str:
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8"))
+        return str(args.prompt_file.read_text(encoding="utf-8")).removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--prompt-file {args.prompt_file}: {error}; a UTF-8 text file is wanted"

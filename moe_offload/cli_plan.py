@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_offload.cli_inspect import open_measured
 from moe_offload.cli_plan_machine import Source, find_source
+from moe_offload.cli_session import check_output
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
 from moe_offload.device import DeviceProfile
 from moe_offload.errors import ConfigError
@@ -33,6 +34,7 @@ SYSTEM_RESERVE_BYTES = 2 * GIB  # of a profile's RAM, for the system and a brows
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, or the JSON object; draw the plot where asked."""
+    check_output("--plot", args.plot)
     checkpoints = [open_measured(path, allow_dense=args.allow_dense) for path in args.models or [DEMO_MODEL]]
     sources = [find_source(args.profile, checkpoint, args.vram) for checkpoint in checkpoints]
     planners = [_planner(*found, args) for found in zip(checkpoints, sources, strict=True)]

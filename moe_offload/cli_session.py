@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_offload.cli import exit_at_once_on_interrupt
 from moe_offload.config import DEMO_MODEL, gib
+from moe_offload.errors import ConfigError
 from moe_offload.planning.placement import cold_cache_warning
 from moe_offload.terminal import Progress, last_line
 
@@ -43,6 +44,24 @@ def import_libraries() -> None:
         import moe_offload.runtime.model  # noqa: F401
 
 
+def check_output(flag: str, path: Path | None, suffix: str = "") -> None:
+    """Refuse a file that could not be written, before minutes of work and not after.
+
+    Raises:
+        ConfigError: its name does not end in ``suffix``, it is a folder, or its folder is not there.
+    """
+    if path is None:
+        return
+    if not path.name.endswith(suffix):
+        raise ConfigError(f"{flag} {path}: give a name that ends in {suffix}")
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path} cannot be written; give another place")
+
+
 def make_sampling(args: argparse.Namespace) -> Sampling:
     """Return the sampling flags, checked; without --seed every run is another one."""
     from moe_offload.runtime.generate import Sampling, check_limits
@@ -65,6 +84,7 @@ def loaded_model(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
     """Load --model inside --ram, and close it on the way out."""
     from moe_offload.runtime.model import from_pretrained
 
+    check_output("--timeline", args.timeline)
     started = time.perf_counter()
     path = args.model or DEMO_MODEL
     with Progress("loading", sys.stderr, gib) as progress:

@@ -16,7 +16,7 @@ from moe_offload.terminal import Progress
 def run(args: argparse.Namespace) -> int:
     """Write the trace and print one line about it; return 0."""
     prompts = read_prompts(args.prompts)
-    _check_output(args.output)
+    cli_session.check_output("-o", args.output, ".npz")
     args.top_p = args.top_k = None
     cli_session.import_libraries()
     sampling = cli_session.make_sampling(args)
@@ -85,14 +85,6 @@ def _prompt_of(item: Any) -> str:
     if not isinstance(item, str) or not item.strip():
         raise ConfigError('--prompts: a line is no string and no object with "prompt" or "turns"')
     return item
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a bad name before minutes of work, not after."""
-    if path.suffix != ".npz":
-        raise ConfigError(f"-o {path}: a routing trace is an .npz file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"-o {path}: there is no folder {path.parent}")
 
 
 def _discard(piece: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_offload.cli_session import import_libraries
+from moe_offload.cli_session import check_output, import_libraries
 from moe_offload.config import DEMO_MODEL, DeviceChoice, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
 from moe_offload.header_costs import element_bytes
@@ -37,7 +37,7 @@ MOST_RUNS_SHOWN = 8
 def run(args: argparse.Namespace) -> int:
     """Tune, keep the profile, and print what was chosen and why."""
     budget = TimeBudget(_seconds(args), time.perf_counter)
-    _check_output(args.output)
+    check_output("-o", args.output)
     checkpoint = open_checkpoint(args.model or DEMO_MODEL)
     import_libraries()
     from moe_offload import tune_profile
@@ -140,12 +140,6 @@ def _command(args: argparse.Namespace) -> str:
     words = ["moe-offload tune", *(["--quick"] if args.quick else [])]
     words += [f"{flag} {value}" for flag, value in given.items() if value not in (None, "auto")]
     return " ".join(words)
-
-
-def _check_output(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"-o {path}: give a file in a folder that exists, such as profile.toml")
 
 
 def _write(path: Path, profile: DeviceProfile) -> None:

@@ -82,7 +82,7 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(tiny_moe, capsys, tmp_path, m
     common = ["--max-new-tokens", "4", "--temperature", "0"]
     generate(tiny_moe, "--prompt", "grüß dich", *common)
     wanted = capsys.readouterr().out
-    (tmp_path / "prompt.txt").write_text("grüß dich", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("grüß dich\n", encoding="utf-8")  # as editors end a file
     generate(tiny_moe, "--prompt-file", str(tmp_path / "prompt.txt"), *common)
     assert capsys.readouterr().out == wanted
     with (tmp_path / "prompt.txt").open() as piped:
@@ -131,6 +131,10 @@ def test_a_seed_repeats_a_sampled_answer_and_the_seed_of_a_run_is_told(tiny_moe,
         (["--prompt", "x", "--context", "9999999"], "beyond the 2048 positions"),
         (["--prompt", "x", "--raw", "--system", "be brief"], "a system message goes into the chat template"),
         (["--prompt-file", "/does/not/exist"], "--prompt-file /does/not/exist"),
+        (["--prompt", "caf\udce9 au lait"], r"no UTF-8 text near 'caf\\udce9 au lait'"),
+        (["--prompt", "x", "--system", "caf\udce9"], "no UTF-8 text"),
+        (["--prompt", "x", "--timeline", "/does/not/exist.json"], "there is no folder /does/not"),
+        (["--prompt", "x", "--timeline", "/"], "--timeline / is a folder"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_do(tiny_moe, capsys, args, message):
@@ -160,6 +164,33 @@ def test_a_reader_that_goes_away_is_no_error(tiny_moe):
     )  # fmt: skip
     os.close(write_end)
     assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">/dev/full", 2, "No space left on device"),
+        (">&- 2>&- <&-", 0, ""),
+        ("<&-", 0, ""),
+    ],
+)
+def test_streams_that_take_nothing_are_no_traceback(tiny_moe, streams, code, said):
+    command = f"{sys.executable} -m moe_offload inspect --model {tiny_moe} {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.count("\n") <= 1 and said in done.stderr
+
+
+def test_a_terminal_that_cannot_show_a_character_is_shown_its_number(tiny_moe, tmp_path):
+    folder = tmp_path / "modèle"
+    folder.symlink_to(tiny_moe)
+    done = run_cli("inspect", "--model", str(folder), env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "mod\\xe8le" in done.stdout
+
+
+def test_download_asks_for_a_name(capsys):
+    assert cli.main(["inspect", "--download"]) == 2
+    assert "which model" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +324,7 @@ def test_a_conversation_survives_ctrl_c(chat_model):
 
 
 def test_a_full_context_is_told_and_leaves_the_conversation_as_it_was(tiny_moe, monkeypatch, capsys):
-    lines = iter(["hello", "x" * 900, "/nonsense", "/reset", "hello"])
+    lines = iter(["hello", "x" * 900, "/nonsense", "caf\udce9", "/reset", "hello"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
     code = cli.main(
         ["chat", "--model", str(tiny_moe), "--context", "300", "--temperature", "0", "--max-new-tokens", "5"]
@@ -303,7 +334,7 @@ def test_a_full_context_is_told_and_leaves_the_conversation_as_it_was(tiny_moe, 
     first, again = out.splitlines()[0], out.splitlines()[-1]
     assert first == again and first
     assert "leaves no room for an answer in the context of 300" in err and "/reset" in err
-    assert "commands are /reset and /exit" in err
+    assert "commands are /reset and /exit" in err and r"no UTF-8 text near 'caf\\udce9'" in err
 
 
 def test_chat_without_a_template_names_the_way_out(tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_a_beginning_that_was_expected_is_looked_at_once() -> None:
     early, cache = always_on(model)._early, model.offload.cache
     generate(model)
     token, other = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    early.native.set(0.2, 1, 1e12, 2, 0.0, 0.0)
+    early.native.set(0.2, 1, 1e12, 0.0, 0.0)
 
     def forget_guesses() -> None:
         for pool in cache._pools:

@@ -12,8 +12,9 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import cgroup  # noqa: E402
-import end_to_end  # noqa: E402
+import end_to_end_figures as figures  # noqa: E402
 import end_to_end_report as report  # noqa: E402
+import end_to_end_runs as runs  # noqa: E402
 import peer_llama_cpp as peer  # noqa: E402
 
 from moe_offload.config import DEMO_MODEL, MIB  # noqa: E402
@@ -73,18 +74,28 @@ def test_ratios_pair_the_runs_of_a_round_at_the_peers_best_settings():
         llama(0, "good", [0.2], 8.0), llama(0, "bad", [0.9], 4.0),
         llama(1, "good", [0.3], 8.0), llama(1, "bad", [0.9], 4.0),
     ]  # fmt: skip
-    assert report.best_variants(rows, "m", "p") == {"good", "bad"}
-    result = report.place_result(rows, "m", "p", TOKEN, 100)
+    assert figures.best_variants(rows, "m", "p") == {"good", "bad"}
+    result = figures.place_result(rows, "m", "p", TOKEN, 100)
     assert result["peer_decode_settings"] == "good" and result["peer_prefill_settings"] == "bad"
     assert result["decode_ratio"] == {"median": 1.75, "min": 1.5, "max": 2.0}
     assert result["prefill_ratio"] == {"median": 2.0, "min": 2.0, "max": 2.0}
     assert result["ours_prefill"]["median"] == 50.0
 
 
+def test_one_slow_token_moves_the_mean_and_not_the_median(capsys):
+    rows = [ours(0, [0.1, 0.1, 0.8], place="ram"), llama(0, "s", [0.2, 0.2], 8.0) | {"place": "ram"}]
+    result = figures.place_result(rows, "m", "ram", TOKEN, 100)
+    assert result["ours_decode"]["median"] == pytest.approx(3.0)
+    assert result["ours_median_decode"]["median"] == 10.0 and result["peer_median_decode"]["median"] == 5.0
+    assert result["median_decode_ratio"]["median"] == 2.0 and result["decode_ratio"]["median"] < 1.0
+    report.report(rows, {"m": DEMO_MODEL}, 100)
+    assert "| 10 (10–10) | 5 (5–5) | 2x (2x–2x) |" in capsys.readouterr().out
+
+
 def test_ceilings_come_from_what_was_missed_and_measured_beside_the_run():
     rows = [ours(0, [0.5, 0.5]), ours(1, [0.5, 0.5]), bandwidth(0, 10000.0, 500.0), bandwidth(1, 4000.0, 1e9)]
     rows.append(bandwidth(0, 1.0, 1.0, place="elsewhere"))
-    result = report.place_result(rows, "m", "p", TOKEN, 100)
+    result = figures.place_result(rows, "m", "p", TOKEN, 100)
     assert result["needed_read_bytes_per_token"] == 150 and result["wasted_read_bytes_per_token"] == 5
     # Round 0: 150 of 500 B/s are 0.3 s of 0.5 s; round 1: 1000 of 4000 B/s are 0.25 s.
     assert result["decode_of_ceiling"] == {"median": pytest.approx(0.55), "min": 0.5, "max": 0.6}
@@ -95,9 +106,9 @@ def test_ceilings_come_from_what_was_missed_and_measured_beside_the_run():
 
 def test_different_tokens_in_two_places_are_said():
     rows = [ours(0, [0.5]), ours(0, [0.5], place="ram", choices=[1, 2, 3])]
-    assert report.place_result(rows, "m", "p", TOKEN, 100)["same_tokens_everywhere"]
+    assert figures.place_result(rows, "m", "p", TOKEN, 100)["same_tokens_everywhere"]
     rows.append(ours(1, [0.5], choices=[1, 3]))
-    assert not report.place_result(rows, "m", "p", TOKEN, 100)["same_tokens_everywhere"]
+    assert not figures.place_result(rows, "m", "p", TOKEN, 100)["same_tokens_everywhere"]
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_report(capsys):
@@ -110,19 +121,19 @@ def test_a_failed_run_is_named_and_does_not_stop_the_report(capsys):
 
 def test_resuming_keeps_what_was_measured_and_tries_again_what_failed(tmp_path):
     path = tmp_path / "records.jsonl"
-    first = end_to_end.Records(path, keep=False)
-    first.add(end_to_end.Run("q4_0", "ram", "llama", 1, peer.IN_MEMORY[0]), {"prefill_s": 1.0})
-    first.add(end_to_end.Run("q4_0", "ram", "ours", 1), {"error": "killed"})
-    second = end_to_end.Records(path, keep=True)
+    first = runs.Records(path, keep=False)
+    first.add(runs.Run("q4_0", "ram", "llama", 1, peer.IN_MEMORY[0]), {"prefill_s": 1.0})
+    first.add(runs.Run("q4_0", "ram", "ours", 1), {"error": "killed"})
+    second = runs.Records(path, keep=True)
     assert f"q4_0/ram/llama/{peer.IN_MEMORY[0].name}/1" in second
     assert second.rows == first.rows[:1] and second.rows[0]["prefill_s"] == 1.0
     assert "q4_0/ram/ours/1" not in second  # it failed: it is tried again
-    assert not end_to_end.Records(path, keep=False).rows
+    assert not runs.Records(path, keep=False).rows
 
 
 def test_a_place_may_have_a_longer_prompt_and_the_peer_any_batch_that_it_fills():
-    assert [report.prompt_tokens_of(place, 512) for place in ("ram", "2GiB@4096")] == [512, 4096]
-    assert end_to_end.Run("m", "2GiB@4096", "ours", 0).memory == "2GiB"
+    assert [figures.prompt_tokens_of(place, 512) for place in ("ram", "2GiB@4096")] == [512, 4096]
+    assert runs.Run("m", "2GiB@4096", "ours", 0).memory == "2GiB"
     assert peer.with_batches(peer.IN_MEMORY, 0) == peer.IN_MEMORY
     batches = [settings.batch_tokens for settings in peer.with_batches(peer.IN_CGROUP, 3000)]
     assert batches == [512, 2048]

@@ -129,7 +129,8 @@ def test_every_benchmark_of_speed_says_what_energy_it_took_or_why_not() -> None:
         path.name for path in bench.glob("*.py") if re.search(r"tok/s|tokens_per_s", path.read_text())
     }
     assert {"decode_speed.py", "gpu_run.py", "prefetch.py", "perplexity.py"} <= of_speed
-    by_others = {"end_to_end.py", "gpu.py", "gpu_report.py"}  # their children measure
+    # Their children measure.
+    by_others = {"end_to_end_runs.py", "end_to_end_report.py", "gpu.py", "gpu_report.py"}
     by_others |= {"plan_accuracy.py"}  # of predictions, whose energy nobody predicts
     silent = {
         name

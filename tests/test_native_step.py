@@ -16,6 +16,7 @@ from moe_offload import ConfigError, _native, ops
 from moe_offload.config import DEMO_MODEL
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.runtime.packed_kv import pack, unpack
 from moe_offload.storage.checkpoint import open_checkpoint
 
 VOCAB = 11
@@ -196,6 +197,40 @@ def test_threads_and_instruction_sets_give_the_same_bits(num_threads, isa):
     expected = layer_bits(1, "baseline")
     for one, other in zip(layer_bits(num_threads, isa), expected, strict=True):
         assert torch.equal(one, other)
+
+
+def attention_bits(isa, cache_dtype):
+    """Logits of a layer whose new key and value are zeros, which every cache holds as they are.
+
+    ``cache_dtype`` is "unpacked" for what a packed cache (None) says, as float32.
+    """
+    layer = OneLayer(
+        heads=22, kv_heads=2, head_dim=96, rotary_dim=0, window=650,
+        cache_dtype=torch.float32 if cache_dtype == "unpacked" else cache_dtype,
+    )  # fmt: skip
+    layer.w["key"].zero_(), layer.w["value"].zero_()
+    rows = torch.randn(2, 2, 701, 96, generator=torch.Generator().manual_seed(8))
+    rows[:, :, -1] = 0.0
+    if cache_dtype in ("unpacked", None):
+        rows = pack(rows)
+        keys, values = unpack(rows, torch.float32) if cache_dtype else rows
+    else:
+        keys, values = rows.to(cache_dtype)
+    try:
+        _native.force_isa(isa)
+        return layer.native(2, keys.contiguous(), values.contiguous(), 700)
+    finally:
+        _native.force_isa("")
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16, None])
+def test_every_cache_gives_the_same_bits_on_every_instruction_set(cache_dtype, isa):
+    assert torch.equal(attention_bits(isa, cache_dtype), attention_bits("baseline", cache_dtype))
+
+
+def test_a_packed_cache_gives_the_bits_of_what_it_holds():
+    assert torch.equal(attention_bits("", None), attention_bits("", "unpacked"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

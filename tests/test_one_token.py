@@ -73,19 +73,53 @@ def test_one_token_is_forecast_as_by_the_predictor_itself(make: Any) -> None:
     """Over some tokens, so that the past counts; history is one for both, kept by either."""
     natively, by_numpy = make(), make()
     found = 0
-    for seed in range(6):
-        for layer_idx in LAYERS:
-            hidden, ids, weights = some_token(10 * seed + layer_idx)
-            arrays = np.array([ids]), np.array([weights], np.float32)
-            natively.one_token.observe(layer_idx, ids, weights)
-            by_numpy.observe(layer_idx, *arrays)
-            likely = natively.one_token.likely(layer_idx, hidden.data_ptr(), ids, weights, THRESHOLD)
-            forecasts = by_numpy.predict(layer_idx, hidden, *arrays)
-            assert [entry[:3] for entry in likely] == ranked(forecasts)
-            expected = [forecasts[windows - 1].probabilities[i] for windows, _, i, _ in likely]
-            np.testing.assert_allclose([entry[3] for entry in likely], expected, rtol=1e-5)
-            found += len(likely)
+    tokens = [(layer_idx, *some_token(10 * seed + layer_idx)) for seed in range(6) for layer_idx in LAYERS]
+    for layer_idx, _, ids, weights in tokens:
+        natively.one_token.observe(layer_idx, ids, weights)
+        by_numpy.observe(layer_idx, np.array([ids]), np.array([weights], np.float32))
+    for layer_idx, hidden, ids, weights in tokens:
+        likely = natively.one_token.likely(layer_idx, hidden.data_ptr(), ids, weights, THRESHOLD)
+        arrays = np.array([ids]), np.array([weights], np.float32)
+        forecasts = by_numpy.predict(layer_idx, hidden, *arrays)
+        assert [entry[:3] for entry in likely] == ranked(forecasts)
+        expected = [forecasts[windows - 1].probabilities[i] for windows, _, i, _ in likely]
+        np.testing.assert_allclose([entry[3] for entry in likely], expected, rtol=1e-5)
+        found += len(likely)
     assert found > 20
+
+
+def test_chances_become_the_share_of_guesses_that_came_true() -> None:
+    """Guesses of a twentieth of the chances are counted together, those of each distance apart."""
+    gate, prior = make_gate(torch.float32), 8
+    hidden, ids, weights = some_token(0)
+    assert gate.one_token is not None
+
+    def chances() -> tuple[dict[int, float], dict[int, float]]:
+        likely = gate.one_token.likely(1, hidden.data_ptr(), ids, weights, 0.0)
+        near, far = ({i: chance for ahead, _, i, chance in likely if ahead == n} for n in (1, 2))
+        return near, far
+
+    before, far = chances()
+    chosen = [max(before, key=before.__getitem__)]
+    gate.one_token.observe(2, chosen, [1.0])
+    gate.one_token.observe(2, [], [])  # of what was not guessed again nothing is learned
+    after, far_after = chances()
+    assert far_after == far
+    learned = {i: chance for i, chance in before.items() if chance >= 0.05}
+    assert 3 < len(learned) < len(before)
+    for i, chance in before.items():
+        alike = [j for j in learned if int(20 * before[j]) == int(20 * chance)]
+        used = sum(j in chosen for j in alike)
+        assert after[i] == pytest.approx((used + prior * chance) / (len(alike) + prior), rel=1e-5)
+
+
+def test_nothing_is_learned_of_what_was_asked_before_any_router() -> None:
+    """The token that was expected may not be the one that came."""
+    predictor, embedding = make_hybrid(), some_token(3)[0]
+    assert predictor.one_token is not None
+    before = predictor.one_token.native.likely(FIRST, 2, embedding.data_ptr(), [], [], 0.0)
+    predictor.one_token.native.chosen(1, [0, 1, 2])
+    assert predictor.one_token.native.likely(FIRST, 2, embedding.data_ptr(), [], [], 0.0) == before
 
 
 def test_the_first_layers_are_forecast_from_the_embedding() -> None:

@@ -277,7 +277,7 @@ def test_the_command_fits_reports_and_keeps(tiny_moe, tmp_path, monkeypatch, cap
     [
         (["--depth", "5"], "from 1 to 4 layers"),
         (["--tokens", "10"], "at least 1000"),
-        (["-o", "fit.bin"], "a fit is an .npz"),
+        (["-o", "fit.bin"], "ends in .npz"),
     ],
 )
 def test_the_command_refuses_what_cannot_work_before_it_loads_anything(flags, message, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.planning.gain_switch import BLOCK_STEPS, LEAST_PROBES, LEAST_STEPS, GainSwitch
+from moe_offload.planning.gain_switch import (
+    AGREEING_PROBES,
+    BLOCK_STEPS,
+    LEAST_PROBES,
+    LEAST_STEPS,
+    GainSwitch,
+)
 from moe_offload.planning.prefetch_plan import (
     HIGHEST,
     LOWEST,
@@ -19,6 +26,7 @@ from moe_offload.planning.prefetch_plan import (
     break_even,
     plan_reads,
 )
+from moe_offload.residency.prefetch_pace import Pace
 from moe_offload.storage.expert_format import ExpertKey
 
 GUESSES = st.lists(
@@ -36,7 +44,7 @@ GUESSES = st.lists(
 
 @settings(deadline=None)
 @given(GUESSES, st.integers(0, 200), st.integers(0, 100), st.floats(0, 1))
-def test_a_plan_keeps_its_deadlines_and_leaves_out_nothing_that_fits(
+def test_a_plan_fills_a_window_and_leaves_out_nothing_that_begins_in_it(
     guesses: list[Guess], queued_bytes: int, window_bytes: int, threshold: float
 ) -> None:
     keys = plan_reads(guesses, queued_bytes=queued_bytes, window_bytes=window_bytes, threshold=threshold)
@@ -47,14 +55,11 @@ def test_a_plan_keeps_its_deadlines_and_leaves_out_nothing_that_fits(
     total = queued_bytes
     for key in keys:
         assert of[key].probability >= threshold
-        assert total + of[key].num_bytes / 2 <= of[key].windows * window_bytes
+        assert total <= window_bytes, "begins before the next layer has routed"
         total += of[key].num_bytes
-    for guess in set(guesses) - {of[key] for key in keys}:
-        before = [of[key] for key in keys]
-        ahead = [g for g in before if (g.windows, -g.probability) <= (guess.windows, -guess.probability)]
-        start = queued_bytes + sum(g.num_bytes for g in ahead)
-        fits = start + guess.num_bytes / 2 <= guess.windows * window_bytes
-        assert guess.probability < threshold or not fits
+    left_out = {guess for guess in guesses if guess.probability >= threshold} - {of[key] for key in keys}
+    assert not left_out or total > window_bytes
+    assert all((g.windows, -g.probability) >= order[-1] for g in left_out if order)
 
 
 def test_an_unmeasured_link_admits_by_probability_alone() -> None:
@@ -67,7 +72,22 @@ def test_break_even_rises_as_reads_get_shorter() -> None:
     """A read of 1 ms holds a demand up by an eighth of it; asking costs 20 us."""
     assert break_even(1e-3, 2e-5) == pytest.approx((125 + 20) / (1000 + 125))
     assert break_even(1e-4, 2e-5) > break_even(1e-3, 2e-5)
+    assert break_even(1e-3, 2e-5, 1.0) == pytest.approx((1000 + 20) / (1000 + 1000)), "a read for a read"
     assert break_even(1e-9, 2e-5) == break_even(0.0, 2e-5) == HIGHEST
+
+
+def test_the_link_is_busy_for_as_long_as_what_steps_need_takes() -> None:
+    """Ten layers of 1 ms and a stall of 2 ms in which 6 MB were needed, at 1 GB/s: half of the time."""
+    now = itertools.count(0.0, 1e-3)
+    pace = Pace(None, None, lambda: next(now))
+    pace.bytes_per_s, needed, stalled_s = 1e9, 0, 0.0
+    pace.look(0.0)
+    for _ in range(40):
+        for _ in range(10):
+            pace.look(0.0)
+        needed, stalled_s = needed + 6_000_000, stalled_s + 2e-3
+        pace.measure_needs(needed, stalled_s)
+    assert pace.busy_share == pytest.approx(0.5, abs=0.01)
 
 
 @given(st.floats(0.02, 0.9))
@@ -115,10 +135,27 @@ def test_a_first_trial_takes_turns_and_leaves_out_what_follows_a_turn() -> None:
     switch, seen = GainSwitch(), []
     for step in range(2 * BLOCK_STEPS * LEAST_PROBES):
         seen.append(switch.is_on)
-        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.0 if switch.is_on else 1.08))
+        switch.record(100.0 if step % BLOCK_STEPS == 0 else (1.08 if switch.is_on else 1.0))
     order = [True, False, False, True] * (LEAST_PROBES // 2)
     assert seen == [on for on in order for _ in range(BLOCK_STEPS)]
+    assert switch.gain == pytest.approx(-0.08) and not switch.decision and not switch.is_on
+
+
+def test_a_first_trial_is_short_where_every_probe_agrees() -> None:
+    switch, num_off = GainSwitch(), 0
+    for _ in range(2 * BLOCK_STEPS * AGREEING_PROBES):
+        num_off += not switch.is_on
+        switch.record(1.0 if switch.is_on else 1.08)
+    assert num_off == BLOCK_STEPS * AGREEING_PROBES and not switch.is_trying
     assert switch.gain == pytest.approx(0.08 / 1.08) and switch.decision and switch.is_on
+
+
+def test_probes_that_disagree_are_followed_by_more() -> None:
+    switch = GainSwitch()
+    for step in range(2 * BLOCK_STEPS * AGREEING_PROBES):
+        slower_s = 1.08 if step < 2 * BLOCK_STEPS else 0.92
+        switch.record(1.0 if switch.is_on else slower_s)
+    assert switch.is_trying
 
 
 @pytest.mark.parametrize(("on_s", "expected"), [(0.8, True), (0.95, True), (1.06, False), (1.5, False)])

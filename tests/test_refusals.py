@@ -50,6 +50,7 @@ MISUSES = {
     "empty prompt": (lambda m: m.generate(PROMPT[:, :0]), r"prompt is empty.*\(1, 0\)"),
     "resize": (lambda m: m.resize_token_embeddings(10), "resize with transformers"),
     "set_experts_implementation": (lambda m: m.set_experts_implementation("eager"), "on demand"),
+    "generate_batch": (lambda m: m.generate_batch([[5, 6]]), "a padded batch"),
     "compile": (lambda m: m.compile(fullgraph=True), "compiled graph"),
     "compile_config": (lambda m: m.generate(PROMPT, compile_config=object()), "generate without it"),
 }

@@ -389,7 +389,7 @@ def test_ctrl_c_leaves_nothing_behind(
     ("arguments", "message"),
     [
         (["--seconds", "0"], "--seconds must be a positive number"),
-        (["-o", "nowhere/p.toml"], "give a file in a folder that exists"),
+        (["-o", "nowhere/p.toml"], "there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(

@@ -46,9 +46,9 @@ void add_layer(KeptEarlyReads& self, int64_t layer_idx, const std::vector<Segmen
     self.kept.push_back(table);
 }
 
-void set(KeptEarlyReads& self, double threshold, int64_t depth, double bytes_per_s, double reach_windows,
-         double free_bytes, double stall_s) {
-    self.set({threshold, depth, bytes_per_s, reach_windows, free_bytes, stall_s});
+void set(KeptEarlyReads& self, double threshold, int64_t depth, double bytes_per_s, double free_bytes,
+         double stall_s) {
+    self.set({threshold, depth, bytes_per_s, free_bytes, stall_s});
 }
 
 void lend(KeptEarlyReads& self, std::vector<std::vector<int64_t>> slot_addresses) {
@@ -77,19 +77,16 @@ py::list events(const KeptEarlyReads& self) {
 
 void register_early_reads(py::module_& m) {
     py::class_<KeptEarlyReads, moe::LayerWatch>(m, "EarlyReads", "Looks ahead and begins reads, natively.")
-        .def(py::init([](moe::DirectReader& reader, KeptLookahead& lookahead, moe::LayerPace& pace,
-                         int64_t largest_expert_bytes) {
-                 return std::make_unique<KeptEarlyReads>(reader, lookahead.lookahead, pace,
-                                                         largest_expert_bytes);
+        .def(py::init([](moe::DirectReader& reader, KeptLookahead& lookahead, moe::LayerPace& pace) {
+                 return std::make_unique<KeptEarlyReads>(reader, lookahead.lookahead, pace);
              }),
-             py::arg("reader"), py::arg("lookahead"), py::arg("pace"), py::arg("largest_expert_bytes"),
-             py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+             py::arg("reader"), py::arg("lookahead"), py::arg("pace"), py::keep_alive<1, 2>(),
+             py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
         .def("add_layer", &add_layer, py::arg("layer_idx"), py::arg("segments"), py::arg("num_bytes"),
              py::arg("pool"), py::arg("history_row"), py::arg("table"),
              "Of each expert its segments, from the slot's start; history_row -1: none is kept.")
         .def("set", &set, py::arg("threshold"), py::arg("depth"), py::arg("bytes_per_s"),
-             py::arg("reach_windows"), py::arg("free_bytes"), py::arg("stall_s"),
-             "What holds until the next call.")
+             py::arg("free_bytes"), py::arg("stall_s"), "What holds until the next call.")
         .def("set_stall_s", &EarlyReads::set_stall_s, py::arg("stall_s"), "Waited for experts, so far.")
         .def(
             "begins",

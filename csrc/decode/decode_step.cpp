@@ -9,7 +9,6 @@
 #include "cpu/isa.h"
 #include "cpu/matrix_checks.h"
 #include "cpu/thread_pool.h"
-#include "decode/cached_attention.h"
 #include "decode/packed_cache.h"
 #include "decode/resident_table.h"
 #include "decode/token_kernels.h"
@@ -141,7 +140,7 @@ void DecodeStep::attend(int64_t index, const CachedTokens& cached) {
         ops.rms_norm(residual_.data(), layer.attention.norm, shape.eps, shape.hidden_size, normed_.data());
         project(layer.attention);
         store_token(shape, cached, cached.num_tokens, key_.data(), value_.data());
-        attend_cached(layer.attention, cached);
+        attention_.attend(shape, layer.attention, cached, query_.data(), context_.data());
         multiply(context_.data(), {{&layer.attention.out, product_.data()}});
         add(residual_, product_);
         ops.rms_norm(residual_.data(), layer.attention.feed_forward_norm, shape.eps, shape.hidden_size,
@@ -186,32 +185,6 @@ void DecodeStep::project(const AttentionLayer& attention) {
                               {&attention.key, key_.data()},
                               {&attention.value, value_.data()}});
     finish_heads(decoder_.shape(), attention, cos_, sin_, query_.data(), key_.data(), value_.data());
-}
-
-// The token itself is in the cache already.
-void DecodeStep::attend_cached(const AttentionLayer& attention, const CachedTokens& cached) {
-    const DecoderShape& shape = decoder_.shape();
-    const int64_t end = cached.num_tokens + 1, first = first_seen(cached.num_tokens, attention.window);
-    const int64_t num_ranges = (end - 1) / kRangeTokens - first / kRangeTokens + 1;
-    const size_t parts = shape.num_heads * num_ranges;
-    if (range_max_.size() < parts) {
-        range_max_.resize(parts);
-        range_sum_.resize(parts);
-        range_out_.resize(parts * shape.head_dim);
-    }
-    const CachedHeads heads{
-        shape, cached, first, end, query_.data(), range_max_.data(), range_sum_.data(), range_out_.data()};
-    const int64_t num_chunks = shape.num_kv_heads * num_ranges;
-    const bool alone = (end - first) * shape.num_heads * shape.head_dim * 4 < kAloneBytes;
-    ThreadPool::instance().run(alone ? 1 : num_chunks, [&](int64_t chunk) {
-        for (int64_t c = chunk; c < (alone ? num_chunks : chunk + 1); ++c)
-            attend_range(heads, c / num_ranges, c % num_ranges);
-    });
-    for (int64_t head = 0; head < shape.num_heads; ++head)
-        token_kernels().combine(
-            {num_ranges, shape.head_dim, &range_max_[head * num_ranges], &range_sum_[head * num_ranges],
-             &range_out_[head * num_ranges * shape.head_dim],
-             attention.sinks ? attention.sinks + head : nullptr, &context_[head * shape.head_dim]});
 }
 
 void DecodeStep::choose(const Router& router) {

@@ -13,6 +13,7 @@
 
 #include "cpu/activation_buffer.h"
 #include "cpu/ops.h"
+#include "decode/cached_attention.h"
 #include "decode/decoder.h"
 #include "decode/layer_watch.h"
 #include "decode/token_parts.h"
@@ -96,7 +97,6 @@ class DecodeStep {
     void bring_residual_home();
     void multiply(const float* x, std::initializer_list<Product> products);
     void project(const AttentionLayer& attention);
-    void attend_cached(const AttentionLayer& attention, const CachedTokens& cached);
     void choose(const Router& router);
 
     Decoder decoder_;
@@ -108,10 +108,10 @@ class DecodeStep {
     int64_t rows_left_ = 0;
 
     ActivationBuffer inputs_;
+    CachedAttention attention_;
     std::vector<float> residual_, normed_, query_, key_, value_, context_, product_;
-    std::vector<float> range_max_, range_sum_, range_out_;  // (heads, ranges), (heads, ranges, head_dim)
-    std::vector<float> scores_;                             // of the router, padded to 8
-    std::vector<float> rows_, some_rows_;                   // (top_k, hidden_size)
+    std::vector<float> scores_;            // of the router, padded to 8
+    std::vector<float> rows_, some_rows_;  // (top_k, hidden_size)
     Choice choice_;
     std::vector<Choice> choices_;
     std::vector<uint64_t> chosen_addresses_;

@@ -22,6 +22,7 @@ bool has(const Choice& choice, int64_t expert_id) {
 void EarlyReads::routed(int64_t layer, const Choice& choice, int64_t num_missing) {
     beginning_.clear();
     rests_ = pace_.rests(layer, num_missing);
+    lookahead_.chosen(layer, choice.ids);
     const auto found = layers_.find(layer);
     if (found != layers_.end() && found->second.history_row >= 0) {
         const std::vector<int64_t> ids(choice.ids.begin(), choice.ids.end());
@@ -63,11 +64,9 @@ bool EarlyReads::look(int64_t layer, const Choice& choice, const float* hidden, 
     return read(plan) && plan.size() == likely.size();
 }
 
-// Not where guesses keep the link busy for as long as a forecast reaches, nor where one saves less than it
-// costs.
+// Not where guesses keep the link busy for a window, nor where one saves less than it costs.
 bool EarlyReads::is_worth_looking(int64_t layer, double queued_bytes) const {
-    const double reach_bytes = settings_.reach_windows * pace_.window_s * settings_.bytes_per_s;
-    if (queued_bytes + 0.5 * static_cast<double>(largest_bytes_) > reach_bytes) return false;
+    if (queued_bytes > pace_.window_s * settings_.bytes_per_s) return false;
     return pace_.is_worth_predicting(layer);
 }
 

@@ -30,11 +30,10 @@ class EarlyReads : public LayerWatch {
     };
     struct Settings {
         double threshold = 1.0;
-        int64_t depth = 1;           // layers ahead
-        double bytes_per_s = 0.0;    // of the link
-        double reach_windows = 1.0;  // for as long as the most distant forecast
-        double free_bytes = 0.0;     // of reads under way that hold up nobody
-        double stall_s = 0.0;        // waited for experts, so far
+        int64_t depth = 1;         // layers ahead
+        double bytes_per_s = 0.0;  // of the link
+        double free_bytes = 0.0;   // of reads under way that hold up nobody
+        double stall_s = 0.0;      // waited for experts, so far
     };
     // A read that was begun into a lent slot, or the end of one that nothing of was issued.
     struct Event {
@@ -44,8 +43,8 @@ class EarlyReads : public LayerWatch {
         int64_t ticket;
     };
 
-    EarlyReads(DirectReader& reader, Lookahead& lookahead, LayerPace& pace, int64_t largest_expert_bytes)
-        : reader_(reader), lookahead_(lookahead), pace_(pace), largest_bytes_(largest_expert_bytes) {}
+    EarlyReads(DirectReader& reader, Lookahead& lookahead, LayerPace& pace)
+        : reader_(reader), lookahead_(lookahead), pace_(pace) {}
 
     void add_layer(int64_t layer_idx, Layer layer) { layers_[layer_idx] = std::move(layer); }
     void set(const Settings& settings) { settings_ = settings; }
@@ -82,7 +81,6 @@ class EarlyReads : public LayerWatch {
     DirectReader& reader_;
     Lookahead& lookahead_;
     LayerPace& pace_;
-    int64_t largest_bytes_;
     Settings settings_;
     std::map<int64_t, Layer> layers_;
     std::map<int64_t, std::vector<int64_t>> lent_;

@@ -2,12 +2,9 @@
 
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "common/half.h"
-#include "cpu/isa.h"
 #include "cpu/ops.h"
-#include "decode/cached_attention.h"
 
 namespace moe {
 
@@ -40,15 +37,6 @@ void store_q8_0(const float* from, int64_t count, uint8_t* to) {
         std::memcpy(to, &scale, sizeof scale);
         for (int64_t i = 0; i < kBlock; ++i) to[sizeof scale + i] = uint8_t(code(from[i] * inverse));
     }
-}
-
-const uint8_t* unpacked_q8_0(int part, const uint8_t* rows, int64_t num_tokens, int64_t head_dim) {
-    thread_local std::vector<float> buffers[2];
-    std::vector<float>& buffer = buffers[part];
-    const int64_t count = num_tokens * head_dim;
-    if (int64_t(buffer.size()) < count) buffer.resize(count);
-    kernels().dequantize[Q8_0](rows, count, buffer.data());
-    return reinterpret_cast<const uint8_t*>(buffer.data());
 }
 
 }  // namespace moe

@@ -12,8 +12,4 @@ int64_t cached_row_bytes(int type, int64_t head_dim);
 // scale = amax / 127 rounded to half, code = round to even of x * (127 / amax). Not a number: code 0.
 void store_q8_0(const float* from, int64_t count, uint8_t* to);
 
-// (num_tokens, head_dim) packed rows as float32, in memory of the calling thread that the next call
-// with the same ``part`` (0: keys, 1: values) overwrites.
-const uint8_t* unpacked_q8_0(int part, const uint8_t* rows, int64_t num_tokens, int64_t head_dim);
-
 }  // namespace moe

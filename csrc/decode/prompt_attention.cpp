@@ -95,16 +95,9 @@ class Block {
         const auto& [shape, attention, cached, num_tokens, query, context] = prompt_;
         const int64_t row_bytes = cached_row_bytes(shape.cache_type, shape.head_dim);
         const int64_t offset = (kv_head_ * cached.capacity + from) * row_bytes;
-        const uint8_t *keys = cached.keys + offset, *values = cached.values + offset;
-        if (shape.cache_type == Q8_0) {
-            keys = unpacked_q8_0(0, keys, count, shape.head_dim);
-            values = unpacked_q8_0(1, values, count, shape.head_dim);
-        }
-        const TokenKernels& ops = token_kernels();
-        const UnpackFn unpack = shape.cache_type == F16    ? ops.unpack_f16
-                                : shape.cache_type == BF16 ? ops.unpack_bf16
-                                                           : ops.unpack_f32;
-        unpack(keys, values, count, shape.head_dim, block_.padded_dim, keys_, values_);
+        cache_kernels(shape.cache_type)
+            .unpack(cached.keys + offset, cached.values + offset, row_bytes, count, shape.head_dim,
+                    block_.padded_dim, keys_, values_);
     }
 
     // What each row sees of the tokens [from, end).

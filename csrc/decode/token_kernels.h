@@ -9,21 +9,24 @@
 namespace moe {
 
 constexpr int64_t kRangeTokens = 256;  // cached tokens that one call of attend serves at most
-constexpr int kRangeHeads = 4;         // heads that one call serves at most: 1, 2 or 4
-constexpr int64_t kScoreFloats = kRangeTokens * kRangeHeads;
 
 // Attention of one token's heads that share a key/value head over a range of cached tokens.
 struct RangeArgs {
-    const uint8_t *keys, *values;     // (num_tokens, head_dim) of the cache's type
-    int64_t num_masked;               // of the first tokens, less than 8, that are not seen
-    int64_t num_tokens;               // at least 1, at most kRangeTokens
-    int64_t head_dim;                 // a multiple of 8
-    int num_heads;                    // 1, 2 or 4
-    const float* query[kRangeHeads];  // (head_dim,), scaled
-    float* scores;                    // kScoreFloats to work in
-    float* max[kRangeHeads];          // of the range's scores
-    float* sum[kRangeHeads];          // of e^(score - max)
-    float* out[kRangeHeads];          // (head_dim,), sum of e^(score - max) * value
+    const uint8_t *keys, *values;  // (num_tokens, head_dim) of the cache's type
+    const uint8_t* next_keys;      // that this thread probably reads after them, or nullptr
+    int64_t row_bytes;             // of a key or a value
+    int64_t num_masked;            // of the first tokens, less than 8, that are not seen
+    int64_t num_tokens;            // at least 1, at most kRangeTokens
+    int64_t head_dim;              // a multiple of 8, of Q8_0 a multiple of 32
+    int64_t num_heads;
+    const float* query;  // (num_heads, head_dim), scaled
+    float* packed;       // (num_heads + 1, head_dim) to work in, and:
+    float* scores;       // (num_heads + 1, kRangeTokens)
+    int64_t num_ranges;  // max and sum of two heads are so far apart
+    int64_t out_stride;  // between out of two heads
+    float* max;          // of the range's scores
+    float* sum;          // of e^(score - max)
+    float* out;          // (head_dim,), sum of e^(score - max) * value
 };
 
 // The ranges of one head become one, one after the other: with m = max(max_a, max_b),
@@ -57,9 +60,16 @@ struct QueryBlock {
     float *max, *sum, *out;     // (num_rows,), (num_rows,), (num_rows, padded_dim): of the ranges before
 };
 
-using UnpackFn = void (*)(const uint8_t* from_keys, const uint8_t* from_values, int64_t num_tokens,
-                          int64_t head_dim, int64_t padded_dim, float* keys, float* values);
+using UnpackFn = void (*)(const uint8_t* from_keys, const uint8_t* from_values, int64_t row_bytes,
+                          int64_t num_tokens, int64_t head_dim, int64_t padded_dim, float* keys,
+                          float* values);
 using RangeFn = void (*)(const RangeArgs&);
+
+// By the type of the cache.
+struct CacheKernels {
+    RangeFn attend;
+    UnpackFn unpack;  // a range for attend_block
+};
 
 struct TokenKernels {
     const char* name;
@@ -67,12 +77,11 @@ struct TokenKernels {
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
     // Rotates (x[i], x[half + i]) by the angle whose cosine and sine are given.
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
-    RangeFn attend_f32, attend_f16, attend_bf16;  // by the type of the cache
     void (*combine)(const CombineArgs&);
     // In place; x has room for n rounded up to 8.
     void (*softmax)(float* x, int64_t n);
     void (*attend_block)(const QueryBlock&);
-    UnpackFn unpack_f32, unpack_f16, unpack_bf16;  // a range for attend_block
+    CacheKernels f32, f16, bf16, q8_0;
 };
 
 extern const TokenKernels token_kernels_baseline;
@@ -80,6 +89,9 @@ extern const TokenKernels token_kernels_baseline;
 extern const TokenKernels token_kernels_avx2;
 extern const TokenKernels token_kernels_avx512;
 #endif
+
+// The kernels of a cache of ggml's ``type``.
+const CacheKernels& cache_kernels(int type);
 
 // The table that fits the instruction set in use (cpu/isa.h).
 const TokenKernels& token_kernels();

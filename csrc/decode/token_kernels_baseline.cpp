@@ -18,4 +18,11 @@ const TokenKernels& token_kernels() {
 #endif
     return token_kernels_baseline;
 }
+
+const CacheKernels& cache_kernels(int type) {
+    const TokenKernels& table = token_kernels();
+    if (type == F16) return table.f16;
+    if (type == BF16) return table.bf16;
+    return type == Q8_0 ? table.q8_0 : table.f32;
+}
 }  // namespace moe

@@ -165,9 +165,11 @@ class DirectReader {
     Chunk submit_chunk(const std::shared_ptr<Arena>& bounce, int64_t buffer, Segment segment);
     void copy_chunk(const Chunk& chunk, std::byte* out, const CheckInterrupt& check_interrupt) const;
     RequestPtr find(Ticket ticket) const;
-    RequestPtr make_request(const std::vector<Segment>& segments, bool speculative);
     void enqueue(const RequestPtr& request);
     bool wait_for(const RequestPtr& request, double timeout_s, const CheckInterrupt& check_interrupt) const;
+
+    // read_pieces.cpp
+    RequestPtr make_request(const std::vector<Segment>& segments, bool speculative);
     static void work(State& state);
     static RequestPtr take_piece(State& state, Piece* piece);
     static bool is_last_piece(const Request& request);

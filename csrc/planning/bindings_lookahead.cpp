@@ -167,6 +167,12 @@ void register_lookahead(py::module_& m) {
         .def("likely", &likely, py::arg("layer_idx"), py::arg("depth"), py::arg("hidden"),
              py::arg("expert_ids"), py::arg("weights"), py::arg("threshold"),
              "(layers ahead, layer_idx, expert_id, probability), nearest layer and most probable first.")
+        .def(
+            "chosen",
+            [](KeptLookahead& self, int64_t layer_idx, const std::vector<int64_t>& expert_ids) {
+                self.lookahead.chosen(layer_idx, expert_ids);
+            },
+            py::arg("layer_idx"), py::arg("expert_ids"), "Learn how often guesses of a layer come true.")
         .def("observe", &observe, py::arg("row"), py::arg("expert_ids"), py::arg("weights"),
              "Take in one token's choice.");
 }

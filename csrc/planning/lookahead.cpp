@@ -36,6 +36,24 @@ const float* Lookahead::features(const Target& target, const float* hidden,
     return features_.data();
 }
 
+// Appends what a target's chances_ name, the more probable first.
+void Lookahead::find(const Target& target, int64_t windows, bool learns, float threshold,
+                     std::vector<Likely>& likely) {
+    const auto first = static_cast<std::ptrdiff_t>(likely.size());
+    const auto slots = slots_.find(target.layer_idx);
+    const Slots here = slots == slots_.end() ? Slots{} : slots->second;
+    std::vector<Open>& open = open_[target.layer_idx];
+    std::erase_if(open, [&](const Open& guess) { return guess.windows == windows; });
+    for (int64_t i = 0; i < target.num_experts; ++i) {
+        if (here.has(i)) continue;
+        const float chance = learns ? rates_.rate(windows, chances_[i]) : chances_[i];
+        if (chance >= threshold) likely.push_back({windows, target.layer_idx, i, chance});
+        if (learns && chances_[i] >= kLeastChance) open.push_back({windows, i, chances_[i]});
+    }
+    std::stable_sort(likely.begin() + first, likely.end(),
+                     [](const Likely& a, const Likely& b) { return a.chance > b.chance; });
+}
+
 std::vector<Lookahead::Likely> Lookahead::likely(int64_t layer_idx, int64_t depth, const float* hidden,
                                                  const std::vector<int64_t>& expert_ids,
                                                  const std::vector<float>& weights, float threshold) {
@@ -49,15 +67,7 @@ std::vector<Lookahead::Likely> Lookahead::likely(int64_t layer_idx, int64_t dept
         gate_chances(features(target, hidden, expert_ids, weights), target.weight, target.bias,
                      target.num_experts, target.num_features, target.top_k, target.slope, target.offset,
                      chances_.data());
-        const auto first = static_cast<std::ptrdiff_t>(likely.size());
-        const auto slots = slots_.find(target.layer_idx);
-        const Slots here = slots == slots_.end() ? Slots{} : slots->second;
-        for (int64_t i = 0; i < target.num_experts; ++i) {
-            if (chances_[i] >= threshold && !here.has(i))
-                likely.push_back({windows, target.layer_idx, i, chances_[i]});
-        }
-        std::stable_sort(likely.begin() + first, likely.end(),
-                         [](const Likely& a, const Likely& b) { return a.chance > b.chance; });
+        find(target, windows, layer_idx >= 0, threshold, likely);
     }
     return likely;
 }

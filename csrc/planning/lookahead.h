@@ -2,12 +2,14 @@
 // layer, and numpy's calls cost more than the product that they make.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <utility>
 #include <vector>
 
 #include "planning/gate_chances.h"
+#include "planning/use_rates.h"
 
 namespace moe {
 
@@ -46,10 +48,24 @@ class Lookahead {
     void add(int64_t layer_idx, const Target& target) { targets_[layer_idx].push_back(target); }
 
     // Returns the experts of at most ``depth`` layers that are used with at least ``threshold``: nearest
-    // layer first, and the more probable first.
+    // layer first, and the more probable first. Chances are those that guesses have had so far (UseRates),
+    // but for what is asked before any router has spoken: the token may be another.
     std::vector<Likely> likely(int64_t layer_idx, int64_t depth, const float* hidden,
                                const std::vector<int64_t>& expert_ids, const std::vector<float>& weights,
                                float threshold);
+
+    // What the layer's router chose: what ``likely`` guessed of it was right or wrong.
+    template <class Id>
+    void chosen(int64_t layer_idx, const std::vector<Id>& expert_ids) {
+        const auto found = open_.find(layer_idx);
+        if (found == open_.end()) return;
+        for (const Open& guess : found->second) {
+            const bool is_used =
+                std::find(expert_ids.begin(), expert_ids.end(), Id(guess.expert_id)) != expert_ids.end();
+            rates_.note(guess.windows, guess.chance, is_used);
+        }
+        found->second.clear();
+    }
 
     // Experts of the layer whose word table[expert_id * stride] is not 0 are not returned; read in every
     // call.
@@ -65,6 +81,9 @@ class Lookahead {
     const float* features(const Target& target, const float* hidden, const std::vector<int64_t>& expert_ids,
                           const std::vector<float>& weights);
 
+    void find(const Target& target, int64_t windows, bool learns, float threshold,
+              std::vector<Likely>& likely);
+
     int64_t hidden_size_;
     RouteHistory history_;
     struct Slots {
@@ -76,7 +95,16 @@ class Lookahead {
         }
     };
 
+    static constexpr float kLeastChance = 0.05f;  // what is less likely is not learned of
+
+    struct Open {  // until its layer's router has spoken
+        int64_t windows, expert_id;
+        float chance;
+    };
+
     std::map<int64_t, std::vector<Target>> targets_;
+    std::map<int64_t, std::vector<Open>> open_;  // by layer
+    UseRates rates_;
     std::map<int64_t, Slots> slots_;
     std::vector<float> features_, chances_;
 };

@@ -12,10 +12,9 @@ std::vector<Guess> plan_reads(std::vector<Guess> guesses, double queued_bytes, d
     });
     std::vector<Guess> admitted;
     for (const Guess& guess : guesses) {
-        const double num_bytes = static_cast<double>(guess.num_bytes);
-        if (queued_bytes + 0.5 * num_bytes > static_cast<double>(guess.windows) * window_bytes) continue;
+        if (queued_bytes > window_bytes) break;
         admitted.push_back(guess);
-        queued_bytes += num_bytes;
+        queued_bytes += static_cast<double>(guess.num_bytes);
     }
     return admitted;
 }

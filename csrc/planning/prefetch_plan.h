@@ -15,7 +15,7 @@ struct Guess {
 };
 
 // Returns what to read, by deadline and then the more probable first: what is at least as probable as the
-// threshold, and half there by its deadline after ``queued_bytes`` and what goes before it.
+// threshold, and begun within a window after ``queued_bytes`` and what goes before it.
 std::vector<Guess> plan_reads(std::vector<Guess> guesses, double queued_bytes, double window_bytes,
                               double threshold);
 

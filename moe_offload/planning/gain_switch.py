@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BLOCK_STEPS, LEAST_STEPS = 5, 2  # of a block; the first one does not count
-LEAST_PROBES, MOST_PROBES = 4, 12  # before a decision; the last MOST_PROBES count
+LEAST_PROBES, MOST_PROBES = 4, 12  # before a change; the last MOST_PROBES count
+AGREEING_PROBES = 2  # are enough to go on as before, where each of them says so
 CLEAR, CLEAR_OF_FEW = 2.0, 3.5  # standard errors: with many probes, and more with few (Student's t)
 SWITCH_ON, SWITCH_OFF = 0.015, -0.015  # mean gain where the interval does not decide
 FAR = 0.10  # of a step: what a single probe may show
@@ -108,8 +109,14 @@ class GainSwitch:
         self._num_probes += 1
         if len(self._probes) >= LEAST_PROBES:
             self._decide()
-        elif self._is_far_faster(*((on, off) if self.decision else (off, on))):
+        elif self._all_agree() or self._is_far_faster(*((on, off) if self.decision else (off, on))):
             self._rest(agrees=self.gain is not None, gain=self._estimate()[0])
+
+    def _all_agree(self) -> bool:
+        """Whether there are a few probes and what is done was faster in each."""
+        differences = self._differences()
+        agreeing = sum((difference > 0.0) is self.decision for difference in differences)
+        return len(differences) >= AGREEING_PROBES and agreeing == len(differences)
 
     def _is_far_faster(self, done: Sequence[Timed], other: Sequence[Timed]) -> bool:
         """Whether every step of ``done`` was faster than any of ``other``, and by far."""
@@ -146,13 +153,8 @@ class GainSwitch:
         A trimmed mean, its error from what is left with the extremes drawn in (Yuen, Biometrika 61, 1974): a
         disk that hesitates once shall not decide.
         """
-        miss_s = self._miss_s()
-        differences, without = [], []
-        for on, off in self._probes:
-            (on_s, on_needs), (off_s, off_needs) = _means(on), _means(off)
-            differences.append(off_s - on_s - miss_s * (off_needs - on_needs))
-            without.append(off_s)
-        step_s = statistics.median(without)
+        differences = self._differences()
+        step_s = statistics.median(_means(off)[0] for _, off in self._probes)
         if step_s <= 0.0:
             return 0.0, 0.0
         cut, ordered = _num_extremes(len(differences)), sorted(differences)
@@ -161,6 +163,14 @@ class GainSwitch:
         spread = statistics.stdev(drawn_in) if len(kept) > 1 else 0.0
         error = spread * len(differences) ** 0.5 / len(kept)
         return statistics.fmean(kept) / step_s, error / step_s
+
+    def _differences(self) -> list[float]:
+        """Return by probe the seconds that a step took longer without it, its misses taken off."""
+        miss_s, differences = self._miss_s(), []
+        for on, off in self._probes:
+            (on_s, on_needs), (off_s, off_needs) = _means(on), _means(off)
+            differences.append(off_s - on_s - miss_s * (off_needs - on_needs))
+        return differences
 
     def _miss_s(self) -> float:
         """Return the seconds that a miss more takes, by least squares within the blocks; none below 0."""

@@ -2,8 +2,9 @@
 
 Time is counted in windows, the compute time of one layer; a guess's deadline is the number of windows
 until its layer's router speaks. A link that reads ``window_bytes`` per window serves the earliest deadline
-first. A guess is admitted when half of it, after all that is queued before it, is there by its deadline: a
-read that comes late still shortens the wait, and one that would hardly have begun does not.
+first. A guess is admitted when its read, after all that is queued before it, begins within a window: a read
+that comes late still shortens the wait, and what would not have begun by then is decided anew when the next
+layer has routed, by who knows more. So deep guesses fill a link that near ones leave idle, and no other.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def plan_reads(
         likely.sort(key=lambda guess: (guess.windows, -guess.probability))
     admitted: list[ExpertKey] = []
     for guess in likely:
-        if queued_bytes + HALF_THERE * guess.num_bytes <= guess.windows * window_bytes:
-            admitted.append(guess.key)
-            queued_bytes += guess.num_bytes
+        if queued_bytes > window_bytes:
+            break
+        admitted.append(guess.key)
+        queued_bytes += guess.num_bytes
     return admitted
 
 
@@ -67,13 +69,17 @@ def lookahead_depth(needed_bytes: float, window_bytes: float) -> int:
     return 1 if window_bytes <= 0 or needed_bytes <= 0 else max(1, math.ceil(needed_bytes / window_bytes))
 
 
-def break_even(read_s: float, submit_s: float) -> float:
+def break_even(read_s: float, submit_s: float, busy_share: float = 0.0) -> float:
     """Return the probability at which a guess saves as much stall as it is expected to cost.
 
-    Right, it saves its read's time. Wrong, a demand waits for half of it, among ``READERS`` reads under way.
-    Either way it costs ``submit_s`` of compute time to ask for it.
+    Right, it saves its read's time. Wrong, it takes that time from a link that is busy with what steps need;
+    where the link has time, a demand waits for half of it, among ``READERS`` reads under way. Either way it
+    costs ``submit_s`` of compute time to ask for it.
+
+    Args:
+        busy_share: of the time, that the link takes for what is needed.
     """
-    hold_up_s = 0.5 * read_s / READERS
+    hold_up_s = read_s * (busy_share + (1.0 - busy_share) * 0.5 / READERS)
     return min(HIGHEST, (hold_up_s + submit_s) / (read_s + hold_up_s)) if read_s > 0 else HIGHEST
 
 

@@ -28,9 +28,7 @@ class EarlyReads:
     def __init__(self, cache: ExpertCache, store: ExpertStore, one_token: Any, pace: Pace) -> None:
         self._cache, self._store, self._pace = cache, store, pace
         self._has_lent = False
-        self.native = _native.EarlyReads(
-            store.reader, one_token.native, pace.layers, cache.largest_expert_bytes
-        )
+        self.native = _native.EarlyReads(store.reader, one_token.native, pace.layers)
         for layer_idx, pool in cache.pool_numbers().items():
             segments = store.segments(layer_idx)
             assert segments is not None, "who puts blocks together reads through Python"
@@ -48,13 +46,11 @@ class EarlyReads:
             return None
         return store
 
-    def begin(
-        self, threshold: float, depth: int, most_depth: int, free_bytes: float, after_layer: int
-    ) -> _native.EarlyReads:
+    def begin(self, threshold: float, depth: int, free_bytes: float, after_layer: int) -> _native.EarlyReads:
         """Lend slots and tell what holds now, unless they are lent; ``end`` takes them back.
 
         Args:
-            most_depth: layers that a forecast reaches at most, of which ``depth`` are asked for.
+            depth: layers ahead that are asked for.
             free_bytes: of reads under way that hold up nobody.
             after_layer: the layer that has just routed; -1: none has.
         """
@@ -63,7 +59,7 @@ class EarlyReads:
             self.native.set_stall_s(stall_s)
             return self.native
         self._has_lent = True
-        self.native.set(threshold, depth, self._pace.bytes_per_s, most_depth, free_bytes, stall_s)
+        self.native.set(threshold, depth, self._pace.bytes_per_s, free_bytes, stall_s)
         self.native.lend(self._cache.lend_for_guesses(LENT_SLOTS, after_layer, depth))
         return self.native
 

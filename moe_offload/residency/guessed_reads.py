@@ -68,7 +68,8 @@ class GuessedReads:
         pace.look(cache.stats.stall_s)
         self._measure()
         queued_bytes = cache.guessed_bytes(layer_idx) - PARALLEL_BYTES
-        if self._is_link_full(queued_bytes) or not pace.layers.is_worth_predicting(layer_idx):
+        is_link_full = queued_bytes > pace.window_bytes
+        if is_link_full or not pace.layers.is_worth_predicting(layer_idx):
             return
         pace.predicting()
         self._read(ask(), queued_bytes)
@@ -111,17 +112,13 @@ class GuessedReads:
         ]
         return guesses if self._rank is None else self._rank(likely, guesses)
 
-    def _is_link_full(self, queued_bytes: int) -> bool:
-        """Whether guesses keep the link busy for as long as a prediction reaches."""
-        reach_bytes = self._most_depth * self._pace.window_bytes
-        return queued_bytes + 0.5 * self._cache.largest_expert_bytes > reach_bytes
-
     def _measure(self) -> None:
         """Now and then, adapt threshold and depth to the link's speed and to what was wasted."""
         stats, pace = self._cache.stats, self._pace
         if not pace.is_time_to_measure or not pace.measure_link(self._cache.largest_expert_bytes):
             return
-        worth = break_even(pace.layers.read_s, pace.layers.submit_s)
+        pace.measure_needs(stats.decode_bytes - stats.prefetch_wasted_bytes, stats.stall_s)
+        worth = break_even(pace.layers.read_s, pace.layers.submit_s, pace.busy_share)
         self.threshold.update(stats.decode_bytes, stats.prefetch_wasted_bytes, worth)
         self._set_depth()
 

@@ -12,6 +12,7 @@ from moe_offload.planning.correction import RunningCorrection
 MEASURE_EVERY_STEPS = 32  # layer steps between two looks at the link's counters and the waste
 BEST_SPEED_KEPT = 0.98  # a link is as fast as it was with much to do; with little it is waited for
 DISK_RATE, LINK_RATE = "disk_bytes_per_s", "link_bytes_per_s"  # names in a RunningCorrection
+SMOOTHING = 0.2  # of the share of a step that the link is busy
 SUBMIT_S = 2e-5  # compute time that asking for a read takes, until it is measured
 
 LinkCounters = Callable[[], tuple[int, float]]  # bytes read so far, seconds in which something was being read
@@ -27,6 +28,7 @@ class Pace:
     Attributes:
         layers: of layer steps and predictions (planning/layer_pace.py); native code keeps it up to date too.
         bytes_per_s: of the link.
+        busy_share: of a step, that the link takes for what steps need, guessed or not.
         now: when the last layer step was looked at.
     """
 
@@ -43,6 +45,8 @@ class Pace:
         self._submitting_s = 0.0  # in the prediction under way
         self._link_seen = (0, 0.0)
         self._measured_at = 0  # number of layer steps
+        self.busy_share = 0.0
+        self._needs_at: tuple[int, int, float] | None = None  # bytes needed, layer steps, stall, so far
         self._needs_seen = -1
         self.turn_to(link, DISK_RATE)
 
@@ -62,7 +66,7 @@ class Pace:
 
     def rest(self) -> None:
         """Nobody looks at what layers need for a while."""
-        self._needs_seen = -1
+        self._needs_seen, self._needs_at = -1, None
 
     def rests(self, layer_idx: int, needs: int) -> bool:
         """Note what the layer needed; whether for long no layer needed what was not resident.
@@ -105,6 +109,22 @@ class Pace:
         self._speeds.note(self._rate, self.bytes_per_s)
         self.layers.read_s = expert_bytes / speed
         return True
+
+    def measure_needs(self, needed_bytes: int, stall_s: float) -> None:
+        """Bring ``busy_share`` up to date; pauses between tokens do not count.
+
+        Args:
+            needed_bytes: that decoding steps read and used, so far.
+            stall_s: waited for experts, so far.
+        """
+        before, self._needs_at = self._needs_at, (needed_bytes, self.layers.num_steps, stall_s)
+        if before is None:
+            return
+        computed_s = (self._needs_at[1] - before[1]) * self.layers.window_s
+        step_s = computed_s + self._needs_at[2] - before[2]
+        if 0.0 < step_s < math.inf:
+            share = min(1.0, max(0.0, (needed_bytes - before[0]) / self.bytes_per_s / step_s))
+            self.busy_share += SMOOTHING * (share - self.busy_share)
 
     def predicting(self) -> None:
         """Note that a prediction begins, which began to cost at the last look."""

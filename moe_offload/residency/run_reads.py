@@ -50,7 +50,7 @@ class RunReads(GuessedReads):
             self._begins_in_run = True
         depth = self._most_depth if self._order is None else self._order.depth
         value = self.threshold.value
-        return self._early.begin(value, depth, self._most_depth, PARALLEL_BYTES, after_layer)
+        return self._early.begin(value, depth, PARALLEL_BYTES, after_layer)
 
     def end_run(self) -> None:
         """Book what was read in a run; also after an interrupt, wherever it came."""
@@ -72,7 +72,7 @@ class RunReads(GuessedReads):
         if next_token.is_trusted:
             gap_bytes = next_token.gap_s * self._pace.bytes_per_s if next_token.gap_s else 0.0
             value, free_bytes = self.threshold.value / next_token.share, PARALLEL_BYTES + gap_bytes
-            watch = early.begin(value, self._most_depth, self._most_depth, free_bytes, FIRST)
+            watch = early.begin(value, self._most_depth, free_bytes, FIRST)
         try:
             next_token.expect(expect(watch), self._pace.clock())
         finally:

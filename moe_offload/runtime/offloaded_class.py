@@ -23,6 +23,13 @@ from moe_offload.runtime.chunked_prefill import (
 from moe_offload.runtime.footprint import weight_bytes
 from moe_offload.runtime.offload import OffloadHandle
 
+# transformers' caches that could not hold what they promise, and what to do instead.
+OTHER_CACHES = {
+    "offloaded": "keys and values are in the budget of --ram, and there is no card to move them from",
+    "offloaded_static": "keys and values are in the budget of --ram, and there is no card to move them from",
+    "quantized": 'load the model with kv="q8_0", which keeps keys and values in 8 bits within the budget',
+}
+
 
 @functools.cache
 def offloaded_class(model_class: Any) -> Any:
@@ -110,7 +117,7 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
 
         Raises:
             BudgetError: prompt and new tokens need more key/value cache than was budgeted.
-            ConfigError: compilation was asked for.
+            ConfigError: compilation, or a cache of a kind that lies elsewhere, was asked for.
         """
         config = kwargs.get("generation_config")
         if kwargs.get("compile_config") or getattr(config, "compile_config", None):
@@ -126,10 +133,10 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         batch_size: int, max_cache_length: int,
     ) -> Any:  # fmt: skip
         """Put our cache where transformers would make a DynamicCache; honour the caller's own."""
-        wants_ours = generation_config.use_cache is not False and generation_config.cache_implementation in (
-            None,
-            "dynamic",
-        )
+        kind = generation_config.cache_implementation
+        if kind in OTHER_CACHES:
+            _refuse(f"cache_implementation={kind!r}", OTHER_CACHES[kind])
+        wants_ours = generation_config.use_cache is not False and kind in (None, "dynamic")
         if model_kwargs.get("past_key_values") is None and wants_ours:
             rows = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
@@ -139,6 +146,10 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what ``generate_batch`` and transformers' server begin with."""
+        _refuse("continuous batching", "one generation runs at a time; pass generate() a padded batch")
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes that the model holds: dense weights, expert slots and key/value caches.

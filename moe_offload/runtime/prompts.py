@@ -21,10 +21,12 @@ def encode_prompt(
     """Return the token ids of a prompt, through the chat template unless ``raw`` or there is none.
 
     Raises:
-        ConfigError: the prompt is empty, or a system message or ``thinking`` has no template to go into.
+        ConfigError: the prompt is empty or no Unicode text, or a system message or ``thinking`` has no
+            template to go into.
     """
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
+    _check_text(prompt)
     if not raw and tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system is not None else []
         return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=thinking)
@@ -54,6 +56,8 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], *, thinking: boo
             "this model has no chat template, so it was not made for conversations; "
             "use moe-offload generate --raw, which continues a text"
         )
+    for message in messages:
+        _check_text(message["content"])
     options = {} if thinking is None else {thinking_switch(tokenizer): thinking}
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
@@ -61,6 +65,15 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], *, thinking: boo
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
     input_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return input_ids
+
+
+def _check_text(text: str) -> None:
+    """Refuse what stands for bytes that are no text, which tokenizers answer with an error of their own."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20].encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"the prompt is no UTF-8 text near {around!r}; convert it first") from error
 
 
 def thinking_switch(tokenizer: Any) -> str:
