@@ -150,6 +150,22 @@ def test_a_first_trial_is_short_where_every_probe_agrees() -> None:
     assert switch.gain == pytest.approx(0.08 / 1.08) and switch.decision and switch.is_on
 
 
+def test_a_probe_that_confirms_what_is_done_ends_early() -> None:
+    switch, num_off = GainSwitch(), []
+    for _ in range(400):
+        num_off.append(not switch.is_on)
+        switch.record(1.0 if switch.is_on else 1.05)
+    first_trial = 2 * BLOCK_STEPS * AGREEING_PROBES
+    assert sum(num_off[:first_trial]) == BLOCK_STEPS * AGREEING_PROBES
+    probes = [len(steps) for is_off, steps in groups(num_off[first_trial:]) if is_off]
+    assert len(probes) >= 3 and sum(probes) <= len(probes) * BLOCK_STEPS
+    assert 1 + LEAST_STEPS in probes, "where the block without it comes second"
+
+
+def groups(values: list[bool]) -> list[tuple[bool, list[bool]]]:
+    return [(key, list(group)) for key, group in itertools.groupby(values)]
+
+
 def test_probes_that_disagree_are_followed_by_more() -> None:
     switch = GainSwitch()
     for step in range(2 * BLOCK_STEPS * AGREEING_PROBES):

@@ -94,9 +94,14 @@ class GainSwitch:
         return first if self._step < BLOCK_STEPS else not first
 
     def _is_hopeless(self) -> bool:
-        """Whether a probe's second block, of what is not done, need not be finished: it is far slower."""
+        """Whether a probe's second block, of what is not done, need not be finished: it is slower again.
+
+        In a first trial it has to be far slower.
+        """
         done, other = self._blocks[self.decision], self._blocks[not self.decision]
-        return len(done) == BLOCK_STEPS - 1 and len(other) >= LEAST_STEPS and self._is_far_faster(done, other)
+        if len(done) < BLOCK_STEPS - 1 or len(other) < LEAST_STEPS:
+            return False
+        return self._is_faster(done, other, by=FAR if self.gain is None else 0.0)
 
     def _end_probe(self) -> None:
         on, off = self._blocks[True], self._blocks[False]
@@ -109,7 +114,7 @@ class GainSwitch:
         self._num_probes += 1
         if len(self._probes) >= LEAST_PROBES:
             self._decide()
-        elif self._all_agree() or self._is_far_faster(*((on, off) if self.decision else (off, on))):
+        elif self._all_agree() or self._is_faster(*((on, off) if self.decision else (off, on)), by=FAR):
             self._rest(agrees=self.gain is not None, gain=self._estimate()[0])
 
     def _all_agree(self) -> bool:
@@ -118,11 +123,11 @@ class GainSwitch:
         agreeing = sum((difference > 0.0) is self.decision for difference in differences)
         return len(differences) >= AGREEING_PROBES and agreeing == len(differences)
 
-    def _is_far_faster(self, done: Sequence[Timed], other: Sequence[Timed]) -> bool:
-        """Whether every step of ``done`` was faster than any of ``other``, and by far."""
+    def _is_faster(self, done: Sequence[Timed], other: Sequence[Timed], *, by: float) -> bool:
+        """Whether every step of ``done`` was faster than any of ``other``, and all by more than a share."""
         miss_s = self._miss_s()
         done_s, other_s = ([step.seconds - miss_s * step.needs for step in block] for block in (done, other))
-        is_far = statistics.fmean(other_s) - statistics.fmean(done_s) > FAR * statistics.fmean(done_s)
+        is_far = statistics.fmean(other_s) - statistics.fmean(done_s) > by * statistics.fmean(done_s)
         return is_far and max(done_s) < min(other_s)
 
     def _rest(self, *, agrees: bool, gain: float) -> None:
