@@ -210,7 +210,7 @@ def test_the_command_writes_a_trace_of_every_prompt(tiny_moe, tmp_path, capsys):
         ("", "t.npz", "holds no prompt"),
         ('{"question": 1}', "t.npz", "no object"),
         ("{", "t.npz", "one prompt per line"),
-        ('"x"', "t.csv", "is an .npz file"),
+        ('"x"', "t.csv", "ends in .npz"),
         ('"x"', "no/t.npz", "no folder"),
     ],
 )
