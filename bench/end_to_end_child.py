@@ -2,24 +2,23 @@
 
     python bench/end_to_end_child.py '{"program": "ours", "model": "big.gguf", ...}'
 
-Both programs get the same token ids: a prompt, then one id after the other, whatever the model would
-have chosen (a model of random weights soon repeats itself, and a repeated token is a cache's best friend).
+Both programs get the same token ids: a prompt, then one id after the other (forced_tokens.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from energy import measured_energy
+from forced_tokens import counters, differences, generate, read_bytes, say, status_bytes, token_ids
+from machine_rates import run_bandwidth
 
 WARM_UP_TOKENS = 512  # of a prompt that brings the experts into memory
 
@@ -29,30 +28,6 @@ def main() -> None:
     if spec.get("cgroup_procs"):
         Path(spec["cgroup_procs"]).write_text(str(os.getpid()))  # before anything large is imported
     PROGRAMS[spec["program"]](spec)
-
-
-def say(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
-
-
-def token_ids(spec: dict[str, Any], first: int, count: int) -> list[int]:
-    """Return ``count`` ids in ascending order; 0 ends a text and is left out."""
-    return [1 + (first + i) % (spec["vocab_size"] - 1) for i in range(count)]
-
-
-def read_bytes() -> int:
-    """Return what this process has caused to be fetched from storage."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    raise RuntimeError("/proc/self/io has no line read_bytes")
-
-
-def status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no line {name}")
 
 
 # Ours
@@ -108,67 +83,6 @@ def run_ours(spec: dict[str, Any]) -> None:
     say(io_read_bytes=io_after - io_before, peak_bytes=status_bytes("VmHWM"))
     say(slots_given_back=delta["slots_given_back"])
     model.offload.close()
-
-
-def counters(model: Any) -> dict[str, float]:
-    return {name: value for name, value in model.offload.stats().as_dict().items() if name != "hit_rate"}
-
-
-def differences(times: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in itertools.pairwise(times)]
-
-
-class Marks:
-    """Forces the tokens of a generation and notes when each was asked for, as a LogitsProcessor."""
-
-    def __init__(self, model: Any, following: list[int], warm_tokens: int, limit_s: float) -> None:
-        self.model, self.following, self.warm_tokens, self.limit_s = model, following, warm_tokens, limit_s
-        self.times: list[float] = []
-        self.choices: list[int] = []  # what the model would have said
-        self.digest = ""  # of the prompt's last logits
-        self.counters: dict[str, float] = {}
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        import torch
-
-        self.choices.append(int(scores[0].argmax()))
-        if not self.digest:
-            self.digest = hashlib.sha256(scores.numpy().tobytes()).hexdigest()
-        if len(self.times) == self.warm_tokens:
-            self.counters = counters(self.model)
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.following[len(self.times)]] = 0.0
-        self.times.append(time.perf_counter())
-        return forced
-
-    def is_over(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Stop when the time is up, as a StoppingCriteria; never before the warm-up and two tokens."""
-        import torch
-
-        late = self.times[-1] - self.times[0] > self.limit_s and len(self.times) > self.warm_tokens + 2
-        return torch.full((len(input_ids),), late, dtype=torch.bool)
-
-
-def generate(
-    model: Any,
-    prompt: list[int],
-    following: list[int],
-    warm_tokens: int,
-    limit_s: float,
-    processors: Sequence[Any] = (),
-) -> Marks:
-    """Run the prompt, then ``following`` but its last token; times[i] is when logits i were there."""
-    import torch
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    marks = Marks(model, following, warm_tokens, limit_s)
-    inputs = torch.tensor([prompt])
-    model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=len(following), do_sample=False,
-        logits_processor=LogitsProcessorList([marks, *processors]),
-        stopping_criteria=StoppingCriteriaList([marks.is_over]),
-    )  # fmt: skip
-    return marks
 
 
 def run_routing(spec: dict[str, Any]) -> None:
@@ -283,65 +197,6 @@ def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-# What the machine can do
-
-
-def run_bandwidth(spec: dict[str, Any]) -> None:
-    """Say how fast memory is read by the threads, and the disk in pieces of an expert's matrices."""
-    import numpy as np
-
-    from moe_offload import _native, ops
-
-    ops.set_num_threads(spec["threads"])
-    data = np.ones(spec["ram_test_bytes"], np.uint8)
-    rates = [_native.read_bandwidth(data.ctypes.data, data.nbytes) for _ in range(6)][1:]
-    del data
-    say(ram_bytes_per_s=max(rates), ram_rates=rates)
-    rates = disk_rates(spec["model"], spec["disk_test_s"])
-    say(disk_bytes_per_s=max(rates), disk_rates=rates)
-
-
-def disk_rates(path: str, seconds: float) -> list[float]:
-    """Return bytes per second in three windows: an expert's matrices in random order, O_DIRECT, 4 threads."""
-    import mmap
-    import random
-    import threading
-
-    from moe_offload.storage.checkpoint import open_checkpoint
-
-    page = 4096
-    spans = [span for expert in open_checkpoint(path).experts.spans.values() for span in expert]
-    windows = [
-        (span.offset // page * page, -(-(span.offset + span.num_bytes) // page) * page) for span in spans
-    ]
-    random.Random(0).shuffle(windows)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    done = [0] * 4
-    stop = threading.Event()
-
-    def read(thread: int) -> None:
-        buffer = mmap.mmap(-1, max(end - start for start, end in windows))
-        index = thread
-        while not stop.is_set():
-            start, end = windows[index % len(windows)]
-            done[thread] += os.preadv(fd, [memoryview(buffer)[: end - start]], start)
-            index += len(done)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(done))]
-    for thread in threads:
-        thread.start()
-    rates = []
-    for _ in range(3):
-        before, began = sum(done), time.perf_counter()
-        time.sleep(seconds / 3)
-        rates.append((sum(done) - before) / (time.perf_counter() - began))
-    stop.set()
-    for thread in threads:
-        thread.join()
-    os.close(fd)
-    return rates
 
 
 PROGRAMS = {

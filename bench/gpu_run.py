@@ -2,7 +2,7 @@
 
     python bench/gpu_run.py '{"model": "big.gguf", "options": {"device": "cuda", ...}, ...}'
 
-Every configuration gets the same token ids, whatever the model would have chosen (end_to_end_child.py).
+Every configuration gets the same token ids, whatever the model would have chosen (forced_tokens.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-from end_to_end_child import differences, generate, say, token_ids
 from energy import PhaseEnergy, measured_energy
+from forced_tokens import differences, generate, say, token_ids
 
 LIMIT_S = 30.0  # of one phase
 
