@@ -6,8 +6,8 @@ Runs the real runtime with experts on disk. Every mode generates the same greedy
 modes take turns in an order that changes from round to round, so that a busy machine slows all of them:
 
     none      experts are read when they are needed
-    fate      the next layer's router on this layer's input, its top_k, always (of the chances that guesses have
-              had so far, as for all that ask it: a little better than the rule alone)
+    fate      the next layer's router on this layer's input, its top_k, always; chances are corrected by
+              what came true, as ours' are, so that it is a little better than the rule alone
     history   what the token before chose in that layer, with ours' admission
     ours      the runtime's default: best predictor, admission, threshold on waste, off where it does not pay
     always    ours without its switch
