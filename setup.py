@@ -121,6 +121,6 @@ setup(
         ],
         "learned": ["onnxruntime>=1.31,<2", "onnx>=1.23,<2"],  # the learned predictor: run it, write it
     },
-    entry_points={"console_scripts": ["moe-offload = moe_offload.cli:entry"]},
+    entry_points={"console_scripts": ["moe-offload = moe_offload.__main__:entry"]},
     zip_safe=False,
 )

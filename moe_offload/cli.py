@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import FrameType
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.model is None:
                 raise ConfigError("--download: which model? give its name, --model org/name")
             import_module("moe_offload.storage.download").fetch(args.model)
-        code = int(import_module(f"moe_offload.cli_{args.command.replace('-', '_')}").run(args))
+        with exit_at_once_on_interrupt():
+            command = import_module(f"moe_offload.cli_{args.command.replace('-', '_')}")
+        code = int(command.run(args))
         sys.stdout.flush()
         return code
     except (ConfigError, CheckpointError, BudgetError) as error:
@@ -88,15 +91,16 @@ def _drop_stdout() -> None:
 def exit_at_once_on_interrupt() -> Iterator[None]:
     """While libraries are imported, let Ctrl-C end the process: nothing is open yet to be closed.
 
-    A KeyboardInterrupt in the middle of a C extension's import surfaces as some other error.
+    A KeyboardInterrupt in the middle of a C extension's import surfaces as some other error, or as none.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
         os._exit(EXIT_INTERRUPTED)
 
     previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler:  # ignored under nohup; or a caller's own
-        yield
+    may_set = threading.current_thread() is threading.main_thread()
+    if previous is not signal.default_int_handler or not may_set:
+        yield  # ignored under nohup; a caller's own; or nothing that this thread may set
         return
     signal.signal(signal.SIGINT, leave)
     try:

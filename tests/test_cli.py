@@ -193,6 +193,21 @@ def test_download_asks_for_a_name(capsys):
     assert "which model" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path):
+    """It was one of importlib's, or was swallowed there and the command went on."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == os.environ['INTERRUPTED_IMPORT']:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    for module in ("moe_offload.cli_parser", "moe_offload.planning.kv_format", "moe_offload.cli_inspect"):
+        done = run_cli("inspect", env={"PYTHONPATH": str(tmp_path), "INTERRUPTED_IMPORT": module})
+        assert done.returncode == 130 and done.stdout == done.stderr == "", module
+
+
 @pytest.fixture(scope="module")
 def interrupted(tiny_moe, tmp_path_factory) -> tuple[dict[str, dict], Path]:
     """What came of Ctrl-C in each scenario of interrupt_child.py, and its TMPDIR."""
