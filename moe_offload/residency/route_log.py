@@ -122,8 +122,15 @@ class RouteLog:
     def _warm(self, events: Sequence[LoggedEvent]) -> None:
         for heat in self.heat.values():
             heat *= HEAT_KEPT
+        of_steps: dict[int, list[int]] = {layer_idx: [] for layer_idx in self.heat}
         for layer_idx, expert_ids, num_tokens, _ in events:
-            self.heat[layer_idx][list(expert_ids)] += 1.0 if num_tokens is None else np.asarray(num_tokens)
+            if num_tokens is None:
+                of_steps[layer_idx] += expert_ids
+            else:
+                self.heat[layer_idx][list(expert_ids)] += np.asarray(num_tokens)
+        for layer_idx, used in of_steps.items():
+            heat = self.heat[layer_idx]
+            heat += np.bincount(np.array(used, np.int64), minlength=len(heat))
 
 
 def _packed_keys(keys: Iterable[ExpertKey]) -> bytes:
@@ -141,7 +148,7 @@ def _packed_events(events: Sequence[LoggedEvent]) -> NDArray[np.uint16]:
                 len(expert_ids),
                 SHARED_STEP,
                 *expert_ids,
-                *(i in above for i in expert_ids),
+                *map(above.__contains__, expert_ids),
             )
         else:
             numbers += (layer_idx, len(expert_ids), STEP, *expert_ids)
