@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
-from moe_offload.errors import CheckpointError
-from moe_offload.expert_ops import Activation, ActivationKind, ExpertKernel, activate_reference, weighted_sum
+from moe_offload.expert_ops import ExpertKernel, weighted_sum
 from moe_offload.planning.prompt_chunks import first_needed
 from moe_offload.residency.expert_cache import ExpertCache, Step
 from moe_offload.residency.prefetch import Prefetcher
@@ -26,19 +25,6 @@ from moe_offload.runtime.expert_calls import expert_calls
 from moe_offload.runtime.hybrid import HybridLayer
 from moe_offload.runtime.hybrid_step import run_step
 from moe_offload.runtime.hybrid_stream import stream_layer
-from moe_offload.storage.expert_format import ExpertLayout
-
-# Names in a configuration; experts are told by what they compute (activation_of).
-ACTIVATION_KINDS = {
-    "silu": ActivationKind.SILU,
-    "swish": ActivationKind.SILU,
-    "gelu": ActivationKind.GELU_ERF,
-    "gelu_pytorch_tanh": ActivationKind.GELU_TANH,
-    "gelu_new": ActivationKind.GELU_TANH,
-    "relu": ActivationKind.RELU,
-}
-# Gate and up values that tell all activations apart, limits and the tails of GELU included.
-PROBES = torch.tensor([-20.0, -9.0, -4.5, -2.5, -1.0, -0.3, 0.0, 0.3, 1.0, 2.5, 4.5, 9.0, 20.0]).double()
 
 
 class Routing:
@@ -259,44 +245,6 @@ class ExpertExecutor:
                     weighted = routing.pair_tokens[pairs], routing.pair_weights[pairs]
                     self.kernel.sum(hidden, *chosen, *weighted, out)
                 start = end
-
-
-def make_kernel(experts: Any, layout: ExpertLayout) -> ExpertKernel:
-    """Translate a transformers experts module into the native kernel's terms."""
-    bias = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
-    gate_up_bias, down_bias = (None if b is None else b.detach().float().contiguous() for b in bias)
-    return ExpertKernel(layout, activation_of(experts), gate_up_bias, down_bias)
-
-
-def activation_of(experts: Any) -> Activation:
-    """Name the gating of an experts module by what it computes on probes.
-
-    Raises:
-        CheckpointError: a gating that no kernel computes.
-    """
-    family = type(experts).__name__
-    if not experts.has_gate or experts.has_post_expert_norm:
-        what = "normalises what its experts return" if experts.has_gate else "has experts without a gate"
-        raise CheckpointError(f"{family} {what}, which no kernel computes")
-    gate, up = PROBES.repeat_interleave(len(PROBES)), PROBES.repeat(len(PROBES))
-    both = torch.stack([gate, up], dim=-1).flatten() if not experts.is_concatenated else torch.cat([gate, up])
-    found = experts._apply_gate(both[None])[0]
-    for activation in _candidates(experts):
-        if torch.allclose(activate_reference(activation, gate, up), found.double(), rtol=1e-5, atol=1e-6):
-            return activation
-    known = ", ".join(kind.name for kind in ActivationKind)
-    raise CheckpointError(f"{family} gates its experts in a way that no kernel computes; known are {known}")
-
-
-def _candidates(experts: Any) -> list[Activation]:
-    """Return every activation that an experts module may have, its own constants put in."""
-    numbers = {
-        name: float(getattr(experts, key))
-        for name in ("alpha", "limit")
-        for key in (name, f"swiglu_{name}")
-        if isinstance(getattr(experts, key, None), (int, float))
-    }
-    return [Activation(kind, **numbers) for kind in ActivationKind]
 
 
 def offloaded_experts_forward(

@@ -28,7 +28,8 @@ from moe_offload.runtime import machine_profile, skeleton
 from moe_offload.runtime.context_room import ContextRoom
 from moe_offload.runtime.dense_loading import load_dense
 from moe_offload.runtime.device_setup import attach_device
-from moe_offload.runtime.executor import ExpertExecutor, make_kernel
+from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.expert_kernels import make_kernel
 from moe_offload.runtime.footprint import release_weights, trim_heap
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.runtime.native_step import NativeStep

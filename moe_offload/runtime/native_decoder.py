@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from moe_offload import _native, ops
 from moe_offload.errors import CheckpointError
 from moe_offload.expert_ops import ActivationKind
-from moe_offload.runtime.executor import ACTIVATION_KINDS, ExpertExecutor
+from moe_offload.runtime.executor import ExpertExecutor
+from moe_offload.runtime.expert_kernels import ACTIVATION_KINDS
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_families import NATIVE_FAMILIES, WINDOW_OF_CONFIG
 from moe_offload.runtime.quant_modules import QuantEmbedding, QuantLinear
