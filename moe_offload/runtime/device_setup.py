@@ -20,7 +20,8 @@ from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.device_costs import SlotsToMeasure, measure_costs
 from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.executor import ExpertExecutor
-from moe_offload.runtime.hybrid import HybridLayer, HybridLayers
+from moe_offload.runtime.hybrid import HybridLayer
+from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.runtime.native_step import NativeStep
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import ExpertKey

@@ -26,7 +26,7 @@ from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import find_distances
 from moe_offload.runtime.context_room import ContextRoom
 from moe_offload.runtime.footprint import cache_bytes, trim_heap
-from moe_offload.runtime.hybrid import HybridLayers
+from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.timeline import recorded_timeline
 from moe_offload.stats import OffloadStats

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.errors import ConfigError
-from moe_offload.runtime.hybrid import HybridLayers
+from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.storage.expert_format import ExpertKey
 
 MOST_EVENTS = 1_000_000  # of the device; what comes later is left out
