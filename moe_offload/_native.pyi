@@ -482,7 +482,6 @@ class TokenRun:
         keys_values: list[tuple[int, int]],
         capacity: int,
         num_tokens: int,
-        keeps_residents: bool,
         free_slots: list[list[int]],
         is_attended: bool,
     ) -> int: ...

@@ -210,6 +210,37 @@ def test_copies_for_a_layer_are_made_inside_the_native_call(prompt_ids, expected
         assert device.device_hits + device.device_misses == device.device_experts
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("arrived", [False, True])
+def test_what_is_copied_ahead_stays_inside_the_native_call(frozen, arrived, prompt_ids, monkeypatch) -> None:
+    """What has arrived is the device's, and a resident once used; else, or frozen, the CPU computes."""
+    monkeypatch.setitem(SCHEDULERS, "there", lambda work: Schedule(work.on_gpu.copy(), 0))
+    with loaded(VRAM, scheduler="there", prefetch=False) as model, torch.no_grad():
+        fill_ram(model)
+        hybrid, native_step, kv = model.offload.hybrid, model.offload.native_step, model.offload.new_cache()
+        model(prompt_ids[:, :-1], past_key_values=kv)
+        expected = model(prompt_ids[:, -1:], past_key_values=kv).logits
+        done = native_step._hybrid_run._native.done()
+        chosen = {ExpertKey(layer_idx, ids[0]) for layer_idx, ids, *_ in done}
+        kv.crop_to(prompt_ids.shape[1] - 1)
+        cache = hybrid.tier.cache
+        cache.keep_only([key for key in cache.residents() if key not in chosen])
+        cache.prefetch(sorted(chosen)[:4])
+        if arrived:
+            cache.finish_reads()
+        else:
+            monkeypatch.setattr(type(cache), "show_arrived", lambda *args, **options: None)
+        monkeypatch.setattr(type(hybrid), "is_frozen", frozen)
+        monkeypatch.setitem(SCHEDULERS, "static_split", SCHEDULERS["there"])
+        native_step._run_experts = None  # nobody may call it
+        hits = hybrid.tier.stats.prefetch_hits
+        assert torch.equal(model(prompt_ids[:, -1:], past_key_values=kv).logits, expected)
+        used = hybrid.tier.stats.prefetch_hits - hits
+        assert used == (4 if arrived and not frozen else 0)
+        assert sum(cache.is_resident(key) for key in sorted(chosen)[:4]) == used
+        cache.check()
+
+
 def test_a_copy_that_fails_inside_a_native_run_changes_no_bit(prompt_ids, expected) -> None:
     with loaded(scheduler="on_demand", prefetch=False) as model:
         fill_ram(model)

@@ -1,6 +1,7 @@
 // Where a layer's experts are, for native code: (num_experts, number of matrices) addresses of those that are
-// resident; the first of them kOnItsWay where an expert has a slot but is no resident yet, 0 for all others.
-// moe_offload/residency/slot_reads.py keeps it up to date.
+// resident, or staged and shown (SlotPool.show_arrived); the first of them kOnItsWay where an expert has a
+// slot and may not be used from it yet, 0 for all others. moe_offload/residency/slot_reads.py keeps it up to
+// date.
 #pragma once
 
 #include <cstdint>

@@ -26,13 +26,10 @@ void set_layer(TokenRun& run, int64_t layer, const ExpertKernel* of, const Devic
 }
 
 int64_t run(TokenRun& run, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
-            int64_t num_tokens, bool keeps_residents, std::vector<std::vector<uint64_t>> free_slots,
-            bool is_attended) {
+            int64_t num_tokens, std::vector<std::vector<uint64_t>> free_slots, bool is_attended) {
     const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
     int64_t stopped = 0;
-    without_gil([&] {
-        stopped = run.run(first, cached, keeps_residents, std::move(free_slots), is_attended, check_signals);
-    });
+    without_gil([&] { stopped = run.run(first, cached, std::move(free_slots), is_attended, check_signals); });
     return stopped;
 }
 
@@ -55,7 +52,7 @@ void register_hybrid(py::module_& m) {
         .def("set_copies", &TokenRun::set_copies, py::arg("layer"), py::arg("pool"), py::arg("first_slot"),
              py::arg("slot_bytes"), py::arg("matrix_bytes"))
         .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
-             py::arg("keeps_residents"), py::arg("free_slots"), py::arg("is_attended"),
+             py::arg("free_slots"), py::arg("is_attended"),
              "The layers from one on, up to one where Python has to decide")
         .def("done", done,
              "Of the last run, by layer: (layer, ids, weights, ids on the device, (id, slot) copied there, "

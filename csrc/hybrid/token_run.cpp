@@ -105,7 +105,7 @@ void TokenRun::set_copies(int64_t layer, size_t pool, uint64_t first_slot, uint6
     shared.matrix_bytes = std::move(matrix_bytes);
 }
 
-int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached,
                       std::vector<std::vector<uint64_t>> free_slots, bool is_attended,
                       const CheckInterrupt& check_interrupt) {
     check_equal(kOp, "number of layers' caches", step_.num_layers(), int64_t(cached.size()));
@@ -117,25 +117,25 @@ int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached, bo
     lacks_slots_ = false;
     const double device_s = engine_.launches().counters().busy_seconds;
     const double link_s = engine_.copies().counters().busy_seconds;
-    const int64_t stopped = run_layers(first, cached, keeps_residents, is_attended, check_interrupt);
+    const int64_t stopped = run_layers(first, cached, is_attended, check_interrupt);
     device_s_ = engine_.launches().counters().busy_seconds - device_s;
     link_s_ = engine_.copies().counters().busy_seconds - link_s;
     return stopped;
 }
 
-int64_t TokenRun::run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
-                             bool is_attended, const CheckInterrupt& check_interrupt) {
+int64_t TokenRun::run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool is_attended,
+                             const CheckInterrupt& check_interrupt) {
     for (int64_t layer = first; layer < step_.num_layers(); ++layer) {
         if (layer > first || !is_attended) step_.attend(layer, cached[layer]);
-        if (layers_[layer].of && !compute(layer, keeps_residents, check_interrupt)) return layer;
+        if (layers_[layer].of && !compute(layer, check_interrupt)) return layer;
     }
     return step_.num_layers();
 }
 
-bool TokenRun::compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt) {
+bool TokenRun::compute(int64_t layer, const CheckInterrupt& check_interrupt) {
     const Choice& choice = step_.choice();
     copied_.clear();
-    if (!divide(layers_[layer], choice, keeps_residents)) return false;
+    if (!divide(layers_[layer], choice)) return false;
     if (division_.on_device.empty() && division_.copied.empty()) {
         const int64_t begin_ns = EventLog::now_ns();
         step_.experts(layer, cpu_.addresses.data());
@@ -149,18 +149,19 @@ bool TokenRun::compute(int64_t layer, bool keeps_residents, const CheckInterrupt
     return true;
 }
 
-// Who computes what; false where an expert has to be read, is on its way, or finds no slot for its copy.
-bool TokenRun::divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents) {
+// Who computes what; false where an expert has to be read, should be copied and is on its way already, or
+// finds no slot for its copy.
+bool TokenRun::divide(const SharedLayer& shared, const Choice& choice) {
     const int64_t width = shared.of->num_matrices();
     const size_t count = choice.ids.size();
     const auto row = [&](const uint64_t* table, int32_t position) {
         return table + choice.ids[position] * width;
     };
     device_.clear(), cpu_.clear();
-    there_.assign(count, 0), in_ram_.assign(count, 0);
+    there_.assign(count, 0), comes_.assign(count, 0), in_ram_.assign(count, 0);
     for (int32_t position = 0; position < int32_t(count); ++position) {
         const uint64_t first = shared.device_table ? *row(shared.device_table, position) : 0;
-        if (first == kOnItsWay && !keeps_residents) return false;
+        comes_[position] = first == kOnItsWay;
         there_[position] = first > kOnItsWay;
         in_ram_[position] = *row(shared.ram_table, position) > kOnItsWay;
     }
@@ -169,6 +170,8 @@ bool TokenRun::divide(const SharedLayer& shared, const Choice& choice, bool keep
     for (const int32_t position : division_.on_device)
         device_.add(position, row(shared.device_table, position), width);
     num_there_ = division_.on_device.size();
+    for (const int32_t position : division_.copied)
+        if (comes_[position]) return false;
     for (const std::vector<int32_t>* part : {&division_.copied, &division_.on_cpu})
         for (const int32_t position : *part)
             if (!in_ram_[position]) return false;

@@ -58,10 +58,9 @@ class TokenRun {
     // Attention and experts of the layers from ``first`` on. Returns the layer whose router has spoken and
     // whose experts are still to be computed, since one has to be read, no slot is free for a copy or the
     // device failed; or the number of layers. What Python decides and what is on its way then decides the
-    // layer. `keeps_residents`: experts on their way to the device count as absent. `free_slots`: addresses
-    // by pool, used from the ends. `is_attended`: run() returned ``first`` before, and the token is still
-    // there.
-    int64_t run(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
+    // layer; what is on its way and is left to the CPU counts as absent. `free_slots`: addresses by pool,
+    // used from the ends. `is_attended`: run() returned ``first`` before, and the token is still there.
+    int64_t run(int64_t first, const std::vector<CachedTokens>& cached,
                 std::vector<std::vector<uint64_t>> free_slots, bool is_attended,
                 const CheckInterrupt& check_interrupt);
 
@@ -86,11 +85,11 @@ class TokenRun {
     class Copies;
 
     SharedLayer& described(int64_t layer);
-    int64_t run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool keeps_residents,
-                       bool is_attended, const CheckInterrupt& check_interrupt);
+    int64_t run_layers(int64_t first, const std::vector<CachedTokens>& cached, bool is_attended,
+                       const CheckInterrupt& check_interrupt);
 
-    bool compute(int64_t layer, bool keeps_residents, const CheckInterrupt& check_interrupt);
-    bool divide(const SharedLayer& shared, const Choice& choice, bool keeps_residents);
+    bool compute(int64_t layer, const CheckInterrupt& check_interrupt);
+    bool divide(const SharedLayer& shared, const Choice& choice);
     void copy(const SharedLayer& shared, const Choice& choice, Copies& copies);
     bool compute_both(int64_t layer, const CheckInterrupt& check_interrupt);
     RowsLaunch launch_of(int64_t layer, size_t first, const Copies& copies) const;
@@ -102,7 +101,7 @@ class TokenRun {
     Side device_, cpu_;  // of the device, first what is there, then what is copied
     size_t num_there_ = 0;
     TokenDivision division_;
-    std::vector<uint8_t> there_, in_ram_;  // by position
+    std::vector<uint8_t> there_, comes_, in_ram_;  // by position
     std::vector<std::vector<uint64_t>> free_slots_;
     std::vector<std::pair<int32_t, uint64_t>> copied_;  // of the layer under way: expert and slot
     bool lacks_slots_ = false;

@@ -30,9 +30,35 @@ class DeviceCache(ExpertCache):
 
     ram: ExpertCache
     keeps_log = False
+    _num_shown = 0  # by show_arrived
 
     def prefetch(self, keys: Iterable[ExpertKey], *, after_layer: int | None = None) -> None:
         super().prefetch([key for key in keys if self.ram.is_resident(key)], after_layer=after_layer)
+
+    def show_arrived(self, *, shown: bool) -> None:
+        """Let native code use what has arrived before a step asked for it, or no more; between steps."""
+        if not shown and not self._num_shown:
+            return
+        self._num_shown = sum(pool.show_arrived(shown=shown) for pool in self._pools)
+
+    def used_natively(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float],
+        here: Sequence[int],
+        copied: Sequence[tuple[int, int]],
+    ) -> None:
+        """Count a layer as ``used`` does; those ``here`` that were shown become residents by it.
+
+        Args:
+            here: the experts that ran on the device, ``copied`` among them.
+        """
+        arrived = self._pool_of[layer_idx].admit_arrived(layer_idx, here) if self._num_shown else 0
+        self.stats.prefetch_hits += arrived
+        self.used(layer_idx, expert_ids, weights, len(here) - len(copied) - arrived, copied)
+        if arrived:
+            self._evict_excess(self._pool_of[layer_idx])
 
     def num_under_way(self, layer_idx: int) -> int:
         """Return how many copies are queued or under way, for the pool of a layer."""

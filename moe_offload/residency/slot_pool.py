@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
-from moe_offload.residency.slot_reads import SlotReads
+from moe_offload.residency.slot_reads import ON_ITS_WAY, SlotReads
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
@@ -209,6 +209,28 @@ class SlotPool(SlotReads):
                 self.admit(entry)
             else:
                 self.discard(entry)
+
+    def show_arrived(self, *, shown: bool) -> int:
+        """Put staged experts, or no more, into the table that native code computes from; returns how many."""
+        num_shown = 0
+        for entry in list(self.staged.values()):
+            if self.settle(entry) is None or entry.state is not SlotState.STAGED:
+                continue
+            row = self.resident_table[entry.key.layer_idx][entry.key.expert_id]
+            row[:] = entry.addresses
+            if not shown:
+                row[0] = ON_ITS_WAY
+            num_shown += shown
+        return num_shown
+
+    def admit_arrived(self, layer_idx: int, expert_ids: Iterable[int]) -> int:
+        """Make residents of those that are staged, somebody having used them; returns how many."""
+        found = [self.table[layer_idx][expert_id] for expert_id in expert_ids]
+        arrived = [entry for entry in found if entry is not None and entry.state is SlotState.STAGED]
+        for entry in arrived:
+            self.claim(entry)
+            self.admit(entry)
+        return len(arrived)
 
     def recover(self, policy: EvictionPolicy) -> None:
         """Make the books agree again after an interrupt between any two instructions; never blocks.

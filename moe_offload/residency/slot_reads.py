@@ -56,8 +56,8 @@ class SlotReads:
         for layer_idx in plan.layers:
             assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
             self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
-        # For native code, layer_idx -> (num_experts, number of matrices): the addresses of residents; first
-        # ON_ITS_WAY where an expert has a slot and is no resident yet; 0 for all others.
+        # For native code, layer_idx -> (num_experts, number of matrices): the addresses of residents, and of
+        # staged ones that are shown; first ON_ITS_WAY for others that have a slot; 0 for all others.
         self.resident_table: dict[int, NDArray[np.uint64]] = {
             i: np.zeros((len(row), len(layouts[i].matrices)), np.uint64) for i, row in self.table.items()
         }
@@ -261,7 +261,8 @@ class SlotReads:
             for expert_id, found in enumerate(row):
                 numbers = tuple(self.resident_table[layer_idx][expert_id].tolist())
                 wanted: tuple[int, ...] = (0,) if found is None else (ON_ITS_WAY,)
-                if found is not None and found.state is SlotState.RESIDENT:
+                is_there = found is not None and found.state is SlotState.RESIDENT
+                if found is not None and (is_there or (found.key in self.staged and numbers[0] > ON_ITS_WAY)):
                     wanted = found.addresses
                 assert numbers[: len(wanted)] == wanted, f"layer {layer_idx} expert {expert_id}: {numbers}"
 

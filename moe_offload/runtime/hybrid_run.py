@@ -75,13 +75,14 @@ class HybridRun:
             The layer that stopped it, its attention computed and its experts not; or the number of layers.
         """
         self._tier.absorb()
+        # While nothing may be replaced, what has arrived would take a resident's place.
+        self._tier.cache.show_arrived(shown=not self._layers.is_frozen)
         is_attended = False
         while True:
             for group in self._groups.values():
                 self._tell_moves(group)
             free = self._tier.cache.free_slots(MOST_COPIES) if any(self._copies.values()) else []
-            frozen = self._layers.is_frozen
-            stopped = self._native.run(first, cached, capacity, num_tokens, frozen, free, is_attended)
+            stopped = self._native.run(first, cached, capacity, num_tokens, free, is_attended)
             num_copied = self._account()
             failure = self._native.failure
             if failure is not None:
@@ -110,8 +111,7 @@ class HybridRun:
         for layer_idx, ids, weights, on_device, copied, _, _ in done:
             self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device), on_device)
             if layer_idx in self._hybrid:
-                num_hits = len(on_device) - len(copied)
-                self._tier.cache.used(layer_idx, ids, weights, num_hits, copied)
+                self._tier.cache.used_natively(layer_idx, ids, weights, on_device, copied)
                 self._tier.stats.misses += len(ids) - len(on_device)
                 if wants_misses and (has_room or self._worth[layer_idx][len(on_device)]):
                     missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
