@@ -12,7 +12,7 @@ from moe_offload import BudgetError, ConfigError
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7]])
 PADDED = torch.tensor([[0, 0, 0, 5, 6, 7], [9, 8, 7, 6, 5, 4]])
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ SAME_TOKENS = {
         "epsilon_cutoff": 3e-4,
     },
     "suppressed and forced": {"suppress_tokens": [3, 4], "forced_eos_token_id": 11, "min_new_tokens": 4},
-    "a length in all": {"max_new_tokens": None, "max_length": 15},
+    "a length in all": {"max_new_tokens": None, "max_length": 13},
     "guidance": {"guidance_scale": 1.5},
     "a negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[3, 4]])},
     "a watermark": {"watermarking_config": WatermarkingConfig(bias=2.5)},
@@ -132,5 +132,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_with_the_reason(pair, name):
     options, error, reason = REFUSED[name]
+    steps = pair[1].offload.stats().decode_steps
     with pytest.raises(error, match=reason):
         pair[1].generate(PROMPT, **{**GREEDY, **options})
+    assert pair[1].offload.stats().decode_steps == steps, "refused before it runs"

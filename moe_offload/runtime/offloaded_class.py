@@ -136,13 +136,14 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         kind = generation_config.cache_implementation
         if kind in OTHER_CACHES:
             _refuse(f"cache_implementation={kind!r}", OTHER_CACHES[kind])
-        wants_ours = generation_config.use_cache is not False and kind in (None, "dynamic")
-        if model_kwargs.get("past_key_values") is None and wants_ours:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rows = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            model_kwargs["past_key_values"] = self.offload.new_cache(max_cache_length, rows)
-            return None
+            if kind in (None, "dynamic"):
+                model_kwargs["past_key_values"] = self.offload.new_cache(max_cache_length, rows)
+                return None
+            self.offload.room.check(max_cache_length, rows, None)  # a static cache is allocated whole
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
