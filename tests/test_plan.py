@@ -111,17 +111,17 @@ def test_what_is_guessed_is_read_while_the_layer_before_computes() -> None:
     assert ahead.ahead_gain == pytest.approx(ahead.tokens_per_s / plain.tokens_per_s - 1)
 
 
-def test_guesses_that_would_not_be_half_there_are_not_asked_for() -> None:
-    two = replace(SHAPE, num_layers=2, moe_layers=2)
-    stalls = Stalls(TOKEN, replace(MACHINE, submit_s=0.0), two, experts_s=0.6)
-    window_s, read_s = 1.0 / 2, 3.0  # of a layer that computes, and of its one expert
-    asked = window_s / read_s + 0.5
-    found = 0.9 * asked / (0.9 + WASTE_TARGET / (1 - WASTE_TARGET))
+def test_guesses_whose_reads_would_not_begin_in_time_are_not_asked_for() -> None:
+    two = replace(SHAPE, num_layers=2, moe_layers=2, top_k=2)
+    stalls = Stalls(TOKEN, replace(MACHINE, submit_s=0.0), two, experts_s=0.0)
+    window_s, read_s = 1.0 / 2, 1.5  # of a layer that computes, and of one of its two experts
+    asked = window_s / read_s + 1
+    found = 0.9 * asked / (2 * (0.9 + WASTE_TARGET / (1 - WASTE_TARGET)))
     late_s = 2 * (asked * read_s - window_s)
-    found_s = stalls.ahead_s((0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=1.0, disk_s=0.0)
-    assert found_s == pytest.approx(1.0 + 2 * (1 - found) * read_s + late_s)
-    slower = stalls.ahead_s((0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=8.0, disk_s=0.0)
-    assert slower == pytest.approx(8.0 + 2 * 0.1 * read_s), "there is time for all of them"
+    found_s = stalls.ahead_s((0.0, 0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=1.0, disk_s=0.0)
+    assert found_s == pytest.approx(1.0 + 2 * 2 * (1 - found) * read_s + late_s)
+    slower = stalls.ahead_s((0.0, 0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=8.0, disk_s=0.0)
+    assert slower == pytest.approx(8.0 + 2 * 2 * 0.1 * read_s), "there is time for all of them"
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))

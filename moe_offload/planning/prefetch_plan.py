@@ -16,7 +16,6 @@ from typing import NamedTuple
 from moe_offload.storage.expert_format import ExpertKey
 
 WASTE_TARGET = 0.13  # of all bytes read
-HALF_THERE = 0.5  # of a guess, when its layer comes: what the cost model (stalls.py) counts as asked for
 LOWEST, HIGHEST = 0.10, 0.95  # of the threshold on a guess's probability
 GAIN, MOST_STEP = 0.4, 0.05  # of its steps: per share of waste above the target, and in all
 REMEMBERED = 12  # looks at the counters

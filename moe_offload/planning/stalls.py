@@ -8,7 +8,7 @@ from math import comb
 
 from moe_offload.planning.cost_model import TokenBytes
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, ReadAhead
-from moe_offload.planning.prefetch_plan import HALF_THERE, WASTE_TARGET
+from moe_offload.planning.prefetch_plan import WASTE_TARGET
 
 
 def _step_overhead_s(overheads: Overheads, shape: DecoderShape, stalled: float) -> float:
@@ -67,8 +67,8 @@ class Stalls:
         """Return a token's seconds where each layer's guessed misses are read during the layer before.
 
         Guesses are asked for by who computes, wrong ones, too, and take their share of the disk. As many are
-        asked for as half arrive while a layer computes (``plan_reads``), the rest are found missing. What has
-        not arrived by then is waited for; while a layer waits for its own misses, no guess advances.
+        asked for as begin to be read while a layer computes (``plan_reads``), the rest are found missing.
+        What has not arrived by then is waited for; while a layer waits for its own misses, no guess advances.
         """
         missed = sum(misses * share for misses, share in enumerate(shares))
         wanted = missed * (ahead.recall + WASTE_TARGET / (1 - WASTE_TARGET))
@@ -79,7 +79,7 @@ class Stalls:
             beside_s = layers * (watched_s + asked * self.machine.submit_s)
             return (ram_s + overhead_s + beside_s) / max(1, self.shape.num_layers)
 
-        asked = min(wanted, layer_s(self.of(shares)[0], wanted) / self.read_s + HALF_THERE)
+        asked = min(wanted, layer_s(self.of(shares)[0], wanted) / self.read_s + 1)
         found = ahead.recall * (asked / wanted if wanted else 1.0)
         overhead_s, stall_s = self.of(thinned(shares, found))
         window_s = layer_s(overhead_s, asked)
