@@ -6,17 +6,18 @@ input names most of the experts that it will choose on its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from moe_offload.planning.prediction import Forecast, StatelessPredictor, used_by_any
 from moe_offload.predictors.history import LayerOrder
 from moe_offload.predictors.native_gate import NativeGate
-from moe_offload.predictors.one_token import OneToken, router_rows
+from moe_offload.predictors.one_token import FIRST, OneToken, router_rows
 from moe_offload.predictors.routers import DEFAULT_CURVE, Curve, RouterScores, probabilities
 
 
@@ -27,6 +28,9 @@ class CrossLayerGate(StatelessPredictor):
         routers: by decoder layer index, of every MoE layer.
         depth: how many MoE layers ahead.
         curves: by (layer, later layer), what makes of scores probabilities, where fitted.
+        first_gate: (E, H), from a token's embedding to the first layer's scores; None: it is not forecast,
+            nor where its router ranks by more than such a product.
+        embed: token ids (T,) to embeddings (T, H), for ``first_gate``.
     """
 
     def __init__(
@@ -35,10 +39,14 @@ class CrossLayerGate(StatelessPredictor):
         *,
         depth: int = 1,
         curves: Mapping[tuple[int, int], Curve] | None = None,
+        first_gate: NDArray[np.float32] | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.order = LayerOrder(list(routers), depth)
         self._scores = {layer_idx: RouterScores(router) for layer_idx, router in routers.items()}
         self._curves = dict(curves or {})
+        ranks_by_product = bool(routers) and self._ranks_by_product(self.order.layers[0])
+        self._first_gate, self._embed = first_gate if ranks_by_product else None, embed
         self._native = {
             (layer_idx, later): NativeGate(
                 self._scores[later], self._curves.get((layer_idx, later), DEFAULT_CURVE)
@@ -68,7 +76,30 @@ class CrossLayerGate(StatelessPredictor):
                     router.top_k,
                     self._curves.get((layer_idx, later), DEFAULT_CURVE),
                 )
+        if self._first_gate is not None:
+            first = order.layers[0]
+            one_token.add(FIRST, first, self._first_gate, None, routers[first].top_k, DEFAULT_CURVE)
         return one_token
+
+    def _ranks_by_product(self, layer_idx: int) -> bool:
+        scores = self._scores[layer_idx]
+        return scores.linear_weight is not None and scores.linear_bias is None
+
+    def first_input(self, token_ids: NDArray[np.int64]) -> Tensor | None:
+        """Return the tokens' embeddings (T, H) float32, by which the first layer is forecast."""
+        if self._first_gate is None or self._embed is None:
+            return None
+        with torch.no_grad():
+            return self._embed(torch.from_numpy(token_ids)).float()
+
+    def begin_step(self, token_ids: NDArray[np.int64] | None) -> Sequence[Forecast]:
+        """Return what the tokens' embeddings say of the first layer."""
+        embedding = None if token_ids is None else self.first_input(token_ids)
+        if embedding is None or self._first_gate is None:
+            return ()
+        first = self.order.layers[0]
+        scores = embedding.numpy() @ self._first_gate.T
+        return [Forecast(first, used_by_any(probabilities(scores, self._scores[first].top_k, DEFAULT_CURVE)))]
 
     def predict(
         self,

@@ -21,6 +21,7 @@ from moe_offload.predictors.history import (
 )
 from moe_offload.predictors.residual_gate import MeanOutputGate, ResidualGate, SharedExpertGate
 from moe_offload.predictors.routers import RouterScores, distances, probabilities, threshold
+from moe_offload.runtime.predictor_inputs import first_gate_of
 
 HIDDEN_SIZE, NUM_EXPERTS, TOP_K = 6, 5, 2
 LAYERS = (1, 3, 4)
@@ -264,3 +265,32 @@ def test_the_oracle_is_right_token_after_token():
         assert best(last) == set(experts[token, 2])
     with pytest.raises(ValueError, match="ids"):
         oracle.begin_step(None)
+
+
+def test_the_first_gate_says_what_the_router_says_of_a_token_alone() -> None:
+    """Alone it attends to itself only, and embeddings of one size leave nothing to the vocabulary's mean."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=40, hidden_size=32, num_hidden_layers=1, intermediate_size=8, moe_intermediate_size=8,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    layer, embeddings = model.model.layers[0], model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings /= embeddings.square().mean(-1, keepdim=True).sqrt()
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.uniform_(0.5, 1.5)
+        layer.self_attn.v_proj.weight.mul_(20)  # so that attention counts
+        seen: list[torch.Tensor] = []
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        table = first_gate_of(model, layer.mlp.gate)
+        assert table is not None and table.shape == (8, 32)
+        for token in (3, 17, 31):
+            model(input_ids=torch.tensor([[token]]))
+            expected = torch.nn.functional.linear(seen[-1].flatten(), layer.mlp.gate.weight)
+            scores = torch.from_numpy(table) @ embeddings[token]
+            cosine = torch.nn.functional.cosine_similarity(scores, expected, dim=0)
+            assert cosine > 0.9999

@@ -18,7 +18,7 @@ from moe_offload.predictors.fit_file import PredictorFit
 from moe_offload.predictors.fitted import Hybrid, LowRankGate
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.predictor_choice import GATE_DEPTH, NEEDS_FIT, PredictorChoice
-from moe_offload.runtime.predictor_inputs import embed, norms_of, shared_expert_of
+from moe_offload.runtime.predictor_inputs import embed, first_gate_of, norms_of, shared_expert_of
 
 
 def make_predictor(
@@ -62,7 +62,11 @@ Routers = dict[int, Any]
 
 
 def _gate(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -> Any:
-    return CrossLayerGate(routers, depth=depth, curves=_curves(choice, "cross_layer_gate"))
+    curves = _curves(choice, "cross_layer_gate")
+    first_gate = first_gate_of(model, routers[0]) if 0 in routers else None
+    return CrossLayerGate(
+        routers, depth=depth, curves=curves, first_gate=first_gate, embed=partial(embed, model)
+    )
 
 
 def _imported(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -> Any:
