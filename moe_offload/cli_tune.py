@@ -26,7 +26,7 @@ from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.terminal import Progress, seconds
 
 if TYPE_CHECKING:
-    from moe_offload.tune import Stage
+    from moe_offload.tune_stage import Stage
     from moe_offload.tune_tiers import Tiers
 
 SECONDS, QUICK_SECONDS = 150.0, 30.0  # of the three minutes and forty seconds that it may take

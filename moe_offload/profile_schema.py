@@ -73,10 +73,12 @@ FIGURES: dict[str, dict[str, Bounds]] = {
     },
     "model": {
         "expert_size": (BYTES, 1.0, 2.0**40),
-        "layer_overhead": (SECONDS, 0.0, 1.0),  # of a layer that misses nothing
-        "stall_overhead": (SECONDS, 0.0, 1.0),  # what misses add, beside waiting for them
+        "layer_overhead": (SECONDS, 0.0, 1.0),  # of a layer that misses nothing, nothing read ahead
+        "stall_overhead": (SECONDS, 0.0, 1.0),  # what misses add, beside waiting for them, nothing read ahead
         "recall": (COUNT, 0.0, 1.0),  # of the predictor in [settings], a layer ahead
         "missed_recall": (COUNT, 0.0, 1.0),  # the same of those experts that were not in memory
+        "prefetch_speedup": (COUNT, 1e-2, 1e2),  # of runs that prefetch, beside runs in turn with them
+        "prefetch_hit_rate": (COUNT, 0.0, 1.0),  # of those runs without
         "predict_time": (SECONDS, 0.0, 1.0),  # of asking it, for a layer
         "submit_time": (SECONDS, 0.0, 1.0),  # of asking for an expert's read, which takes from computing
     },

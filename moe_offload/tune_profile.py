@@ -9,10 +9,11 @@ from typing import Any
 
 from moe_offload import ops, profile_store
 from moe_offload.errors import ConfigError
+from moe_offload.planning.profile_speed import split_overhead
 from moe_offload.planning.tuning import Choice
 from moe_offload.profile_schema import CURVES, FIGURES, REQUIRED, DeviceProfile, Figure
 from moe_offload.residency.machine_state import cpu_name, machine_key
-from moe_offload.tune import Stage, combined
+from moe_offload.tune_stage import Stage, combined
 from moe_offload.tune_tiers import Tiers
 
 CPU_SECTIONS, DEVICE_SECTIONS = ("cpu", "ram", "disk"), ("gpu", "link")
@@ -34,12 +35,7 @@ def assemble(
         device: the key of what computed beside the CPU.
     """
     choice, best = combined(stages)
-    note = f"beside bytes and waiting, {stages[0].name}"
-    overheads = {"layer_overhead": stages[0].layer_overhead_s, "stall_overhead": stages[0].stall_overhead_s}
-    tiers.figures["model"] |= {
-        name: Figure(value, "measured", note) for name, value in overheads.items() if value is not None
-    }
-    tiers.figures["model"] |= _prediction(choice, stages[-1])
+    tiers.figures["model"] |= _overheads(stages) | _prediction(choice, stages[-1]) | _gain(choice, stages[-1])
     keep_the_possible(tiers)
     evidence: dict[str, Any] = {
         "verdict": "; ".join(f"{stage.name}: {stage.verdict}" for stage in stages),
@@ -69,6 +65,31 @@ def assemble(
             "evidence": evidence,
         },
     )
+
+
+def _overheads(stages: list[Stage]) -> dict[str, Figure]:
+    """Return what layers cost in runs that read nothing ahead; nothing where there were none."""
+    first, last = stages[0], stages[-1]
+    if first.layer_s is None:
+        return {}
+    layer_s, stall_s = split_overhead(first.layer_s, first.stalled_share)
+    if stall_s is None and last.layer_s is not None:
+        stall_s = split_overhead(last.layer_s, last.stalled_share, layer_s)[1]
+    found = {"layer_overhead": layer_s, "stall_overhead": stall_s}
+    note = f"beside bytes and waiting, nothing read ahead, {', '.join(stage.name for stage in stages)}"
+    return {name: Figure(value, "measured", note) for name, value in found.items() if value is not None}
+
+
+def _gain(choice: Choice, stage: Stage) -> dict[str, Figure]:
+    """Return what the chosen prefetching gained; nothing where other prefetching was paired, or none."""
+    seen, paired = stage.prefetch, stage.defaults
+    if seen is None or (choice.predictor, choice.prefetch_depth) != (paired.predictor, paired.prefetch_depth):
+        return {}
+    between = f"{seen.pairs} pairs of runs ({seen.gain.low:.2f} to {seen.gain.high:.2f}), {stage.name}"
+    return {
+        "prefetch_speedup": Figure(seen.gain.speedup, "measured", between),
+        "prefetch_hit_rate": Figure(seen.hit_rate, "measured", f"of those without prefetching, {stage.name}"),
+    }
 
 
 def _prediction(choice: Choice, stage: Stage) -> dict[str, Figure]:

@@ -38,6 +38,7 @@ READING_ORDER = [
     ("runtime",),
     ("tune_tiers",),
     ("tune_facts",),
+    ("tune_stage",),
     ("tune",),
     ("tune_profile",),
     (

@@ -20,6 +20,7 @@ from moe_offload.profile_schema import FIGURES
 from moe_offload.profile_write import write_profile
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.tune_profile import assemble
+from moe_offload.tune_stage import Stage
 from moe_offload.tune_tiers import measure_all
 
 LINK_BYTES_PER_S, TO_HOST_BYTES_PER_S, LATENCY_S = 200e6, 50e6, 1e-4
@@ -78,7 +79,7 @@ def test_a_profile_holds_both_sides(tmp_path: Path) -> None:
     finally:
         device.close()
     default = tune.default_choice(checkpoint)
-    profile = assemble("both", "test", "key", tiers, [tune.Stage("all", default, default)], 1.0)
+    profile = assemble("both", "test", "key", tiers, [Stage("all", default, default)], 1.0)
     write_profile(tmp_path / "both.toml", profile)
     again = load_profile(tmp_path / "both.toml")
     assert again.has("gpu") and again.has("link")

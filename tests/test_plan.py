@@ -36,6 +36,7 @@ from moe_offload.planning.machine_speed import (
     Overheads,
     PromptSpeed,
     ReadAhead,
+    SeenGain,
 )
 from moe_offload.planning.plans import DensePlan
 from moe_offload.planning.prefetch_plan import WASTE_TARGET
@@ -122,6 +123,25 @@ def test_guesses_whose_reads_would_not_begin_in_time_are_not_asked_for() -> None
     assert found_s == pytest.approx(1.0 + 2 * 2 * (1 - found) * read_s + late_s)
     slower = stalls.ahead_s((0.0, 0.0, 1.0), ReadAhead(0.9, 0.0), ram_s=8.0, disk_s=0.0)
     assert slower == pytest.approx(8.0 + 2 * 2 * 0.1 * read_s), "there is time for all of them"
+
+
+def test_reading_ahead_gains_no_more_than_runs_showed() -> None:
+    """What it costs where they ran, arithmetic not knowing why, it costs where less is missed, too."""
+    shape = replace(SHAPE, num_layers=2, moe_layers=2)
+    seen = ReadAhead(recall=0.5, layer_s=0.0, seen=SeenGain(speedup=1.1, hit_rate=0.5))
+    unseen = replace(MACHINE, submit_s=0.0, ahead=replace(seen, seen=None))
+    machine = replace(unseen, ahead=seen)
+
+    def gain(machine: MachineSpeed, hit_rate: float) -> float:
+        return decode_speed(TOKEN, machine, shape, hit_rate=hit_rate).ahead_gain
+
+    assert gain(unseen, 0.5) > 0.15 and gain(machine, 0.5) == pytest.approx(0.1)
+    assert gain(machine, 0.75) == pytest.approx(0.1) and gain(unseen, 0.75) > 0.4
+    assert gain(machine, 0.95) == 0.0 < gain(unseen, 0.95)
+    modest = replace(machine, ahead=replace(seen, seen=SeenGain(speedup=9.0, hit_rate=0.5)))
+    assert gain(modest, 0.5) == pytest.approx(gain(unseen, 0.5)), "luck promises nothing"
+    slower = replace(machine, ahead=replace(seen, seen=SeenGain(speedup=0.9, hit_rate=0.5)))
+    assert gain(slower, 0.5) == 0.0
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))

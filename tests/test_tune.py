@@ -28,17 +28,21 @@ from moe_offload import (
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.device import load_profile
 from moe_offload.errors import ConfigError
+from moe_offload.planning.machine_speed import SeenGain
+from moe_offload.planning.paired_runs import DUEL_ROUNDS, SCREEN_ROUNDS
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.profile_speed import TYPICAL_OVERHEADS, profile_speed, split_overhead
 from moe_offload.planning.time_budget import TimeBudget
-from moe_offload.planning.tuning import DUEL_ROUNDS, NO_PREDICTOR, SCREEN_ROUNDS, Choice
+from moe_offload.planning.tuning import NO_PREDICTOR, Choice
+from moe_offload.profile_parse import parse_profile
 from moe_offload.profile_schema import Curve, Figure
 from moe_offload.residency.machine_state import machine_key
 from moe_offload.runtime import offload
-from moe_offload.runtime.tuning_run import Text, TuningRun
+from moe_offload.runtime.tuning_run import Counts, Text, TuningRun
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.trace import make_trace
+from moe_offload.tune_stage import Stage, combined
 
 EIGHT_OF_16 = {"ram": "4GiB", "experts": 8, "context": None}
 
@@ -159,6 +163,36 @@ def test_a_division_of_slots_is_ranked_run_kept_and_used(
         model.offload.close()
 
 
+def test_what_layers_cost_and_prefetching_gains_is_seen_in_runs_without_it(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that prefetch wait less and do more: theirs say nothing of a layer that waits."""
+
+    def run(self: TuningRun, choice: Choice, text: Any, num_tokens: int) -> float:
+        tokens = self.counted_tokens(num_tokens)
+        stall_s = 0.1 if choice.prefetch else 0.6  # the last run's was taken once, whosever it was
+        self.counts[choice].append(Counts(stall_s, 0.9 if choice.prefetch else 0.5))
+        return tokens * (1.0 if choice.prefetch else 1.25)
+
+    monkeypatch.setattr(TuningRun, "run", run)
+    (stage,) = tuner(tiny_moe).stages()
+    assert stage.prefetch is not None and stage.choice == stage.defaults
+    assert (stage.prefetch.pairs, stage.prefetch.hit_rate) == (SCREEN_ROUNDS + DUEL_ROUNDS, 0.5)
+    checkpoint = open_checkpoint(tiny_moe)
+    stalled = 1 - 0.5**checkpoint.spec.top_k
+    profile = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
+    kept = parse_profile(tomllib.loads(profile_write.as_toml(profile)), "p.toml")
+    overheads, ahead = profile_speed(kept).overheads, profile_speed(kept).ahead
+    layer_s = overheads.native_layer_s + stalled * overheads.stalled_layer_s
+    assert layer_s * checkpoint.spec.num_hidden_layers == pytest.approx(1.25 - 0.6, rel=1e-3)
+    assert ahead is not None and ahead.seen == SeenGain(pytest.approx(1.25), 0.5)
+    assert "1.25x as fast" in ahead.describe()
+    assert any(run["stage"].startswith("prefetching or not") for run in kept.notes["evidence"]["run"])
+    stage.choice = replace(stage.defaults, predictor="frequency")
+    other = tune_profile.assemble("p", "test", "key", tiers(), [stage], 1.0)
+    assert "prefetch_speedup" not in other.figures["model"], "other prefetching was not paired"
+
+
 def test_luck_in_the_first_rounds_does_not_survive_the_duel(
     tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +224,7 @@ def test_what_misses_cost_is_not_charged_to_layers_that_miss_nothing() -> None:
     assert stall_s is not None and layer_s + 0.8 * stall_s == pytest.approx(400e-6)
     proportion = TYPICAL_OVERHEADS.stalled_layer_s / TYPICAL_OVERHEADS.native_layer_s
     assert stall_s / layer_s == pytest.approx(proportion)
+    assert split_overhead(400e-6, 0.8, 40e-6) == (40e-6, pytest.approx(450e-6)), "other runs told"
     assert split_overhead(40e-6, 0.01) == (40e-6, None), "few misses say nothing of what one adds"
 
 
@@ -305,8 +340,8 @@ DEFAULTS, THREADS, POLICY = (
 def test_settings_hold_in_both_stages(
     first: Choice, second: Choice, slower: list[Choice], expected: Choice
 ) -> None:
-    stages = [tune.Stage("all", DEFAULTS, first), tune.Stage("tight", DEFAULTS, second, slower=slower)]
-    assert tune.combined(stages)[0] == expected
+    stages = [Stage("all", DEFAULTS, first), Stage("tight", DEFAULTS, second, slower=slower)]
+    assert combined(stages)[0] == expected
 
 
 @pytest.fixture
@@ -412,7 +447,7 @@ def test_what_a_stopped_machine_measures_is_left_out_or_refused() -> None:
 
 
 def test_the_report_for_people_names_runs_and_verdict() -> None:
-    stage = tune.Stage("all", DEFAULTS, DEFAULTS, verdict="the defaults: nothing was faster")
+    stage = Stage("all", DEFAULTS, DEFAULTS, verdict="the defaults: nothing was faster")
     stage.runs = [
         {"settings": "defaults", "stage": "duel all", "tokens_per_s": 10.0},
         {

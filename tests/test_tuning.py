@@ -12,21 +12,18 @@ from hypothesis import strategies as st
 
 from moe_offload.planning.correction import MOST_STEP, SMOOTHING, RunningCorrection
 from moe_offload.planning.cost_model import TokenBytes
+from moe_offload.planning.paired_runs import RunPlan, paired_gain, plan_runs, worth_a_duel
 from moe_offload.planning.tuning import (
     NO_PREDICTOR,
     Choice,
     DividedHits,
     Division,
     Predictability,
-    RunPlan,
     TuningFacts,
-    paired_gain,
-    plan_runs,
     ranked,
     thread_counts,
     to_verify,
     token_s,
-    worth_a_duel,
 )
 from moe_offload.planning.tuning_device import DeviceFacts
 

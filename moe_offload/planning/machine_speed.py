@@ -57,6 +57,19 @@ class DeviceSpeed:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenGain:
+    """What reading ahead was worth in real runs that took turns with runs without it.
+
+    Attributes:
+        speedup: how many times as fast as those without.
+        hit_rate: share of a token's experts that those without found in memory.
+    """
+
+    speedup: float
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReadAhead:
     """What a predictor does for a model, as `tune` measured it on the model's own text.
 
@@ -64,16 +77,19 @@ class ReadAhead:
         recall: share of a layer's misses that it names one layer ahead, with as many guesses as experts.
         layer_s: of asking it.
         of_misses: False: older profiles tell that share of all experts only, which is higher.
+        seen: None: no runs were paired, and nothing but arithmetic tells what it gains.
     """
 
     recall: float
     layer_s: float
     of_misses: bool = True
+    seen: SeenGain | None = None
 
     def describe(self) -> str:
         """Return in words how much it guesses."""
         of_what = "misses" if self.of_misses else "experts, not of the misses alone, which tune measures now,"
-        return f"{self.recall:.0%} of the {of_what} guessed a layer ahead"
+        seen = f"; runs with it were {self.seen.speedup:.2f}x as fast as without" if self.seen else ""
+        return f"{self.recall:.0%} of the {of_what} guessed a layer ahead{seen}"
 
 
 @dataclass(frozen=True, slots=True)

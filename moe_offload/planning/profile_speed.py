@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_offload.planning.machine_speed import SUBMIT_S, DeviceSpeed, MachineSpeed, Overheads, ReadAhead
+from moe_offload.planning.machine_speed import (
+    SUBMIT_S,
+    DeviceSpeed,
+    MachineSpeed,
+    Overheads,
+    ReadAhead,
+    SeenGain,
+)
 from moe_offload.profile_schema import DeviceProfile
 
 SUSTAINED_SHARE = 0.75  # of a data sheet's peak
@@ -48,7 +55,9 @@ def _ahead(profile: DeviceProfile) -> ReadAhead | None:
     recall, layer_s = profile.get("model", "missed_recall", "recall"), profile.get("model", "predict_time")
     if recall is None or layer_s is None or not profile.settings.get("prefetch", True):
         return None
-    return ReadAhead(recall, layer_s, of_misses=profile.get("model", "missed_recall") is not None)
+    speedup, hit_rate = (profile.get("model", f"prefetch_{name}") for name in ("speedup", "hit_rate"))
+    seen = None if speedup is None or hit_rate is None else SeenGain(speedup, hit_rate)
+    return ReadAhead(recall, layer_s, profile.get("model", "missed_recall") is not None, seen)
 
 
 def _device(profile: DeviceProfile) -> DeviceSpeed | None:
@@ -71,7 +80,9 @@ def _overheads(layer_s: float | None, stalled_s: float | None) -> Overheads:
     return found if stalled_s is None else replace(found, stalled_layer_s=stalled_s)
 
 
-def split_overhead(layer_s: float, stalled_share: float) -> tuple[float, float | None]:
+def split_overhead(
+    layer_s: float, stalled_share: float, clean_layer_s: float | None = None
+) -> tuple[float, float | None]:
     """Return what a layer that misses nothing costs beside bytes and waiting, and what misses add to it.
 
     A run under one budget shows only their sum, and a plan is of any budget: it is divided in the typical
@@ -80,9 +91,12 @@ def split_overhead(layer_s: float, stalled_share: float) -> tuple[float, float |
     Args:
         layer_s: the mean over a run's layers.
         stalled_share: of these layers, those with a miss; few tell nothing of what one adds (None).
+        clean_layer_s: of a layer that misses nothing, where other runs showed it.
     """
     if stalled_share < FEW_STALLS:
         return layer_s, None
+    if clean_layer_s is not None:
+        return clean_layer_s, max(0.0, layer_s - clean_layer_s) / stalled_share
     native_s, stalled_s = TYPICAL_OVERHEADS.native_layer_s, TYPICAL_OVERHEADS.stalled_layer_s
     scale = layer_s / (native_s + stalled_share * stalled_s)
     return scale * native_s, scale * stalled_s

@@ -73,13 +73,12 @@ def decode_speed(
         device_walls["VRAM"] = device_walls.get("VRAM", 0.0) + there_s
     ram_s = dense_s + experts_s
     shares = independent_misses(shape.top_k, hit_rate) if misses is None else misses
-    disk_s = (1 - hit_rate) * token.expert_bytes / machine.disk_bytes_per_s
     stalls = Stalls(token, machine, shape, experts_s)
-    overhead_s, stall_s = stalls.of(shares)
-    total_s = plain_s = max(ram_s + overhead_s + stall_s, disk_s)
+    disk_s = stalls.disk_s(hit_rate)
+    total_s = plain_s = stalls.plain_s(shares, ram_s, disk_s)
     if machine.ahead is not None and shape.is_native:
-        total_s = min(plain_s, stalls.ahead_s(shares, machine.ahead, ram_s, disk_s))
-    walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": overhead_s, **device_walls}
+        total_s = min(plain_s, stalls.verified_ahead_s(shares, machine.ahead, ram_s, disk_s))
+    walls_s = {"RAM": ram_s, "disk": disk_s, "overhead": stalls.of(shares)[0], **device_walls}
     binding = max(walls_s, key=lambda wall: walls_s[wall])
     return Speed(1 / total_s, walls_s, binding, ahead_gain=plain_s / total_s - 1)
 

@@ -63,6 +63,30 @@ class Stalls:
         )
         return overhead_s, layers * expected
 
+    def plain_s(self, shares: Sequence[float], ram_s: float, disk_s: float) -> float:
+        """Return a token's seconds where nothing is read ahead."""
+        overhead_s, stall_s = self.of(shares)
+        return max(ram_s + overhead_s + stall_s, disk_s)
+
+    def disk_s(self, hit_rate: float) -> float:
+        """Return how long the disk reads a token's misses."""
+        return (1 - hit_rate) * self.token.expert_bytes / self.machine.disk_bytes_per_s
+
+    def verified_ahead_s(
+        self, shares: Sequence[float], ahead: ReadAhead, ram_s: float, disk_s: float
+    ) -> float:
+        """Return ``ahead_s`` as far as real runs bear it out: never a greater gain than theirs.
+
+        What arithmetic has faster than they were, where they ran, reading ahead costs elsewhere, too.
+        """
+        reckoned_s = self.ahead_s(shares, ahead, ram_s, disk_s)
+        if ahead.seen is None:
+            return reckoned_s
+        there = independent_misses(self.shape.top_k, ahead.seen.hit_rate), self.disk_s(ahead.seen.hit_rate)
+        runs_s = self.plain_s(there[0], ram_s, there[1]) / ahead.seen.speedup
+        more_s = max(0.0, runs_s - self.ahead_s(there[0], ahead, ram_s, there[1]))
+        return max(reckoned_s + more_s, self.plain_s(shares, ram_s, disk_s) / ahead.seen.speedup)
+
     def ahead_s(self, shares: Sequence[float], ahead: ReadAhead, ram_s: float, disk_s: float) -> float:
         """Return a token's seconds where each layer's guessed misses are read during the layer before.
 

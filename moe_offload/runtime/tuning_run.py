@@ -8,6 +8,7 @@ the runs comparable token by token.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +52,19 @@ class Text:
     step_s: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the runtime counted of a run's tokens that count.
+
+    Attributes:
+        stall_s: of a token, waiting for reads.
+        hit_rate: share of its experts that were in memory, or guessed in time.
+    """
+
+    stall_s: float
+    hit_rate: float
+
+
 @dataclass
 class _State:
     """What a candidate keeps between its runs."""
@@ -71,7 +85,7 @@ class TuningRun:
         self.model, self.checkpoint, self.clock = model, checkpoint, clock
         self._link = model.offload.prefetcher.link
         self._states: dict[Choice, _State] = {}
-        self.stall_s = 0.0  # of the last run, a token
+        self.counts: defaultdict[Choice, list[Counts]] = defaultdict(list)  # of each choice's runs, in turn
 
     def write(self, num_tokens: int, budget: TimeBudget) -> Text:
         """Let the model write; fewer tokens than asked for where the budget ends, LEAST_TOKENS at least."""
@@ -105,17 +119,25 @@ class TuningRun:
         self.apply(choice)
         offload, ids = self.model.offload, text.token_ids[:, :num_tokens]
         cache, warm = offload.new_cache(ids.shape[1]), max(1, int(WARM_SHARE * ids.shape[1]))
-        started, stall_s = self.clock(), 0.0
+        started, before = self.clock(), (0.0, 0, 0)
         with torch.no_grad():
             for position in range(ids.shape[1]):
                 if position == warm:
-                    started, stall_s = self.clock(), offload.stats().stall_s
+                    started, before = self.clock(), self._counters()
                 token = ids[:, position : position + 1]
                 self.model(input_ids=token, past_key_values=cache, use_cache=True)
         seconds = self.clock() - started
-        self.stall_s = (offload.stats().stall_s - stall_s) / max(1, ids.shape[1] - warm)
+        stall_s, hits, needs = (now - then for now, then in zip(self._counters(), before, strict=True))
+        rate = hits / needs if needs else 1.0
+        self.counts[choice].append(Counts(stall_s / max(1, ids.shape[1] - warm), rate))
         self._remember(choice)
         return seconds
+
+    def _counters(self) -> tuple[float, int, int]:
+        """Return the seconds waited, the experts found in time and those needed, since load."""
+        stats = self.model.offload.stats()
+        found = stats.hits + stats.prefetch_hits
+        return stats.stall_s, found, found + stats.misses
 
     def _remember(self, choice: Choice) -> None:
         """Keep what a choice learned for its next run, and what it had on the device."""
