@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +17,7 @@ from moe_offload.predictors.fit_file import PredictorFit
 from moe_offload.predictors.fitted import Hybrid, LowRankGate
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.predictor_choice import GATE_DEPTH, NEEDS_FIT, PredictorChoice
-from moe_offload.runtime.predictor_inputs import embed, first_gate_of, norms_of, shared_expert_of
+from moe_offload.runtime.predictor_inputs import first_gate_of, norms_of, shared_expert_of
 
 
 def make_predictor(
@@ -64,9 +63,8 @@ Routers = dict[int, Any]
 def _gate(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -> Any:
     curves = _curves(choice, "cross_layer_gate")
     first_gate = first_gate_of(model, routers[0]) if 0 in routers else None
-    return CrossLayerGate(
-        routers, depth=depth, curves=curves, first_gate=first_gate, embed=partial(embed, model)
-    )
+    embed = model.get_input_embeddings()  # not the model: it lives until nobody but its offload needs it
+    return CrossLayerGate(routers, depth=depth, curves=curves, first_gate=first_gate, embed=embed)
 
 
 def _imported(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -> Any:
@@ -151,7 +149,7 @@ def _hybrid(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -
         top_k=fit.top_k,
         depth=depth,
         first_tables=fit.by_layer("first"),
-        embed=partial(embed, model),
+        embed=model.get_input_embeddings(),
         curves={**fit.curves("hybrid"), **{(-1, later): c for (_, later), c in fit.curves("first").items()}},
     )
 
