@@ -195,9 +195,11 @@ void EmulatedDense::attend_tile(int64_t layer, const PromptTile& tile) {
     prompt_.attend(layer - parts_.first_layer, there, 0, num_tokens, tile.skipped);
     bring(tile.states.residual, residual, hidden);
     bring(tile.states.normed, normed, hidden);
-    bring(reinterpret_cast<float*>(tile.states.ids), reinterpret_cast<const float*>(tile_ids_.data()),
-          choices);
-    bring(tile.states.weights, weights, choices);
+    if (choices) {  // a layer without a router has none
+        bring(reinterpret_cast<float*>(tile.states.ids), reinterpret_cast<const float*>(tile_ids_.data()),
+              choices);
+        bring(tile.states.weights, weights, choices);
+    }
     bring_rows(there, tile.cached, num_tokens);
 }
 
