@@ -56,16 +56,21 @@ def main_format(checkpoint: Checkpoint) -> WeightType:
     return next(iter(checkpoint.bytes_by_type()))
 
 
-def kernel_bytes_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
-    """Return bytes of weights per second of one token's matrix product: the best of a few rounds.
+def kernel_bytes_per_s(
+    ggml_type: WeightType,
+    weights: torch.Tensor,
+    timed: Callable[[Callable[[], object]], float] | None = None,
+) -> float:
+    """Return bytes of weights per second of one token's matrix product.
 
     Args:
         weights: uint8, random bytes, more of them than any cache holds.
+        timed: the seconds of a call; None: the best of a few rounds.
     """
     rows = weights.numel() // row_bytes(ggml_type, COLS)
     packed = weights[: rows * row_bytes(ggml_type, COLS)]
     x = torch.randn(1, COLS)
-    return packed.numel() / _best_s(lambda: ops.linear(x, packed, ggml_type, rows, COLS))
+    return packed.numel() / (timed or _best_s)(lambda: ops.linear(x, packed, ggml_type, rows, COLS))
 
 
 def macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ from moe_offload.header_costs import (
     multiplied_bytes_by_type,
     prompt_type,
 )
-from moe_offload.measure import COLS, WEIGHTS_BYTES, random_weights
+from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
 from moe_offload.measure_experts import LayerExperts
 from moe_offload.planning.machine_speed import Curve, MachineSpeed, PromptSpeed, medians
 from moe_offload.storage.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def measure_steps(checkpoint: Checkpoint, *, is_native: bool) -> MachineSpeed:
         macs_per_s = _dense_macs_per_s(prompt_type(checkpoint), weights)
         score_s = _score_s(checkpoint, is_native)
         prompt = PromptSpeed(macs_per_s, ((1.0, 0.0),), 0.0, score_s=score_s / own_share, own_share=own_share)
-        ram_bytes_per_s = _bytes_per_s(dense_type, weights)
+        ram_bytes_per_s = kernel_bytes_per_s(dense_type, weights, _mean_s)
         return MachineSpeed(ram_bytes_per_s, ram_bytes_per_s, macs_per_s[-1][1], prompt=prompt)
 
     own_share = 0.5 if is_native else 1.0
@@ -96,13 +96,6 @@ def _decode_reads(layer: LayerExperts, expert_s: float) -> tuple[float, float]:
         return 0.0, max(LEAST_S, one_s - expert_s)
     read_s = max(LEAST_S, (layer.step_s(most) - layer.step_s(1)) / (most - 1))
     return max(0.0, one_s - expert_s - read_s), read_s
-
-
-def _bytes_per_s(ggml_type: WeightType, weights: torch.Tensor) -> float:
-    """Return bytes of weights per second of one token's product; more of them than any cache holds."""
-    rows = weights.numel() // row_bytes(ggml_type, COLS)
-    packed = weights[: rows * row_bytes(ggml_type, COLS)]
-    return packed.numel() / _mean_s(partial(ops.linear, torch.randn(1, COLS), packed, ggml_type, rows, COLS))
 
 
 def _dense_macs_per_s(ggml_type: WeightType, weights: torch.Tensor) -> Curve:
