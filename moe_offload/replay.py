@@ -176,7 +176,6 @@ def replay(
     pools: Sequence[PoolPlan],
     policy_factory: Callable[[], EvictionPolicy],
     expert_bytes: Mapping[int, int],
-    on_progress: Callable[[int], None] | None = None,
 ) -> OffloadStats:
     """Run a trace through ``pools`` from cold and return the counters; times stay zero.
 
@@ -184,7 +183,6 @@ def replay(
         pools: every layer of the trace is in one of them.
         policy_factory: makes one policy per pool; one that has ``foresee`` is shown its pool's events.
         expert_bytes: of an expert in the file, by layer index.
-        on_progress: called now and then with the events done.
 
     Raises:
         CheckpointError: a layer of the trace is in no pool.
@@ -192,9 +190,7 @@ def replay(
     lost = sorted(set(trace.layers).difference(*(plan.layers for plan in pools)))
     if lost:
         raise CheckpointError(f"layers {lost} of the trace are in no pool of the plan")
-    return replay_events(
-        lambda: events(trace), pools, policy_factory, expert_bytes, trace.num_experts, on_progress=on_progress
-    )
+    return replay_events(partial(events, trace), pools, policy_factory, expert_bytes, trace.num_experts)
 
 
 def replay_events(
@@ -205,7 +201,6 @@ def replay_events(
     num_experts: int,
     *,
     residents: Iterable[ExpertKey] = (),
-    on_progress: Callable[[int], None] | None = None,
     on_event: Callable[[Event, OffloadStats], None] | None = None,
 ) -> OffloadStats:
     """Run events through ``pools``; see ``replay``.
@@ -220,12 +215,10 @@ def replay_events(
     by_layer = pools_by_layer(events, pools, policy_factory, expert_bytes, num_experts, stats)
     for key in residents:
         by_layer[key.layer_idx].admit(key)
-    for count, event in enumerate(events()):
+    for event in events():
         by_layer[event.layer_idx].route(event)
         if on_event is not None:
             on_event(event, stats)
-        if on_progress is not None and count % 4096 == 0:
-            on_progress(count)
     return stats
 
 

@@ -8,7 +8,7 @@ lists natively (csrc/planning/arc_replay.h). tests/test_replay.py holds the coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -58,14 +58,12 @@ def replay_layers(
     scorer: TablePolicy | _Arc,
     residents_per_layer: Sequence[int],
     expert_bytes: Mapping[int, int],
-    on_progress: Callable[[int], None] | None = None,
 ) -> list[OffloadStats]:
     """Run a decode-only trace through caches of ``residents_per_layer`` experts; one result per size.
 
     Args:
         trace: every token a step of its own (RoutingTrace.decode_only).
         scorer: from ``scorer_of``, new.
-        on_progress: called now and then with the tokens done.
     """
     assert (trace.step_tokens == 1).all(), "replay_layers takes single-token steps"
     sizes = np.minimum(np.asarray(residents_per_layer), trace.num_experts)
@@ -91,8 +89,6 @@ def replay_layers(
         scorer.observe(rows, ids, equal if weights is None else weights[token])
         if is_over:
             caches.evict(scorer.scores())
-        if on_progress is not None and token % 512 == 0:
-            on_progress(token)
     return _stats(trace, caches.hits(), caches.evictions(), expert_bytes)
 
 

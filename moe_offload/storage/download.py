@@ -50,7 +50,7 @@ def fetch(model: str | Path | None, say: Callable[[str], None] | None = None) ->
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         wanted = files_to_fetch(name, sizes)
-        _check_room(name, _missing(name, str(info.sha), wanted, sizes), sizes, say or _say)
+        _check_room(name, _missing(name, str(info.sha), wanted), sizes, say or _say)
         return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=_escaped(wanted)))
     except (CheckpointError, ConfigError):
         raise
@@ -93,7 +93,7 @@ def files_to_fetch(name: RepoName, sizes: Mapping[str, int]) -> list[str]:
     )
 
 
-def _missing(name: RepoName, commit: str, wanted: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+def _missing(name: RepoName, commit: str, wanted: Sequence[str]) -> list[str]:
     """Return the files that the cache does not hold yet."""
     snapshot = hub_cache() / f"models--{name.repo.replace('/', '--')}" / "snapshots" / commit
     return [file for file in wanted if not (snapshot / file).exists()]

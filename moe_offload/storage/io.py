@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -67,8 +66,3 @@ def add_file(reader: DirectReader, path: Path) -> int:
 def put_together(relayout: int, scales: int, codes: int, blocks: int, rows: int, cols: int) -> None:
     """Put a matrix's codes and scales together in blocks, all by address (csrc/io/relayout.h)."""
     _native.relayout(int(relayout), scales, codes, blocks, rows, cols)
-
-
-def add_files(reader: DirectReader, paths: Sequence[Path]) -> list[int]:
-    """Open all files of a checkpoint, in its order."""
-    return [add_file(reader, path) for path in paths]

@@ -19,6 +19,7 @@ from moe_offload.storage.header_reader import HeaderReader, parse_json_object, r
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 8
+SHOWN_NAMES = 8  # in an error
 
 # Bits of one element. F4, F6 and F8 kinds are listed so that they can be named in a refusal.
 DTYPE_BITS = {
@@ -225,6 +226,6 @@ def _check_numbering(paths: list[Path]) -> None:
                 raise CheckpointError(f"{path.parent}: missing shards: {_some(missing)}; fetch them")
 
 
-def _some(items: list[str], limit: int = 8) -> str:
-    rest = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+def _some(items: list[str]) -> str:
+    rest = len(items) - SHOWN_NAMES
+    return ", ".join(items[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
