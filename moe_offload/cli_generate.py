@@ -65,7 +65,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def _read_text(args: argparse.Namespace) -> str:
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8")).removesuffix("\n")
+        return str(args.prompt_file.read_text(encoding="utf-8-sig")).removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--prompt-file {args.prompt_file}: {error}; a UTF-8 text file is wanted"
@@ -76,7 +76,7 @@ def _read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: {error}; UTF-8 text is wanted") from error
 

@@ -64,7 +64,8 @@ def check_output(flag: str, path: Path | None, suffix: str = "") -> None:
 
 def make_sampling(args: argparse.Namespace) -> Sampling:
     """Return the sampling flags, checked; without --seed every run is another one."""
-    from moe_offload.runtime.generate import Sampling, check_limits
+    from moe_offload.runtime.answer_limits import check_limits
+    from moe_offload.runtime.generation_result import Sampling
 
     check_limits(args.max_new_tokens, getattr(args, "stop", ()))
     seed = args.seed if args.seed is not None else secrets.randbits(63)

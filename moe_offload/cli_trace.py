@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = cli_session.load_tokenizer(args)
     from moe_offload.replay import belady_hit_rate
     from moe_offload.runtime import generate
+    from moe_offload.runtime.answer_limits import room_for_answer
     from moe_offload.trace import write_trace
 
     encoded = [generate.encode_prompt(tokenizer, prompt, raw=args.raw) for prompt in prompts]
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         loaded.model.offload.trace(router_logits=args.logits, router_inputs=args.inputs) as recorder,
         Progress("tracing", sys.stderr, lambda count: f"{count:.0f} prompts") as progress,
     ):
+        room_for_answer(loaded.model.offload, max(map(len, encoded)), args.max_new_tokens)
         for position, input_ids in enumerate(encoded):
             recorder.begin_sequence()
             result = generate.run(
@@ -66,7 +68,8 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: it cannot be read, an object has no prompt, or there is none at all.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # splitlines() would cut at characters that JSON leaves as they are inside a string (U+2028).
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         prompts = [_prompt_of(json.loads(line)) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -42,7 +42,7 @@ def _read_npy(path: Path) -> dict[str, Any]:
 
 def _read_csv(path: Path) -> dict[str, Any]:
     """Read a table by its header; without one by its width."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = [row for row in csv.reader(file) if row and not row[0].lstrip().startswith("#")]
     names = [cell.strip().lower() for cell in rows[0]] if rows and not _is_number(rows[0][0]) else []
     if names:
@@ -96,7 +96,7 @@ def _activation_rows(table: Sequence[Sequence[int]]) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         objects = [json.loads(line) for line in file if line.strip()]
     expect(all(isinstance(item, dict) for item in objects), "a line is not an object")
     fields = _grid((item["token"], item["layer"], item["experts"], item.get("weights")) for item in objects)

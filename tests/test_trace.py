@@ -10,6 +10,7 @@ import pytest
 
 import moe_offload
 from moe_offload.cli import main
+from moe_offload.cli_trace import read_prompts
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.trace import DECODE, PREFILL, make_trace, read_trace, write_trace
 
@@ -202,6 +203,34 @@ def test_the_command_writes_a_trace_of_every_prompt(tiny_moe, tmp_path, capsys):
     assert re.search(r"hit rate 0\.\d+ \(policy horizon\); .* at most 0\.\d+ \(Belady\)", out)
     trace = read_trace(tmp_path / "t.npz")
     assert len(trace.seq_len) == 3 and trace.router_logits is None
+
+
+def test_prompts_end_with_lines_and_not_at_other_separators(tmp_path):
+    """JSON may hold U+2028 as it is; files of Windows begin with a mark and end lines in two characters."""
+    prompts = ["a\u2028b\x85c", "d"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "p.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_prompts(tmp_path / "p.jsonl") == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "token,layer,expert\r\n0,0,3\r\n0,0,1\r\n"),
+        ("t.jsonl", '{"token": 0, "layer": 0, "experts": [3, 1]}\r\n'),
+    ],
+)
+def test_a_trace_may_begin_with_a_byte_order_mark(tmp_path, name, text):
+    (tmp_path / name).write_bytes(("\ufeff" + text).encode())
+    assert read_trace(tmp_path / name).experts.tolist() == [[[3, 1]]]
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_the_first_is_answered(tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.txt").write_text("short\n" + "long " * 200)
+    monkeypatch.setattr("moe_offload.runtime.generate.run", lambda *args, **kwargs: pytest.fail("it began"))
+    command = ["trace", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "t.npz")]
+    assert main([*command, "--context", "64", "--max-new-tokens", "4"]) == 2
+    assert "leaves no room for an answer in the context of 64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.errors import ConfigError
+from moe_offload.runtime.answer_limits import check_limits, room_for_answer
 from moe_offload.runtime.answer_parts import ANSWER, COMMENTARY, THINKING, Part, splitter_of
 from moe_offload.runtime.generation_result import GenerationResult as GenerationResult
 from moe_offload.runtime.generation_result import Sampling as Sampling
@@ -25,7 +26,6 @@ from moe_offload.runtime.prompts import encode_chat as encode_chat
 from moe_offload.runtime.prompts import encode_prompt as encode_prompt
 from moe_offload.runtime.text_stream import TextStream
 
-DEFAULT_MAX_NEW_TOKENS = 256
 CONTEXT_IDS = 4  # tokens of the prompt's end that the first new token's text may depend on
 
 OnText = Callable[[str], None]
@@ -141,7 +141,7 @@ def run(
         BudgetError: prompt or new tokens are beyond the context.
     """
     check_limits(max_new_tokens, stop)
-    new_tokens = _room(model.offload, len(input_ids), max_new_tokens)
+    new_tokens = room_for_answer(model.offload, len(input_ids), max_new_tokens)
     config = _generation_config(model, tokenizer, sampling, new_tokens)
     eos_ids = _eos_ids(config)
     splitter = splitter_of(tokenizer, input_ids) if split else None
@@ -204,47 +204,6 @@ def _stream_tokens(
             interrupted = True
     watcher.finish()
     return interrupted
-
-
-def check_limits(max_new_tokens: int | None, stop: Sequence[str]) -> None:
-    """Refuse what no model could do; called before one is loaded.
-
-    Raises:
-        ConfigError: fewer than one token, or an empty stop string.
-    """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if "" in stop:
-        raise ConfigError("a stop string is empty: nothing would be generated; leave it out")
-
-
-def _room(offload: Any, prompt_tokens: int, max_new_tokens: int | None) -> int:
-    """Return how many tokens may be generated."""
-    context_tokens: int = offload.context_tokens
-    room = context_tokens - prompt_tokens
-    if room < 1:
-        remedy = _larger_context(offload, prompt_tokens + DEFAULT_MAX_NEW_TOKENS)
-        raise BudgetError(
-            f"the prompt has {prompt_tokens} tokens and leaves no room for an answer in the context of "
-            f"{context_tokens}; shorten it{remedy}"
-        )
-    if max_new_tokens is None:
-        return min(DEFAULT_MAX_NEW_TOKENS, room)
-    if max_new_tokens > room:
-        remedy = _larger_context(offload, prompt_tokens + max_new_tokens)
-        raise BudgetError(
-            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are beyond the context of "
-            f"{context_tokens}; ask for at most {room}{remedy}"
-        )
-    return max_new_tokens
-
-
-def _larger_context(offload: Any, wanted_tokens: int) -> str:
-    """Name a larger context as a remedy where the model was made for one."""
-    most = offload.spec.max_position_embeddings
-    if offload.context_tokens >= most:
-        return f" (the model was made for {most} positions)"
-    return f", or ask for context={min(wanted_tokens, most)}"
 
 
 def _seed(sampling: Sampling, config: Any) -> int | None:
