@@ -9,7 +9,8 @@ import pytest
 import torch
 import toy_models
 from toy_models import plain_model, save_model, save_toy_model
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe_offload
 from moe_offload import ConfigError, _native, ops
@@ -560,6 +561,53 @@ def test_hooks_and_replaced_modules_are_seen(demo):
     assert not step.serves(inputs)
     attention.q_proj = projection
     assert step.serves(inputs)
+
+
+def test_one_look_at_hidden_states_does_not_end_native_steps(demo):
+    """transformers hooks into the layers when it is first asked for them, and never lets go."""
+    demo(PROMPT, output_hidden_states=True, output_router_logits=True)
+    assert any(layer._forward_hooks for layer in demo.model.layers)
+    inputs = step_inputs(demo)
+    assert demo.offload.native_step.serves(inputs)
+    assert not demo.offload.native_step.serves({**inputs, "output_hidden_states": True})
+
+
+CHANGES = {
+    "a forward of its own": lambda part: setattr(part, "forward", type(part).forward.__get__(part)),
+    "a setting": lambda part: setattr(part, "scaling", 2 * part.scaling),
+    "weights elsewhere": lambda part: setattr(part.q_norm.weight, "data", part.q_norm.weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_before_a_text_begins_is_seen_in_all_of_it(demo, change):
+    """Libraries that steer or edit a model do it so; native code would answer as if they had not."""
+    step, attention = demo.offload.native_step, demo.model.layers[3].self_attn
+    demo(PROMPT, labels=PROMPT)  # transformers' layers change nothing by themselves
+    assert step.serves(step_inputs(demo))
+    before, weight = dict(vars(attention)), attention.q_norm.weight.data
+    CHANGES[change](attention)
+    inputs = step_inputs(demo)
+    assert not step.serves(inputs)
+    vars(attention).clear()
+    vars(attention).update(before)
+    attention.q_norm.weight.data = weight
+    assert step.serves(step_inputs(demo))
+
+
+def test_an_attention_of_ones_own_is_called(demo):
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(1)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    AttentionInterface.register("counted", attend)
+    demo.set_attn_implementation("counted")
+    demo(PROMPT)
+    demo.set_attn_implementation("sdpa")
+    assert len(calls) == demo.config.num_hidden_layers
+    assert demo.offload.native_step.serves(step_inputs(demo))
 
 
 def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(demo, monkeypatch):

@@ -22,6 +22,7 @@ SERVED_KEYS = {
 OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 PLAIN_ATTENTION = ("eager", "sdpa")  # another one was asked for by name, and computes something of its own
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+SLEEPING = "transformers.utils.output_capturing"  # once asked for hidden states, its hooks stay for ever
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
@@ -37,7 +38,7 @@ class ServedForwards:
         self._cache_layer = layer_class(kv)
         self._config, self._dtype = model.config, model.config.dtype
         self._parts = _Parts(model)
-        self._attention_is_plain = model.config._attn_implementation in PLAIN_ATTENTION
+        self._began_as_loaded = True
 
     def accepts(self, inputs: dict[str, Any]) -> bool:
         """Whether native code computes this forward."""
@@ -49,22 +50,31 @@ class ServedForwards:
             num_tokens > 0
             and isinstance(cache, KVCache)
             and cache.make_layer is self._cache_layer
-            and self._attention_is_plain
+            and self._config._attn_implementation in PLAIN_ATTENTION
             and self._wants_only_logits(inputs)
             and cache.has_room_for(num_tokens, self._dtype)
             and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + num_tokens)
             and _are_consecutive(inputs.get("position_ids"), num_tokens)
             and self._parts.are_untouched()
+            and self._began_unchanged(cache)
         )
+
+    def _began_unchanged(self, cache: KVCache) -> bool:
+        """Whether modules and weights were as loaded when the text began: a look at all of them at each
+        token would cost what a layer does."""
+        if cache.get_seq_length() == 0:
+            self._began_as_loaded = self._parts.are_as_loaded()
+        return self._began_as_loaded
 
     def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
         asked = {key for key, value in inputs.items() if value is not None and value is not False}
-        use_cache = inputs.get("use_cache")
+        use_cache, kept = inputs.get("use_cache"), inputs.get("logits_to_keep", 0)
         return (
             asked <= SERVED_KEYS
             and (self._config.use_cache if use_cache is None else use_cache)
             and inputs.get("return_dict") is not False
-            and isinstance(inputs.get("logits_to_keep", 0), int)
+            and isinstance(kept, int)
+            and kept >= 0  # of a negative number transformers leaves out the first ones
             and not any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
         )
 
@@ -78,13 +88,35 @@ class _Parts:
         registries += [registry for m in modules for registry in (m._modules, m._parameters)]
         self._places = [(registry.get, name) for registry in registries for name in registry]
         self._contents = self._current()
+        self._weights = [part for part in self._contents if isinstance(part, Tensor)]
+        self._attributes = [vars(module) for module in modules]
+        self._addresses, self._settings = self._current_addresses(), self._current_settings()
         self._hooks = [*GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in HOOKS)]
 
     def are_untouched(self) -> bool:
         """Whether no module or parameter was replaced and no hook waits for a forward."""
-        if any(self._hooks):
+        if any(self._hooks) and not self._hooks_sleep():
             return False
         return all(map(operator.is_, self._current(), self._contents))
+
+    def _hooks_sleep(self) -> bool:
+        """Whether all hooks are transformers' own, which wake where more than logits is asked for."""
+        return all(hook.__module__ == SLEEPING for hooks in self._hooks for hook in hooks.values())
+
+    def are_as_loaded(self) -> bool:
+        """Whether no module has a ``forward`` or setting of its own now, no parameter other memory."""
+        settings = self._current_settings()
+        return (
+            self._current_addresses() == self._addresses
+            and len(settings) == len(self._settings)
+            and all(map(operator.is_, settings, self._settings))
+        )
+
+    def _current_addresses(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
+
+    def _current_settings(self) -> list[Any]:
+        return [value for names in self._attributes for name, value in names.items() if name[0] != "_"]
 
     def _current(self) -> list[Any]:
         return [get(name) for get, name in self._places]
