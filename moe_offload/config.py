@@ -50,6 +50,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 DEVICE_FORM = "emulated:vram=512MiB,link=12GB/s[,to_host=12GB/s][,latency=10us][,pinned=1GiB][,dense=on]"
+LEAST_LINK_BYTES_PER_S = 100_000
 DENSE_CHOICES = ("auto", "on", "off")
 
 
@@ -94,7 +95,10 @@ def _emulated(settings: str, vram_bytes: int | None) -> DeviceChoice:
 
 
 def _bytes_per_s(text: str) -> float:
-    return float(parse_bytes(text.removesuffix("/s")))
+    rate = parse_bytes(text.removesuffix("/s"))
+    if rate < LEAST_LINK_BYTES_PER_S:
+        raise ConfigError(f"a link of {text!r} would take minutes for one expert; 12GB/s is a usual one")
+    return float(rate)
 
 
 def _seconds(text: str) -> float:
@@ -214,6 +218,12 @@ class RuntimeConfig:
         for name in ("ram_staging", "vram_staging"):
             if not 1 <= getattr(self, name) <= MAX_STAGING:
                 raise ConfigError(f"{name} must be from 1 to {MAX_STAGING}, got {getattr(self, name)!r}")
+        for name in ("policy", "predictor", "scheduler"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a name or an import path, got {getattr(self, name)!r:.80}")
+        for name in ("prefetch", "allow_dense", "warm_start"):
+            if getattr(self, name) not in (True, False):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         if self.num_threads is not None and not _is_count(self.num_threads, MAX_THREADS):
             raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, got {self.num_threads!r}")
 

@@ -119,10 +119,12 @@ def place(
 def _contexts_that_fit(
     checkpoint: Checkpoint, kv: str | None, ram_bytes: int, process: Process, context_tokens: int
 ) -> str:
-    """Return what to tell of shorter contexts, plain and packed; "" where no context fits."""
+    """Return what to tell of shorter contexts, plain and packed; "" where none fits, or this one would."""
     found = []
     for form in dict.fromkeys((kv, "q8_0")):
         longest = _longest_context(checkpoint, form, ram_bytes, process, context_tokens)
+        if form == kv and longest == context_tokens:
+            return ""  # something else is too small
         if longest:
             found.append(f"{longest} tokens" + (f" with kv={form!r}" if form else ""))
     return f"; the longest context that would fit is {', or '.join(found)}" if found else ""

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import moe_offload
-from moe_offload import BudgetError, ConfigError
+from moe_offload import BudgetError, CheckpointError, ConfigError
 from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.arguments import _OWN, read_arguments
@@ -60,6 +60,7 @@ def load(folder, **options):
         {"torch_dtype": torch.float16},
         {"torch_dtype": "float16", "dtype": "auto"},
         {"dtype": torch.float16, "torch_dtype": "float16"},
+        {"dtype": None, "torch_dtype": "float16"},
     ],
 )
 def test_both_names_of_dtype_are_known(tiny_moe, options):
@@ -120,6 +121,9 @@ def test_a_file_of_a_folder_is_named_as_in_transformers(tmp_path):
         ({"dtype": "bfloat16", "torch_dtype": torch.float16}, "names of one setting"),
         ({"pretrained_model_name_or_path": "x"}, "two models are named"),
         ({"max_memory": 3}, "max_memory must be a mapping"),
+        ({"ram": "4GiB", "max_memory": {"cpu": "1GiB"}}, "names of one setting"),
+        ({"prefetch": "no"}, "prefetch must be True or False, got 'no'"),
+        ({"warm_start": None}, "warm_start must be True or False, got None"),
         ({"generation_config": {"top_k": 3}}, "must be a GenerationConfig, got dict"),
         ({"config": object()}, "config.json is used"),
         ({"variant": "fp16"}, "folder that holds the files of that variant"),
@@ -129,6 +133,14 @@ def test_a_file_of_a_folder_is_named_as_in_transformers(tmp_path):
 def test_what_cannot_be_is_refused_with_the_reason(tiny_moe, options, message):
     with pytest.raises(ConfigError, match=message):
         load(tiny_moe, **options)
+
+
+@pytest.mark.parametrize("path", ["", "a prompt that was given first " * 20])
+def test_what_no_file_can_be_called_is_refused(path):
+    with pytest.raises(
+        ConfigError if not path else CheckpointError, match=r"path is empty|such file|too long"
+    ):
+        moe_offload.from_pretrained(path)
 
 
 def test_a_file_without_a_folder_is_refused():
@@ -259,6 +271,64 @@ class TextModel:
 def test_a_wrapper_that_only_calls_generate(pair, tokenizer):
     expected, actual = (TextModel(model, tokenizer)(["ab", "longer than that"], ["e"]) for model in pair)
     assert actual == expected
+
+
+LONG = torch.arange(600).remainder(80)[None] + 3
+LONG_CALLS = {
+    "a loss": {"labels": LONG},
+    "a tuple": {"return_dict": False},
+    "a tuple without a cache": {"return_dict": False, "use_cache": False},
+    "without the first logits": {"logits_to_keep": -3},
+}
+
+
+@pytest.fixture(scope="module")
+def long_pair(tmp_path_factory):
+    """As ``pair``, of a model and with a context that take more than one chunk of tokens."""
+    folder = save_toy_model("qwen3_moe", tmp_path_factory.mktemp("long"))
+    offloaded = load(folder, experts="50%", context=600)
+    yield plain_model(folder), offloaded
+    offloaded.offload.close()
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_a_call_of_more_than_a_chunk_is_answered_as_by_plain_transformers(long_pair, name):
+    expected, actual = (model(LONG, **LONG_CALLS[name]) for model in long_pair)
+    assert type(actual) is type(expected) and len(actual) == len(expected)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def odd_defaults():
+    """What scripts of other models set; native code writes float32 to memory of its own."""
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.fixture(scope="module")
+def answer_and_logits(tiny_moe):
+    return ask(tiny_moe)
+
+
+def ask(folder):
+    prompt = torch.tensor([[5, 6, 7, 8]], device="cpu")
+    model = load(folder, experts="50%")
+    out = model(prompt)
+    last = model(prompt[:, :1], past_key_values=out.past_key_values)
+    text = moe_offload.generate(
+        model, "ab", tokenizer=moe_offload.load_tokenizer(folder), stream=False, max_new_tokens=6
+    ).text
+    model.offload.close()
+    return text, out.logits, last.logits
+
+
+def test_the_callers_defaults_of_torch_change_nothing(tiny_moe, answer_and_logits, odd_defaults):
+    text, *logits = ask(tiny_moe)
+    assert text == answer_and_logits[0]
+    assert all(map(torch.equal, logits, answer_and_logits[1:]))
 
 
 # --- memory, threads and files

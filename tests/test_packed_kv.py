@@ -208,6 +208,9 @@ def test_a_context_that_is_too_large_is_refused_with_those_that_are_not(folders)
     with pytest.raises(BudgetError, match="KV cache") as error:
         place(checkpoint, plain, ram_bytes=ram_bytes)
     assert "longest context" not in str(error.value)  # there is no room for a prompt at all
+    with pytest.raises(BudgetError, match="experts=1 is fewer") as error:
+        place(checkpoint, RuntimeConfig(context_tokens=300, experts=1), ram_bytes=GIB)
+    assert "longest context" not in str(error.value)  # another one would not help
     for tokens in (1, 999):
         least = least_bytes(checkpoint, tokens, None)
         with pytest.raises(BudgetError, match=f"would fit is {tokens} tokens, or .*with kv='q8_0'"):

@@ -36,6 +36,9 @@ MISUSES = {
     "cuda": (lambda m: m.cuda(), "from_pretrained"),
     "half": (lambda m: m.half(), r"dtype=torch\.float16"),
     "bfloat16": (lambda m: m.bfloat16(), r"dtype=torch\.bfloat16"),
+    "type": (lambda m: m.type(torch.float16), r"from_pretrained\(\.\.\., dtype=\)"),
+    "to_empty": (lambda m: m.to_empty(device="cpu"), "moving or converting"),
+    "share_memory": (lambda m: m.share_memory(), "moving or converting"),
     "double": (lambda m: m.double(), r"dtype=torch\.float64"),
     "save_pretrained": (lambda m: m.save_pretrained("x"), "copy the checkpoint files"),
     "train": (lambda m: m.train(), "train with transformers"),
@@ -64,7 +67,11 @@ def test_misuse_raises_config_error_with_the_remedy(model, name):
 
 
 def test_moves_to_where_the_model_is_are_accepted(model):
-    assert model.to("cpu") is model and model.to(torch.float32) is model and model.float() is model
+    assert (
+        model.to("cpu") is model.cpu() is model
+        and model.to(torch.float32) is model
+        and model.float() is model
+    )
     assert model.eval() is model and not model.training
 
 
@@ -90,6 +97,9 @@ def test_plain_compilation_still_answers(model):
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"policy": "nonsense"}, "nonsense"),
+        ({"policy": object()}, "policy must be a name or an import path"),
+        ({"policy": ""}, "policy '' is unknown"),
+        ({"predictor": 3}, "predictor must be a name or an import path, got 3"),
         ({"predictor": "nonsense"}, "nonsense"),
         ({"context": 5000}, "1024 positions"),
         ({"context": 0}, "positive"),

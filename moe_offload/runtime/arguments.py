@@ -143,7 +143,9 @@ def _path(
         if gguf_file or subfolder:
             raise ConfigError(f"{gguf_file or subfolder!r} is in which model? Give it as the first argument")
         return None
-    if Path(path).expanduser().exists():
+    if not str(path):
+        raise ConfigError("the model's path is empty; None is the bundled demo model")
+    if os.path.exists(Path(path).expanduser()):  # False of a name that no file can have
         if revision not in (None, "main"):
             note(f"revision={revision!r:.80} changes nothing: {path} is on this disk")
         return Path(path, *filter(None, (subfolder, gguf_file)))
@@ -160,6 +162,7 @@ def _path(
 
 def _dtype(dtype: str | torch.dtype, kwargs: Mapping[str, Any]) -> str | torch.dtype:
     other = kwargs.get("torch_dtype")
+    dtype = "auto" if dtype is None else dtype
     if other is None:
         return dtype
     if dtype != "auto" and str(dtype).removeprefix("torch.") != str(other).removeprefix("torch."):
@@ -176,9 +179,11 @@ def _ram(ram: str | int, kwargs: Mapping[str, Any], note: Callable[[str], None])
     unused = sorted(str(device) for device in limits if device != "cpu")
     if unused:
         note(f"max_memory of {', '.join(unused)} changes nothing: the model runs on the CPU")
-    if "cpu" not in limits or ram != "auto":
-        return ram
-    wanted: str | int = limits["cpu"]
+    wanted: str | int = limits.get("cpu", ram)
+    if ram != "auto" and wanted != ram:
+        raise ConfigError(
+            f'ram={ram!r} and max_memory={{"cpu": {wanted!r}}} are names of one setting; give one'
+        )
     return wanted
 
 

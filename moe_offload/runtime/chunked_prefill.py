@@ -34,12 +34,13 @@ def sequence_shape(inputs: dict[str, Any]) -> tuple[int, int]:
 def needs_chunks(inputs: dict[str, Any]) -> bool:
     """Whether the call has more than one chunk of tokens and only wants logits back."""
     batch_size, num_tokens = sequence_shape(inputs)
-    mask = inputs.get("attention_mask")
+    mask, kept = inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
     return (
         batch_size * num_tokens > PREFILL_CHUNK_TOKENS
-        and not any(inputs.get(key) not in (None, False) for key in WHOLE_SEQUENCE_KEYS)
+        and all(inputs.get(key) is None or inputs[key] is False for key in WHOLE_SEQUENCE_KEYS)
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
-        and isinstance(inputs.get("logits_to_keep", 0), int)
+        and isinstance(kept, int)
+        and kept >= 0  # of a negative number transformers leaves out the first ones
     )
 
 

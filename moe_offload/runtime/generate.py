@@ -25,6 +25,7 @@ from moe_offload.runtime.generation_result import Sampling as Sampling
 from moe_offload.runtime.prompts import encode_chat as encode_chat
 from moe_offload.runtime.prompts import encode_prompt as encode_prompt
 from moe_offload.runtime.text_stream import TextStream
+from moe_offload.runtime.torch_defaults import float32_on_cpu
 
 CONTEXT_IDS = 4  # tokens of the prompt's end that the first new token's text may depend on
 
@@ -183,6 +184,7 @@ def _generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_t
     return config
 
 
+@float32_on_cpu()
 def _stream_tokens(
     model: Any, input_ids: list[int], config: Any, past_key_values: Any, watcher: _Watcher, seed: int | None
 ) -> bool:

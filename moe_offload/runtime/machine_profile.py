@@ -29,7 +29,7 @@ SETTINGS = ("num_threads", "policy", "scheduler", *DIVISION, *PREDICTION)
 
 
 def find_profile(
-    asked: str | Path | None, checkpoint: Checkpoint, device: DeviceChoice | None = None
+    asked: str | Path, checkpoint: Checkpoint, device: DeviceChoice | None = None
 ) -> ProfileInUse | None:
     """Return the profile to load with; None: there is none yet, or none is wanted.
 
@@ -45,7 +45,6 @@ def find_profile(
     if str(asked) == "auto":
         key = profile_store.CPU if device is None else device.key
         return profile_store.stored_profile(checkpoint_key(checkpoint), key)
-    assert asked is not None, "an argument that was not given is 'auto'"
     return ProfileInUse(load_profile(asked), GIVEN, Path(asked))
 
 
@@ -91,7 +90,7 @@ def measure_once(checkpoint: Checkpoint, plan: PlacementPlan, say: Callable[[str
 
 def choose(
     found: ProfileInUse | None,
-    asked: str | Path | None,
+    asked: str | Path,
     checkpoint: Checkpoint,
     plan: PlacementPlan,
     say: Callable[[str], None],

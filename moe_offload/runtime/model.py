@@ -33,6 +33,7 @@ from moe_offload.runtime.executor import offloaded_experts_forward
 from moe_offload.runtime.loading import Decided, load
 from moe_offload.runtime.offload import base_bytes
 from moe_offload.runtime.predictor_choice import choose_predictor
+from moe_offload.runtime.torch_defaults import float32_on_cpu
 from moe_offload.storage import quantize_plan
 from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.storage.quantize import quantize_once
@@ -42,6 +43,7 @@ from moe_offload.storage.tokenizer import tokenizer_was_loaded
 ExpertsInterface.register(skeleton.EXPERTS_IMPLEMENTATION, offloaded_experts_forward)
 
 
+@float32_on_cpu()
 def from_pretrained(
     path: str | Path | None = None,
     *,
@@ -52,7 +54,7 @@ def from_pretrained(
     predictor: str | None = None,
     prefetch: bool | None = None,
     num_threads: int | None = None,
-    profile: str | Path | None = "auto",
+    profile: str | Path | None = None,
     allow_dense: bool = False,
     warm_start: bool = True,
     quant: str | None = None,
@@ -79,7 +81,7 @@ def from_pretrained(
             `moe-offload fit-predictor` made one, else "cross_layer_gate"; others: docs/PREDICTORS.md.
         prefetch: read predicted experts early; changes time, never tokens; default what was tuned, else True.
         num_threads: native threads; default what was tuned, else from affinity, cgroup quota and cores.
-        profile: figures of this machine, and settings for what is not given here: "auto" is what
+        profile: figures of this machine, and settings for what is not given here: default "auto", what
             `moe-offload tune` kept for the checkpoint, or for the machine; where there is nothing, the
             machine is measured (at most two seconds, once). Or a profile's name or file, or "none".
         allow_dense: load a model without experts wholly into memory.
@@ -117,9 +119,9 @@ def from_pretrained(
         ram_bytes=None if arguments.ram == "auto" else parse_bytes(arguments.ram),
         experts=experts,
         context_tokens=context,
-        policy=policy or AUTO,
+        policy=AUTO if policy is None else policy,
         predictor="auto" if predictor is None else predictor,
-        prefetch=prefetch is not False,
+        prefetch=True if prefetch is None else prefetch,
         num_threads=num_threads,
         allow_dense=allow_dense,
         warm_start=warm_start,
@@ -127,6 +129,7 @@ def from_pretrained(
         device=parse_device(device, vram),
         scheduler="hybrid" if scheduler is None else scheduler,
     )
+    profile = AUTO if profile is None else profile
     checkpoint = _open(arguments, config, quant)
     chosen = {
         "policy": None if policy == AUTO else policy,

@@ -29,6 +29,7 @@ from moe_offload.runtime.footprint import cache_bytes, trim_heap
 from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.timeline import recorded_timeline
+from moe_offload.runtime.torch_defaults import float32_on_cpu
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.io import DirectReader
 
@@ -229,7 +230,8 @@ class OffloadHandle:
             torch.set_num_threads(1)
         self._stepping = threading.get_ident()
         try:
-            yield
+            with float32_on_cpu():
+                yield
         except KeyboardInterrupt:
             if self.prefetcher is not None:
                 self.prefetcher.end_run()

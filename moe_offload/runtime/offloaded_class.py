@@ -70,6 +70,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         return forward(**inputs)  # transformers raises its own error
     handle: OffloadHandle = model.offload
+    wants_tuple = inputs.pop("return_dict", None) is False
     batch_size, num_tokens = sequence_shape(inputs)
     cache = inputs.get("past_key_values")
     use_cache = inputs.get("use_cache")
@@ -82,12 +83,13 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     is_new_text = cache is None or cache.get_seq_length() == 0
     with handle.step(batch_size * num_tokens, inputs.get("input_ids"), is_new_text=is_new_text):
         compute = functools.partial(_natively_or_in_layers, handle, forward)
-        if not in_chunks:
-            return compute(**inputs)
-        output = run_in_chunks(compute, inputs, cache, _chunk_sizes(handle, inputs), handle.begin_chunk)
-    if not keep_cache:
-        output.past_key_values = None
-    return output
+        if in_chunks:
+            output = run_in_chunks(compute, inputs, cache, _chunk_sizes(handle, inputs), handle.begin_chunk)
+        else:
+            output = compute(**inputs)
+    if in_chunks and not keep_cache:
+        output = type(output)(**{**output, "past_key_values": None})
+    return output.to_tuple() if wants_tuple else output
 
 
 def _chunk_sizes(handle: OffloadHandle, inputs: dict[str, Any]) -> list[int]:
@@ -173,6 +175,15 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         if dtype is not None and dtype != self.config.dtype:
             _refuse(f"converting to {dtype}", f"call from_pretrained(..., dtype={dtype})")
         return self
+
+    def cpu(self) -> Any:
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what every other way to move or convert all tensors comes down to."""
+        _refuse(
+            "moving or converting all its tensors", "load it as it is to be: from_pretrained(..., dtype=)"
+        )
 
     def cuda(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("cuda()", "its memory is placed by the budget; load it again with from_pretrained")
