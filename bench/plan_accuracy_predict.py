@@ -98,5 +98,5 @@ def mean_hits(checkpoint: Any, placement: Any, traces: list[Any], policy: str, f
 
 def mean_of(chunks: Any) -> Any:
     """Return the same chunk of several texts as one."""
-    used, read = (statistics.fmean(getattr(chunk, name) for chunk in chunks) for name in ("used", "read"))
-    return replace(chunks[0], used=used, read=read)
+    names = ("used", "read", "fresh")
+    return replace(chunks[0], **{n: statistics.fmean(getattr(chunk, n) for chunk in chunks) for n in names})

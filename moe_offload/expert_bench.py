@@ -19,7 +19,7 @@ from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 from moe_offload.storage.expert_store import ExpertStore
 from moe_offload.storage.io import Arena, open_reader
 
-BENCH_BYTES = 96 * MIB  # of experts to take turns: beyond a last-level cache where the model is
+BENCH_BYTES = 192 * MIB  # of experts to take turns: several times a last-level cache
 READ_DEPTH = 8  # reads in flight where something else is measured
 LEAST_SLOTS = 16
 LEAST_RUNS, MOST_RUNS = 3, 200

@@ -58,6 +58,7 @@ class LayerExperts:
             top_k=self.top_k,
         )
         self.kernel = ExpertKernel(self.layout, Activation())
+        self._arena = bench.arena
         self._by_last_use = list(range(num_experts))
         self.fill()
 
@@ -88,24 +89,24 @@ class LayerExperts:
         """Return the seconds of one token's experts of which so many must be read, all that goes with it."""
         return _mean(lambda: self._step(misses), READ_S if misses else COMPUTE_S)
 
-    def streamed_s(self, num_tokens: int, latency_s: float = 0.0) -> float:
+    def streamed_s(self, num_tokens: int, latency_s: float = 0.0, *, fresh: bool = False) -> float:
         """Return the seconds of one expert of a first prompt's chunk: all are read, all slots are free.
 
         Args:
             latency_s: until the first read bears, which is of the layer, not of its experts.
+            fresh: the slots' pages have yet to be made.
         """
         count = min(self.layout.num_experts, STREAMED_PER_TOP_K * self.top_k)
         hidden = torch.randn(num_tokens, self.layout.hidden_size)
         times: list[float] = []
         started = time.perf_counter()
         while not times or time.perf_counter() - started < READ_S:
-            times.append(self._stream(count, hidden))
+            times.append(self._stream(count, hidden, fresh))
         return max(0.0, statistics.fmean(times) - latency_s) / count
 
     def prompt_curve(self) -> Curve:
         """Return seconds of a resident expert by tokens, up to what a chunk gives to the busiest ones."""
-        busiest = 4 * PREFILL_CHUNK_TOKENS * self.top_k // self.layout.num_experts
-        counts = [tokens for tokens in FEW_TOKENS if tokens <= max(16, busiest)]
+        counts = [tokens for tokens in FEW_TOKENS if tokens <= self._most_tokens()]
         return tuple((float(tokens), self.resident_s(tokens)) for tokens in counts)
 
     def handling_curve(self, resident: Curve, read_s: float, latency_s: float) -> Curve:
@@ -115,11 +116,27 @@ class LayerExperts:
             resident: ``prompt_curve``.
             read_s, latency_s: ``streamed_s`` of one token, and what it was given.
         """
-        counts = [tokens for tokens in STREAMED_TOKENS if tokens <= resident[-1][0]]
         return tuple(
             (float(count), self.streamed_s(count, latency_s) - max(read_s, value_at(resident, count)))
-            for count in counts
+            for count in self._streamed_tokens()
         )
+
+    def fresh_curve(self) -> Curve:
+        """Return what an expert that is read takes more while its slot's pages are made, by tokens.
+
+        To be measured last: new pages lie scattered, and reads into them take longer from then on.
+        """
+        return tuple(
+            (float(count), self.streamed_s(count, fresh=True) - self.streamed_s(count))
+            for count in self._streamed_tokens()
+        )
+
+    def _streamed_tokens(self) -> list[int]:
+        return [tokens for tokens in STREAMED_TOKENS if tokens <= self._most_tokens()]
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens of a chunk the busiest experts get."""
+        return max(FEW_TOKENS[2], 4 * PREFILL_CHUNK_TOKENS * self.top_k // self.layout.num_experts)
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Return the ids of residents and of all others, those used longest ago first."""
@@ -181,8 +198,10 @@ class LayerExperts:
     def _addresses(self, expert_ids: list[int]) -> list[int]:
         return self.cache.resident_addresses(self.layer_idx, expert_ids)
 
-    def _stream(self, count: int, hidden: torch.Tensor) -> float:
+    def _stream(self, count: int, hidden: torch.Tensor, fresh: bool) -> float:
         self.cache.keep_only(())
+        if fresh:
+            self._arena.give_back(0, self._arena.num_bytes)
         chosen, num_tokens = sorted(self._by_last_use[:count]), len(hidden)
         out = torch.zeros_like(hidden)
         started = time.perf_counter()

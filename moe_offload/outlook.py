@@ -34,6 +34,7 @@ from moe_offload.prompt_outlook import (
     prompt_work,
     skips_last_layer,
     traced_chunks,
+    with_fresh_slots,
 )
 from moe_offload.runtime.device_placement import place_on_device
 from moe_offload.runtime.native_families import native_step_reason
@@ -195,6 +196,7 @@ class Planner:
     def chunks(self, placement: PlacementPlan) -> list[Chunk]:
         """Return the chunks of a first prompt, nothing in memory yet."""
         how = {"is_native": self.shape(placement).is_native, "has_device": self.vram_bytes > 0}
+        slots = sum(pool.num_slots for pool in placement.pools) / max(1, len(self.checkpoint.spec.moe_layers))
         sizes = chunk_sizes(self.checkpoint, self.prompt_tokens, context_tokens=self.context_tokens, **how)
         skips_last = skips_last_layer(self.checkpoint.spec, **how)
         if self._trace is not None:
@@ -203,9 +205,10 @@ class Planner:
             pools, policy = placement.pools, self.config.policy
             found = traced_chunks(self._trace, pools, policy, sizes, expert_bytes, skips_last=skips_last)
             if found is not None:
-                return found
+                return with_fresh_slots(found, slots)
         share = resident_share(placement.pools)
-        return expected_chunks(self.checkpoint.spec, share, sizes, skips_last=skips_last)
+        found = expected_chunks(self.checkpoint.spec, share, sizes, skips_last=skips_last)
+        return with_fresh_slots(found, slots)
 
     def prefill(self, placement: PlacementPlan, chunks: Sequence[Chunk] | None = None) -> Speed | None:
         """Return the speed of a first prompt."""

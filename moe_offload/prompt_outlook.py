@@ -84,6 +84,16 @@ def expected_chunks(
     return chunks
 
 
+def with_fresh_slots(chunks: Sequence[Chunk], slots: float) -> list[Chunk]:
+    """Return a first prompt's chunks with the slots that each is the first to use, of ``slots`` a layer."""
+    found: list[Chunk] = []
+    for chunk in chunks:
+        fresh = min(chunk.read, slots)
+        found.append(replace(chunk, fresh=fresh))
+        slots -= fresh
+    return found
+
+
 def traced_chunks(
     trace: RoutingTrace,
     pools: Sequence[PoolPlan],

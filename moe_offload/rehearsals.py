@@ -134,12 +134,15 @@ def _prompt(values: Mapping[str, Any]) -> PromptSpeed:
     dense, expert = (
         tuple((_number(x), _number(y)) for x, y in values[name]) for name in ("dense_macs_per_s", "expert_s")
     )
-    handling = tuple((_number(x), _difference(y)) for x, y in values["handling_s"])
+    handling, fresh = (
+        tuple((_number(x), _difference(y)) for x, y in values[name]) for name in ("handling_s", "fresh_s")
+    )
     return PromptSpeed(
         dense_macs_per_s=dense,
         expert_s=expert,
         read_s=_number(values["read_s"]),
         handling_s=handling,
+        fresh_s=fresh,
         score_s=_number(values["score_s"]),
         own_share=_number(values["own_share"]),
     )

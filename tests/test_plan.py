@@ -85,18 +85,19 @@ def test_misses_that_come_together_share_their_latency() -> None:
 
 def test_a_step_pays_for_its_layers_by_the_way_it_is_computed() -> None:
     overheads = Overheads(
-        native_layer_s=0.1, python_layer_s=0.2, modules_layer_s=0.4, stalled_layer_s=2.0, token_s=0.05
-    )
+        native_layer_s=0.1, python_layer_s=0.2, modules_layer_s=0.4, forward_s=0.3, stalled_layer_s=2.0,
+        token_s=0.05,
+    )  # fmt: skip
     machine = replace(MACHINE, overheads=overheads)
     for change, expected_s in (
-        ({}, 0.1),
-        ({"is_native": False}, 0.4),
+        ({}, 3 * 0.1 + 0.3),
+        ({"is_native": False}, 3 * 0.4),
     ):
         shape = replace(SHAPE, num_layers=3, **change)
         speed = decode_speed(TOKEN, machine, shape, hit_rate=1.0)
-        assert 1 / speed.tokens_per_s == pytest.approx(1.0 + 3 * expected_s + 0.05)
+        assert 1 / speed.tokens_per_s == pytest.approx(1.0 + expected_s + 0.05)
     missing = decode_speed(TOKEN, machine, SHAPE, hit_rate=0.0)
-    assert 1 / missing.tokens_per_s == pytest.approx(1.0 + 6.0 + 0.1 + 0.05 + 2.0)
+    assert 1 / missing.tokens_per_s == pytest.approx(1.0 + 6.0 + 0.1 + 0.3 + 0.05 + 2.0)
 
 
 def test_what_is_guessed_is_read_while_the_layer_before_computes() -> None:
@@ -300,7 +301,9 @@ def test_what_was_kept_counts_while_it_is_young_and_whole(
     spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    prompt = PromptSpeed(((1.0, 2e9), (64.0, 3e9)), ((1.0, 1e-4),), 2e-4, ((16.0, 1e-5),), 1e-9, 0.5)
+    prompt = PromptSpeed(
+        ((1.0, 2e9), (64.0, 3e9)), ((1.0, 1e-4),), 2e-4, ((16.0, 1e-5),), ((16.0, -1e-5),), 1e-9, 0.5
+    )
     machine = replace(MACHINE, submit_s=1e-5, expert_bytes_per_s=2000.0, prompt=prompt)
     rehearsals.keep("model", machine)
     kept = rehearsals.kept_steps("model")

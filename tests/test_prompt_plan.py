@@ -17,7 +17,13 @@ from moe_offload.planning.hit_curves import TOKENS_LIKE_INDEPENDENT, expected_us
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, PromptSpeed
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import Chunk, PromptWork, prefill_speed, value_at
-from moe_offload.prompt_outlook import expected_chunks, prompt_work, skips_last_layer, traced_chunks
+from moe_offload.prompt_outlook import (
+    expected_chunks,
+    prompt_work,
+    skips_last_layer,
+    traced_chunks,
+    with_fresh_slots,
+)
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.trace import make_trace
 
@@ -53,6 +59,15 @@ def test_reads_hide_behind_products_or_products_behind_reads() -> None:
     assert seconds(handled, replace(chunk, read=1)) == pytest.approx(16.0 + 2 * (4 * 4.0 + 2.0) + 2.0)
     many = replace(chunk, num_tokens=64)  # 32 each, 16 s to compute; handling goes no further than measured
     assert seconds(handled, many) == pytest.approx(64 / 2 + 2 * 4 * (16.0 + 4.0) + 2.0)
+
+
+def test_pages_are_made_for_slots_that_nothing_was_in() -> None:
+    first, second, third = (Chunk(num_tokens=16, cached_tokens=0, used=4, read=read) for read in (4, 3, 2))
+    fresh = [chunk.fresh for chunk in with_fresh_slots([first, second, third], 5.5)]
+    assert fresh == [4, 1.5, 0]
+    machine = replace(MACHINE, prompt=replace(PROMPT, fresh_s=((4, 0.0), (12, 1.0))))  # eight tokens each
+    assert seconds(machine, first) == seconds(MACHINE, first)
+    assert seconds(machine, replace(first, fresh=3)) == pytest.approx(seconds(MACHINE, first) + 2 * 3 * 0.5)
 
 
 def test_each_chunk_pays_for_its_layers_elements_and_attention() -> None:

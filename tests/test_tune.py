@@ -31,7 +31,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.planning.machine_speed import SeenGain
 from moe_offload.planning.paired_runs import DUEL_ROUNDS, SCREEN_ROUNDS
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.planning.profile_speed import TYPICAL_OVERHEADS, profile_speed, split_overhead
+from moe_offload.planning.profile_speed import STALLED_PER_CLEAN, profile_speed, split_overhead
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.planning.tuning import NO_PREDICTOR, Choice
 from moe_offload.profile_parse import parse_profile
@@ -222,7 +222,7 @@ def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) ->
 def test_what_misses_cost_is_not_charged_to_layers_that_miss_nothing() -> None:
     layer_s, stall_s = split_overhead(400e-6, 0.8)
     assert stall_s is not None and layer_s + 0.8 * stall_s == pytest.approx(400e-6)
-    proportion = TYPICAL_OVERHEADS.stalled_layer_s / TYPICAL_OVERHEADS.native_layer_s
+    proportion = STALLED_PER_CLEAN
     assert stall_s / layer_s == pytest.approx(proportion)
     assert split_overhead(400e-6, 0.8, 40e-6) == (40e-6, pytest.approx(450e-6)), "other runs told"
     assert split_overhead(40e-6, 0.01) == (40e-6, None), "few misses say nothing of what one adds"

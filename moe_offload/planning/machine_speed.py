@@ -23,6 +23,7 @@ class Overheads:
         native_layer_s: of a layer in the native decode step, all that it needs at hand.
         python_layer_s: the same where Python looks at it between router and experts, to prefetch.
         modules_layer_s: of a layer on transformers' modules.
+        forward_s: of a forward on the native decode step, before its first layer and after its last.
         stalled_layer_s: of a layer that waits for misses, beside their reading and more than its like: back
             to Python, threads that have fallen asleep.
         token_s: of generate()'s loop, for a token.
@@ -34,6 +35,7 @@ class Overheads:
     native_layer_s: float = 0.0
     python_layer_s: float = 0.0
     modules_layer_s: float = 0.0
+    forward_s: float = 0.0
     stalled_layer_s: float = 0.0
     token_s: float = 0.0
     chunk_layer_s: float = 0.0
@@ -102,6 +104,7 @@ class PromptSpeed:
         read_s: from one expert to the next where all come from disk and computing does not hold them up.
         handling_s: what an expert that is read takes more than the longer of reading and computing it, by the
             tokens that chose it: its read's submission and arrival take from those that compute.
+        fresh_s: what it takes more where its slot's pages have yet to be made, by tokens.
         score_s: of attention, for one head, one token and one that it looks at.
         own_share: of its own chunk's tokens, how many a token's attention computes: half where it skips those
             that come later, all where it computes and masks them.
@@ -111,6 +114,7 @@ class PromptSpeed:
     expert_s: Curve
     read_s: float
     handling_s: Curve = ((1.0, 0.0),)
+    fresh_s: Curve = ((1.0, 0.0),)
     score_s: float = 0.0
     own_share: float = 1.0
 

@@ -21,10 +21,11 @@ TYPICAL_LAUNCH_S = 10e-6  # of a kernel, and of waiting for one, where a profile
 # What a step costs beside bytes where a profile does not say: measured on 2 cores of an AVX-512 server by
 # runtime/yardstick.py, rounded.
 TYPICAL_OVERHEADS = Overheads(
-    native_layer_s=30e-6, python_layer_s=40e-6, modules_layer_s=1.1e-3, stalled_layer_s=150e-6,
-    token_s=100e-6, chunk_layer_s=1.1e-3,
+    native_layer_s=10e-6, python_layer_s=20e-6, modules_layer_s=1.1e-3, forward_s=400e-6,
+    stalled_layer_s=150e-6, token_s=100e-6, chunk_layer_s=1.1e-3,
 )  # fmt: skip
 FEW_STALLS = 0.1  # of the layers
+STALLED_PER_CLEAN = 5.0  # what a miss adds, in a layer's overhead without one and its share of a forward's
 MORE_IN_PYTHON_S = TYPICAL_OVERHEADS.python_layer_s - TYPICAL_OVERHEADS.native_layer_s
 
 
@@ -73,10 +74,15 @@ def _device(profile: DeviceProfile) -> DeviceSpeed | None:
 
 
 def _overheads(layer_s: float | None, stalled_s: float | None) -> Overheads:
-    """Return the typical ones, with a layer's of the native step, and what misses add, as measured."""
+    """Return the typical ones, with a layer's of the native step, and what misses add, as measured.
+
+    Args:
+        layer_s: a run's, so a forward's own are divided among its layers.
+    """
     found = TYPICAL_OVERHEADS
     if layer_s is not None:
-        found = replace(found, native_layer_s=layer_s, python_layer_s=layer_s + MORE_IN_PYTHON_S)
+        in_python_s = layer_s + MORE_IN_PYTHON_S
+        found = replace(found, native_layer_s=layer_s, python_layer_s=in_python_s, forward_s=0.0)
     return found if stalled_s is None else replace(found, stalled_layer_s=stalled_s)
 
 
@@ -97,9 +103,8 @@ def split_overhead(
         return layer_s, None
     if clean_layer_s is not None:
         return clean_layer_s, max(0.0, layer_s - clean_layer_s) / stalled_share
-    native_s, stalled_s = TYPICAL_OVERHEADS.native_layer_s, TYPICAL_OVERHEADS.stalled_layer_s
-    scale = layer_s / (native_s + stalled_share * stalled_s)
-    return scale * native_s, scale * stalled_s
+    clean_s = layer_s / (1 + stalled_share * STALLED_PER_CLEAN)
+    return clean_s, STALLED_PER_CLEAN * clean_s
 
 
 def _sustained(profile: DeviceProfile, section: str, name: str) -> float:

@@ -26,6 +26,7 @@ class Chunk:
         cached_tokens: before it.
         used: experts of a layer that its tokens choose, on average over the layers, ``last`` left out.
         read: those that are not in memory.
+        fresh: of those, how many go into slots that nothing was in, whose pages the system has yet to make.
         last: the end of the chunk that alone goes through all of the last layer; None: all of it does.
     """
 
@@ -34,6 +35,7 @@ class Chunk:
     used: float
     read: float
     last: Chunk | None = None
+    fresh: float = 0.0
 
     @property
     def num_skipped(self) -> int:
@@ -116,8 +118,8 @@ def _experts_s(prompt: PromptSpeed, shape: DecoderShape, chunk: Chunk) -> tuple[
     if not chunk.used:
         return 0.0, 0.0
     tokens_each = chunk.num_tokens * shape.top_k / chunk.used
-    measured = min(tokens_each, prompt.handling_s[-1][0])  # it does not grow on
-    handling_s = chunk.read * value_at(prompt.handling_s, measured)
+    handling_s = chunk.read * _as_measured(prompt.handling_s, tokens_each)
+    handling_s += chunk.fresh * _as_measured(prompt.fresh_s, tokens_each)
     return chunk.used * value_at(prompt.expert_s, tokens_each), handling_s
 
 
@@ -137,6 +139,11 @@ def _by_bandwidths(machine: MachineSpeed, work: PromptWork) -> PromptSpeed | Non
         expert_s=((0, max(loaded_s, 0.0)), (few, few * token_s), (2 * few, 2 * few * token_s)),
         read_s=work.expert_bytes / machine.disk_bytes_per_s,
     )
+
+
+def _as_measured(curve: Curve, tokens: float) -> float:
+    """Return a curve's value, which does not grow on after its last point."""
+    return value_at(curve, min(tokens, curve[-1][0]))
 
 
 def value_at(curve: Curve, tokens: float) -> float:

@@ -13,8 +13,11 @@ from moe_offload.planning.prefetch_plan import WASTE_TARGET
 
 def _step_overhead_s(overheads: Overheads, shape: DecoderShape, stalled: float) -> float:
     """Return what a token costs beside bytes, ``stalled`` of its layers waiting for misses."""
-    layer_s = overheads.native_layer_s if shape.is_native else overheads.modules_layer_s
-    return shape.num_layers * layer_s + stalled * overheads.stalled_layer_s + overheads.token_s
+    if shape.is_native:
+        layers_s = shape.num_layers * overheads.native_layer_s + overheads.forward_s
+    else:
+        layers_s = shape.num_layers * overheads.modules_layer_s
+    return layers_s + stalled * overheads.stalled_layer_s + overheads.token_s
 
 
 def independent_misses(top_k: int, hit_rate: float) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
-from moe_offload.header_costs import attention_heads, bytes_per_token
+from moe_offload.header_costs import attention_heads, bytes_per_token, head_bytes
 from moe_offload.measure_steps import measure_steps
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, medians
 from moe_offload.planning.prompt_roofline import prefill_speed
@@ -49,8 +49,10 @@ def measure_overheads() -> Overheads:
 
 def _look(demo: _Demo, whole: _Loaded, few: _Loaded) -> Overheads:
     """Return what one look at everything says, the parts in the same second."""
-    layers = demo.checkpoint.spec.num_hidden_layers
-    native_s, _ = whole.step_s()
+    num_layers = demo.checkpoint.spec.num_hidden_layers
+    with _timed(whole.model.offload.native_step, "_run_residents") as layers:
+        native_s, _ = whole.step_s()
+    forward_s = max(0.0, native_s - statistics.fmean(layers[-STEPS:]) - demo.head_s)
     few_s, misses = few.step_s()
     with _replaced(whole.model.offload.native_step, "_tables", lambda: None):
         python_s, _ = whole.step_s()
@@ -61,9 +63,10 @@ def _look(demo: _Demo, whole: _Loaded, few: _Loaded) -> Overheads:
     weights_s, stalled_s = demo.token_s(misses=0.0), demo.token_s(misses)
     layer_s, element_s = demo.beside_products(short_s, chunk_s)
     return Overheads(
-        native_layer_s=max(0.0, native_s - weights_s) / layers,
-        python_layer_s=max(0.0, python_s - weights_s) / layers,
-        modules_layer_s=max(0.0, modules_s - weights_s) / layers,
+        native_layer_s=max(0.0, native_s - forward_s - weights_s) / num_layers,
+        python_layer_s=max(0.0, python_s - forward_s - weights_s) / num_layers,
+        modules_layer_s=max(0.0, modules_s - weights_s) / num_layers,
+        forward_s=forward_s,
         stalled_layer_s=max(0.0, few_s - native_s - (stalled_s - weights_s)) / demo.stalled(misses),
         token_s=whole.loop_s(),
         chunk_layer_s=layer_s,
@@ -92,6 +95,11 @@ class _Demo:
     @property
     def more_scores(self) -> int:
         return self.shape.attention_heads * (FAR_TOKENS - PROMPT_TOKENS)
+
+    @property
+    def head_s(self) -> float:
+        """The seconds of the head's weights for one token."""
+        return head_bytes(self.checkpoint) / self.machine.ram_bytes_per_s
 
     def token_s(self, misses: float) -> float:
         """Return the seconds of a token with so many misses, over all layers."""
@@ -187,6 +195,14 @@ def _seconds(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
+
+
+@contextmanager
+def _timed(owner: Any, name: str) -> Iterator[list[float]]:
+    """Yield the seconds of each call of a method, which grow meanwhile."""
+    method, seconds = getattr(owner, name), []
+    with _replaced(owner, name, lambda *args: seconds.append(_seconds(partial(method, *args)))):
+        yield seconds
 
 
 @contextmanager
