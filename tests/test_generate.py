@@ -51,6 +51,30 @@ def test_a_loaded_model_is_taken_as_it_is(loaded):
         moe_offload.generate(model, "hello", tokenizer=tokenizer, ram="1GiB")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([{"role": "user", "content": "hi"}], {}, r"one text, got list; .*apply_chat_template"),
+        ("ab", {"max_new_tokens": 2.5}, "max_new_tokens must be at least 1, got 2.5"),
+        ("ab", {"max_new_tokens": "5"}, "max_new_tokens must be at least 1, got '5'"),
+        ("ab", {"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ("ab", {"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ("ab", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    ],
+)
+def test_arguments_of_another_type_are_named(loaded, prompt, options, message):
+    model, tokenizer = loaded
+    with pytest.raises(ConfigError, match=message):
+        moe_offload.generate(model, prompt, tokenizer=tokenizer, stream=False, **options)
+
+
+def test_no_stop_strings_may_be_none(loaded):
+    model, tokenizer = loaded
+    asked = {"tokenizer": tokenizer, "stream": False, "max_new_tokens": 2}
+    expected = moe_offload.generate(model, "ab", **asked)
+    assert moe_offload.generate(model, "ab", stop=None, **asked).token_ids == expected.token_ids
+
+
 def test_ctrl_c_is_passed_on_to_the_caller(loaded):
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt

@@ -122,6 +122,7 @@ REFUSED = {
     "more beams than the context holds": ({"num_beams": 40}, BudgetError, "context="),
     "a static cache beyond the context": (BEYOND, BudgetError, "context="),
     "a cache that is moved to a card": ({"cache_implementation": "offloaded"}, ConfigError, "no card"),
+    "a hybrid one": ({"cache_implementation": "offloaded_hybrid"}, ConfigError, "no card"),
     "a static one": ({"cache_implementation": "offloaded_static"}, ConfigError, "no card"),
     "a quantized cache": ({"cache_implementation": "quantized"}, ConfigError, 'kv="q8_0"'),
     "groups of beams": ({"num_beams": 4, "num_beam_groups": 2}, ValueError, "trust_remote_code"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from moe_offload.errors import BudgetError, ConfigError
@@ -14,10 +15,10 @@ def check_limits(max_new_tokens: int | None, stop: Sequence[str]) -> None:
     """Refuse what no model could do; called before one is loaded.
 
     Raises:
-        ConfigError: fewer than one token, or an empty stop string.
+        ConfigError: fewer than one token, or no whole number of them, or an empty stop string.
     """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens is not None and not (isinstance(max_new_tokens, Integral) and max_new_tokens >= 1):
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.80}")
     if "" in stop:
         raise ConfigError("a stop string is empty: nothing would be generated; leave it out")
 

@@ -41,7 +41,7 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     system: str | None = None,
     raw: bool = False,
     thinking: bool | None = None,
@@ -66,7 +66,7 @@ def generate(
             and one beyond the context.
     """
     sampling = Sampling(temperature, top_p, top_k, seed)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     check_limits(max_new_tokens, stop)
     on_text = stream if callable(stream) else (_print_piece if stream else _discard)
     path = model if isinstance(model, str | Path) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from moe_offload.errors import ConfigError
@@ -21,6 +22,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_p", Real), ("top_k", Integral), ("seed", Integral)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                what = "a number" if kind is Real else "a whole number"
+                raise ConfigError(f"{name} must be {what}, got {value!r:.80}")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

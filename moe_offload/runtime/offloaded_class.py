@@ -24,9 +24,11 @@ from moe_offload.runtime.footprint import weight_bytes
 from moe_offload.runtime.offload import OffloadHandle
 
 # transformers' caches that could not hold what they promise, and what to do instead.
+NO_CARD = "keys and values are in the budget of ram=, and there is no card to move them from"
 OTHER_CACHES = {
-    "offloaded": "keys and values are in the budget of --ram, and there is no card to move them from",
-    "offloaded_static": "keys and values are in the budget of --ram, and there is no card to move them from",
+    **dict.fromkeys(
+        ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"), NO_CARD
+    ),
     "quantized": 'load the model with kv="q8_0", which keeps keys and values in 8 bits within the budget',
 }
 

@@ -21,11 +21,16 @@ def encode_prompt(
     """Return the token ids of a prompt, through the chat template unless ``raw`` or there is none.
 
     Raises:
-        ConfigError: the prompt is empty or no Unicode text, or a system message or ``thinking`` has no
+        ConfigError: the prompt is empty or no (Unicode) text, or a system message or ``thinking`` has no
             template to go into.
     """
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            f"a prompt is one text, got {type(prompt).__name__}; for a conversation give model.generate() "
+            "what tokenizer.apply_chat_template() returns"
+        )
     _check_text(prompt)
     if not raw and tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system is not None else []
