@@ -326,6 +326,7 @@ def test_every_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     empty, text, pipe = tmp_path / "empty.gguf", tmp_path / "text.gguf", tmp_path / "pipe.gguf"
     empty.touch()
     text.write_text("hello")
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     os.mkfifo(pipe)
     (tmp_path / "folder").mkdir()
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
@@ -341,7 +342,8 @@ def test_every_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         pipe: r"pipe.gguf: not a regular file",
         tmp_path
         / "folder": r"folder: a folder with config.json and safetensors, or with one .gguf .*found neither",
-        tmp_path: r"found 3 models: empty.gguf, pipe.gguf, text.gguf",
+        tmp_path: r"found 4 models: empty.gguf, pipe.gguf, pointer.gguf, text.gguf",
+        tmp_path / "pointer.gguf": r"pointer.gguf: stands for a file .*: git lfs pull",
         tmp_path / "model.safetensors": r"is one file of a Hugging Face folder; give the folder",
         tmp_path / "broken": r"config.json: not valid JSON",
     }.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import threading
@@ -12,7 +13,7 @@ import torch
 from toy_models import save_toy_model
 
 import moe_offload
-from moe_offload import CheckpointError
+from moe_offload import CheckpointError, ConfigError
 from moe_offload.config import DEMO_MODEL
 from moe_offload.header_costs import dense_resident_bytes
 from moe_offload.residency.expert_cache import ExpertCache
@@ -121,6 +122,24 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path):
     weights["model.norm.weight"] = torch.ones(65)
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(65,\).*\(64,\)"):
+        moe_offload.from_pretrained(folder, ram="8GiB")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_act": "banana"}, CheckpointError, r"transformers refuses config\.json: 'banana'"),
+        ({"rope_scaling": {"type": "yarn"}}, CheckpointError, r"refuses config\.json: .*factor"),
+        ({"dtype": "banana"}, ConfigError, r"dtype='banana' \(of .*\) is not supported; pass float32"),
+    ],
+)
+def test_a_configuration_that_cannot_be_names_the_checkpoint(tmp_path, change, error, message):
+    folder = save_toy_model("qwen3_moe", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    if "rope_scaling" in change:
+        config.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(error, match=message):
         moe_offload.from_pretrained(folder, ram="8GiB")
 
 

@@ -188,7 +188,8 @@ def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dt
         name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
     resolved: torch.dtype | None = getattr(torch, name, None)
     if resolved not in skeleton.GGML_TYPES:
-        raise ConfigError(f"dtype={dtype!r} is not supported; use 'auto', float32, bfloat16 or float16")
+        where = f" (of {checkpoint.path})" if dtype == "auto" else ""
+        raise ConfigError(f"dtype={name!r}{where} is not supported; pass float32, bfloat16 or float16")
     assert resolved is not None
     return resolved
 

@@ -5,6 +5,8 @@ These two files hold all private calls into transformers (tested with 5.23; setu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +54,7 @@ def build_skeleton(
             f"{checkpoint.spec.model_type!r}"
         )
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"):
+    with torch.device("meta"), _refusals_of_transformers(checkpoint):
         model = model_class._from_config(
             config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION, **kwargs
         )
@@ -73,13 +75,20 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     values.pop("quantization_config", None)  # the blocks are read as they are, by us
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{checkpoint.path}: transformers does not know model_type {model_type!r}")
-    try:
+    with _refusals_of_transformers(checkpoint):
         config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: transformers refuses config.json: {error}") from error
     config.dtype = dtype
     config.name_or_path = str(checkpoint.path)
     return config
+
+
+@contextmanager
+def _refusals_of_transformers(checkpoint: Checkpoint) -> Iterator[None]:
+    """Name the checkpoint where transformers finds fault with its configuration."""
+    try:
+        yield
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: transformers refuses config.json: {error}") from error
 
 
 def experts_modules(model: Any) -> dict[int, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from moe_offload.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
+LFS_POINTER_BYTES = 1024  # and fewer
 
 
 class HeaderReader:
@@ -27,14 +28,15 @@ class HeaderReader:
             link = " (what it links to is missing: fetch it again)" if path.is_symlink() else ""
             raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}{link}") from error
         try:
-            status = os.fstat(fd)
+            self._fd, status = fd, os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file; give a checkpoint's folder or .gguf file")
+            self.num_bytes = status.st_size
+            if self.num_bytes <= LFS_POINTER_BYTES and self.read_up_to(0, 20) == b"version https://git-":
+                self.fail("stands for a file that git-lfs has not fetched yet; fetch it: git lfs pull")
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
-        self.num_bytes = status.st_size
 
     def __enter__(self) -> HeaderReader:
         return self
