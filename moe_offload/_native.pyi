@@ -14,6 +14,8 @@ READING: int
 DONE: int
 FAILED: int
 CANCELLED: int
+HUGE_PAGE_BYTES: int
+NOT_FILLED: int  # Arena.gather found too few pages there
 BOUNCE_BYTES: int  # memory that a reader keeps for read_into
 
 class Arena:
@@ -23,6 +25,7 @@ class Arena:
     @property
     def num_bytes(self) -> int: ...
     def give_back(self, offset: int, num_bytes: int) -> None: ...
+    def gather(self, offset: int) -> int: ...
     def close(self) -> None: ...
 
 class DirectReader:

@@ -137,6 +137,7 @@ def _tiers_line(report: dict[str, Any]) -> str:
 
 def _io() -> dict[str, Any]:
     from moe_offload.config import DEMO_MODEL
+    from moe_offload.residency.huge_pages import try_huge_page
     from moe_offload.storage.io import add_file, io_mode_from_env, open_reader
 
     reader = open_reader()
@@ -146,7 +147,10 @@ def _io() -> dict[str, Any]:
     finally:
         reader.close()
     by = f"threads ({why_threads})" if why_threads else "io_uring"
-    return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason, "by": by}
+    pages = (
+        f"small pages ({why_small})" if (why_small := try_huge_page()) else "huge pages, made while decoding"
+    )
+    return {"asked": io_mode_from_env(), "bundled_model": mode, "reason": reason, "by": by, "into": pages}
 
 
 def _cuda_line(report: dict[str, Any]) -> str:
@@ -214,7 +218,8 @@ def as_text(report: dict[str, Any]) -> str:
         "state": _listed({name: str(value) for name, value in report["state"].items()}, " ")
         or "nothing said",
         "disk reads": _line(
-            report["io"], "{asked} asked for, {bundled_model} on the bundled model's disk, by {by}"
+            report["io"],
+            "{asked} asked for, {bundled_model} on the bundled model's disk, by {by}, into {into}",
         )
         + (f" ({report['io']['reason']})" if report["io"].get("reason") else ""),
         "CUDA": _cuda_line(report["cuda"]),

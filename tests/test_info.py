@@ -26,6 +26,7 @@ def test_it_names_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["memory"]["total_bytes"] == memory.total_bytes()
     assert report["packages"]["torch"] == version("torch")
     assert report["io"]["bundled_model"] in ("direct", "buffered")
+    assert report["io"]["into"].startswith(("huge pages", "small pages ("))
     assert report["cuda"]["on"] or report["cuda"]["reason"]
 
 

@@ -6,6 +6,10 @@
 
 namespace moe {
 
+// With base pages of 4 KiB; with others gather() does nothing.
+inline constexpr int64_t kHugePageBytes = 2 << 20;
+inline constexpr int kNotFilled = -1;
+
 class Arena {
   public:
     // Reserves num_bytes, rounded up to whole pages. Throws ConfigError, std::bad_alloc.
@@ -21,10 +25,18 @@ class Arena {
     // afterwards and cost RAM again when touched.
     void give_back(int64_t offset, int64_t num_bytes);
 
+    // Puts the pages of [offset, offset + kHugePageBytes), whose address is a multiple of that, into one huge
+    // page, to which a disk reads in one piece. Not where less than three quarters of them cost RAM. Bytes
+    // stay, readers of them wait. Returns 0, kNotFilled, or what the system answers: EAGAIN (a read is under
+    // way there), ENOMEM or EBUSY (it has no huge page), EINVAL (it makes none).
+    int gather(int64_t offset);
+
     // Unmaps. The caller has made sure that no read into the arena is in flight.
     void close();
 
   private:
+    void check_range(const char* caller, int64_t offset, int64_t num_bytes) const;
+
     int64_t num_bytes_;
     std::byte* data_ = nullptr;
 };

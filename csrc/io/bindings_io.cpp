@@ -132,6 +132,8 @@ void register_arena(py::module_& m) {
         .def_property_readonly("num_bytes", &Arena::num_bytes)
         .def("give_back", &Arena::give_back, py::arg("offset"), py::arg("num_bytes"),
              py::call_guard<py::gil_scoped_release>(), "Return the whole pages inside to the system.")
+        .def("gather", &Arena::gather, py::arg("offset"), py::call_guard<py::gil_scoped_release>(),
+             "Make one huge page of 2 MiB that are there; 0, NOT_FILLED or an errno.")
         .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>(),
              "Unmap; no read may be in flight.");
 }
@@ -179,6 +181,8 @@ void register_reader(py::module_& m) {
     m.attr("DONE") = static_cast<int>(moe::TicketState::kDone);
     m.attr("FAILED") = static_cast<int>(moe::TicketState::kFailed);
     m.attr("CANCELLED") = static_cast<int>(moe::TicketState::kCancelled);
+    m.attr("HUGE_PAGE_BYTES") = moe::kHugePageBytes;
+    m.attr("NOT_FILLED") = moe::kNotFilled;
     m.attr("BOUNCE_BYTES") = moe::kBounceBytes;
 }
 

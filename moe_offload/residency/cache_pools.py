@@ -125,6 +125,12 @@ class CachePools:
         missing = sum(entry is None for entry in pool.table[layer_idx])
         return max(0, min(missing, pool.capacity - len(pool.residents)))
 
+    def next_slots(self) -> Iterator[tuple[int, int]]:
+        """Yield address and bytes of the slots that experts will be read into next, the next one first."""
+        for pool in self._pools:
+            for slot in reversed(pool.free):
+                yield pool.slot_address(slot), pool.slot_bytes
+
     def residents(self) -> list[ExpertKey]:
         """Return the resident experts, sorted; for tests and reports."""
         return sorted(key for pool in self._pools for key in pool.residents)

@@ -22,6 +22,7 @@ from moe_offload.planning.prediction import Predictor
 from moe_offload.planning.prompt_chunks import longest_chunk
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.huge_pages import HugePages, why_no_huge_pages
 from moe_offload.residency.memory import MemoryGuard, available_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime import machine_profile, skeleton
@@ -89,6 +90,8 @@ def load(
         executors = _attach(model, decided, handle, handle.prefetcher, cache)
         if decided.vram_plan is not None:
             _attach_device(decided, decided.vram_plan, handle, executors, cache, store, arena)
+        elif any(pool.num_staging for pool in plan.pools) and not why_no_huge_pages():
+            handle.huge_pages = HugePages(arena, cache.next_slots)
         if decided.config.warm_start:
             start_warm(handle, cache, checkpoint, decided.config.policy)
     except BaseException:

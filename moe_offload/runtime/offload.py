@@ -21,6 +21,7 @@ from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.plans import PlacementPlan
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
+from moe_offload.residency.huge_pages import HugePages
 from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import find_distances
@@ -66,8 +67,7 @@ class OffloadHandle:
         self.on_prefill: Callable[[int, int], None] | None = None
         self._stats, self._guard, self._close_resources = stats, guard, close_resources
         self._lock = threading.RLock()
-        self._owner_pid = os.getpid()
-        self._closed = False
+        self._owner_pid, self._closed = os.getpid(), False
         self._stepping: int | None = None  # the thread that is inside a forward
         self._chunk = (0, 0, 0)
         self.room = ContextRoom(plan.context_tokens, [("full_attention", {})] * spec.num_hidden_layers)
@@ -75,10 +75,10 @@ class OffloadHandle:
         self.make_recorder: Callable[..., RoutingRecorder] | None = None
         self.prefetcher: Prefetcher | None = None
         self.hybrid: HybridLayers | None = None  # experts on a device
+        self.huge_pages: HugePages | None = None  # under slots that are read into
         self.before_close: Callable[[], None] | None = None  # keeps what the run has learned
         self.started_warm = False
-        self.policy = ""  # of eviction, by name
-        self.predictor = ""  # by name; "none" without prefetch
+        self.policy = self.predictor = ""  # by name; the predictor is "none" without prefetch
         self.profile: ProfileInUse | None = None
         self.speeds = RunningCorrection()  # what is expected of disk and layers, and what was measured since
         live_handles.add(self)
@@ -252,6 +252,8 @@ class OffloadHandle:
         if decoding:
             self._stats.decode_steps += 1
             self._stats.decode_s += seconds
+            if self.huge_pages is not None:
+                self.huge_pages.step_done(seconds)
             if self.prefetcher is not None:
                 self.prefetcher.step_done(seconds)
             if self.hybrid is not None and not (self.prefetcher is not None and self.prefetcher.is_trying):
@@ -262,11 +264,11 @@ class OffloadHandle:
 
     def _relieve_memory(self) -> None:
         """Give slots back before the machine swaps."""
-        wanted_bytes = self._guard.bytes_to_give_back()
-        if wanted_bytes and self.prefetcher is not None:
-            self.prefetcher.end_run()
-        if wanted_bytes and self.cache is not None:
+        if (wanted_bytes := self._guard.bytes_to_give_back()) and self.cache is not None:
+            if self.prefetcher is not None:
+                self.prefetcher.end_run()
             self.cache.give_back(wanted_bytes)
+            self.huge_pages = None  # no memory is to be had for them
 
     def begin_chunk(self, start: int, num_tokens: int, total_tokens: int) -> None:
         """Note which tokens of the prompt the next layers work on."""

@@ -7,12 +7,14 @@ from enum import IntEnum
 from pathlib import Path
 
 from moe_offload import _native
-from moe_offload._native import BOUNCE_BYTES, Arena, DirectReader
+from moe_offload._native import BOUNCE_BYTES, HUGE_PAGE_BYTES, NOT_FILLED, Arena, DirectReader
 from moe_offload.errors import CheckpointError, ConfigError
 
 __all__ = [
     "BOUNCE_BYTES",
     "DEFAULT_NUM_IO_THREADS",
+    "HUGE_PAGE_BYTES",
+    "NOT_FILLED",
     "Arena",
     "DirectReader",
     "TicketState",
