@@ -26,8 +26,9 @@ from moe_offload.planning.cost_model import (
 )
 from moe_offload.planning.dense_placement import DenseSizes
 from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
-from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes, with_staging
+from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes
 from moe_offload.planning.plans import PlacementPlan
+from moe_offload.planning.slots import with_staging
 from moe_offload.residency.route_log import ROUTE_LOG_BYTES
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.dense_tensor import TensorInfo

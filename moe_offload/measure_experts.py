@@ -20,9 +20,9 @@ from moe_offload.expert_bench import ExpertBench
 from moe_offload.expert_ops import Activation, ExpertKernel
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.machine_speed import Curve
-from moe_offload.planning.placement import staging_slots
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.prompt_roofline import value_at
+from moe_offload.planning.slots import staging_slots
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.stats import OffloadStats
 

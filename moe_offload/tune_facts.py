@@ -8,8 +8,8 @@ from functools import partial
 
 from moe_offload.header_costs import bytes_per_token
 from moe_offload.planning.eviction import EvictionPolicy, make_policy
-from moe_offload.planning.placement import with_staging
 from moe_offload.planning.plans import PoolPlan
+from moe_offload.planning.slots import with_staging
 from moe_offload.planning.tuning import DividedHits, Division, TuningFacts
 from moe_offload.planning.tuning_device import DeviceFacts
 from moe_offload.replay import missed_experts, replay

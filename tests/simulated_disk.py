@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_offload.errors import CheckpointError
-from moe_offload.planning.placement import staging_slots
 from moe_offload.planning.plans import PoolPlan
+from moe_offload.planning.slots import staging_slots
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout, GgmlType, MatrixFormat, RowOrder
 
 ARENA_ADDRESS = 1 << 20

@@ -19,10 +19,9 @@ from moe_offload.planning.placement import (
     cold_cache_warning,
     plan_placement,
     smallest_ram_bytes,
-    staging_slots,
-    with_staging,
 )
 from moe_offload.planning.plans import PlacementPlan, PoolPlan
+from moe_offload.planning.slots import staging_slots, with_staging
 from moe_offload.storage.expert_format import ExpertLayout, GgmlType, MatrixFormat, RowOrder
 
 

@@ -1,16 +1,14 @@
 """Where a memory budget goes: fixed parts first, then slots for experts, or a refusal with the numbers.
 
-Pure: ints in, a PlacementPlan out. Layers whose experts have one slot size share a pool. Slots are
-granted one at a time in an order that does not depend on the budget (every pool keeps the same share
-of its experts), so more memory never means fewer slots anywhere.
+Pure: ints in, a PlacementPlan out; slots.py divides what is left for experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from moe_offload.config import GIB, STAGING_PER_TOP_K, ModelSpec, gib
+from moe_offload.config import GIB, ModelSpec, gib
 from moe_offload.errors import BudgetError
 from moe_offload.planning.cost_model import (
     device_workspace_bytes,
@@ -18,7 +16,8 @@ from moe_offload.planning.cost_model import (
     scale_copies_bytes,
     state_bytes,
 )
-from moe_offload.planning.plans import DensePlan, DevicePlan, PlacementPlan, PoolPlan
+from moe_offload.planning.plans import DensePlan, DevicePlan, PlacementPlan
+from moe_offload.planning.slots import ExpertPool, grant_slots, group_layers, least_expert_bytes, pool_plans
 from moe_offload.storage.expert_format import ExpertLayout
 
 
@@ -46,16 +45,6 @@ class BudgetRow:
     num_slots: int  # experts in memory, 0 when it does not fit
     expert_share: float  # of all experts, 0..1
     smallest_ram_bytes: int
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """A pool before its slots are counted."""
-
-    slot_bytes: int
-    layers: tuple[int, ...]
-    num_experts: int
-    min_slots: int
 
 
 def plan_placement(
@@ -110,9 +99,9 @@ def divide(
     expert_cap: int | None = None,
 ) -> PlacementPlan:
     """Give what ``fixed`` leaves of ``ram_bytes`` to expert slots; see ``plan_placement``."""
-    pools = _group_layers(layouts, spec.top_k)
+    pools = group_layers(layouts, spec.top_k)
     _refuse_what_cannot_fit(fixed, pools, ram_bytes, expert_cap)
-    slots = _grant_slots(pools, ram_bytes - fixed.total_bytes, expert_cap)
+    slots = grant_slots(pools, ram_bytes - fixed.total_bytes, expert_cap)
     return PlacementPlan(
         ram_bytes=ram_bytes,
         base_bytes=fixed.base_bytes,
@@ -120,7 +109,7 @@ def divide(
         kv_bytes=fixed.kv_bytes,
         workspace_bytes=fixed.workspace_bytes,
         context_tokens=fixed.context_tokens,
-        pools=_pool_plans(pools, slots, spec.top_k),
+        pools=pool_plans(pools, slots, spec.top_k),
     )
 
 
@@ -142,13 +131,13 @@ def plan_device(
         BudgetError: not even one token's experts have room; names the least that would do.
     """
     workspace_bytes = device_workspace_bytes(spec)
-    pools = _group_layers(layouts, spec.top_k)
-    smallest = context_bytes + workspace_bytes + _least_expert_bytes(pools)
+    pools = group_layers(layouts, spec.top_k)
+    smallest = context_bytes + workspace_bytes + least_expert_bytes(pools)
     if vram_bytes < smallest:
         raise BudgetError(
             f"vram={gib(vram_bytes)} ({vram_bytes} bytes) is too small: driver {gib(context_bytes)} + "
             f"workspace {gib(workspace_bytes)} + at least {sum(pool.min_slots for pool in pools)} experts "
-            f"{gib(_least_expert_bytes(pools))} = {gib(smallest)}; the smallest vram that would do is "
+            f"{gib(least_expert_bytes(pools))} = {gib(smallest)}; the smallest vram that would do is "
             f"{smallest} bytes, or run without device="
         )
     dense = None if choose_dense is None else choose_dense(vram_bytes - smallest)
@@ -156,57 +145,15 @@ def plan_device(
     if dense is not None:
         room_bytes -= dense.held_bytes + dense.workspace_bytes
         workspace_bytes += dense.workspace_bytes
-    slots = _grant_slots(pools, room_bytes, None)
+    slots = grant_slots(pools, room_bytes, None)
     return DevicePlan(
-        vram_bytes, context_bytes, workspace_bytes, _pool_plans(pools, slots, spec.top_k), dense=dense
+        vram_bytes, context_bytes, workspace_bytes, pool_plans(pools, slots, spec.top_k), dense=dense
     )
-
-
-def _pool_plans(pools: Sequence[_Pool], slots: Sequence[int], top_k: int) -> tuple[PoolPlan, ...]:
-    return tuple(
-        PoolPlan(
-            slot_bytes=pool.slot_bytes,
-            layers=pool.layers,
-            num_experts=pool.num_experts,
-            num_slots=num_slots,
-            num_staging=staging_slots(num_slots, pool.num_experts, top_k),
-        )
-        for pool, num_slots in zip(pools, slots, strict=True)
-    )
-
-
-def with_staging(pools: Sequence[PoolPlan], per_top_k: float, top_k: int) -> tuple[PoolPlan, ...]:
-    """Return the pools with another division between residents and reads in flight; the bytes stay."""
-    return tuple(
-        replace(
-            pool,
-            num_staging=staging_slots(pool.num_slots, pool.num_experts, top_k, per_top_k),
-            staging_per_top_k=per_top_k,
-        )
-        for pool in pools
-    )
-
-
-def staging_slots(num_slots: int, num_experts: int, top_k: int, per_top_k: float = STAGING_PER_TOP_K) -> int:
-    """Return how many of a pool's slots are kept for reads in flight.
-
-    None when every expert has a slot of its own. Otherwise one step's misses and as many prefetched
-    experts (2 * top_k) where there is room: a step's misses always fit (top_k), and above that half
-    of the slots stay for residents. With top_k slots or fewer everything streams.
-
-    Args:
-        per_top_k: what to keep instead of 2, at least 1.
-    """
-    if num_slots >= num_experts:
-        return 0
-    if num_slots <= top_k:
-        return num_slots
-    return min(int(per_top_k * top_k), top_k + (num_slots - top_k) // 2)
 
 
 def smallest_ram_bytes(fixed: FixedCosts, layouts: Mapping[int, ExpertLayout], top_k: int) -> int:
     """Return the least budget that would do: the fixed parts and one token's experts per pool."""
-    return fixed.total_bytes + _least_expert_bytes(_group_layers(layouts, top_k))
+    return fixed.total_bytes + least_expert_bytes(group_layers(layouts, top_k))
 
 
 def cold_cache_warning(plan: PlacementPlan, spec: ModelSpec, policy: str) -> str | None:
@@ -229,62 +176,20 @@ def budgets_table(
     spec: ModelSpec, layouts: Mapping[int, ExpertLayout], budgets: Sequence[int], fixed: FixedCosts
 ) -> list[BudgetRow]:
     """Return what each budget of ``budgets`` (bytes) would hold."""
-    pools = _group_layers(layouts, spec.top_k)
-    smallest = fixed.total_bytes + _least_expert_bytes(pools)
+    pools = group_layers(layouts, spec.top_k)
+    smallest = fixed.total_bytes + least_expert_bytes(pools)
     total_experts = sum(pool.num_experts for pool in pools)
     rows = []
     for ram_bytes in budgets:
         fits = ram_bytes >= smallest
-        num_slots = sum(_grant_slots(pools, ram_bytes - fixed.total_bytes, None)) if fits else 0
+        num_slots = sum(grant_slots(pools, ram_bytes - fixed.total_bytes, None)) if fits else 0
         share = num_slots / total_experts if total_experts else float(fits)
         rows.append(BudgetRow(ram_bytes, fits, num_slots, share, smallest))
     return rows
 
 
-def _group_layers(layouts: Mapping[int, ExpertLayout], top_k: int) -> list[_Pool]:
-    """Return one pool per slot size, in the order of its first layer."""
-    by_size: dict[int, list[ExpertLayout]] = {}
-    for _, layout in sorted(layouts.items()):
-        by_size.setdefault(layout.slot_bytes, []).append(layout)
-    return [
-        _Pool(
-            slot_bytes=slot_bytes,
-            layers=tuple(layout.layer_idx for layout in group),
-            num_experts=sum(layout.num_experts for layout in group),
-            min_slots=min(top_k, max(layout.num_experts for layout in group)),
-        )
-        for slot_bytes, group in by_size.items()
-    ]
-
-
-def _least_expert_bytes(pools: Sequence[_Pool]) -> int:
-    return sum(pool.min_slots * pool.slot_bytes for pool in pools)
-
-
-def _grant_slots(pools: Sequence[_Pool], room_bytes: int, expert_cap: int | None) -> list[int]:
-    """Return the slots of each pool: the least, then one at a time to the pool with the smallest share.
-
-    Stops at the first grant that does not fit: skipping it for a smaller slot of another pool would
-    use a few bytes more, but then a larger budget could take that slot away again.
-    """
-    slots = [pool.min_slots for pool in pools]
-    room_bytes -= _least_expert_bytes(pools)
-    room_slots = sum(pool.num_experts for pool in pools) if expert_cap is None else expert_cap
-    grants = sorted(
-        (count / pool.num_experts, position)
-        for position, pool in enumerate(pools)
-        for count in range(pool.min_slots + 1, pool.num_experts + 1)
-    )
-    for _, position in grants[: max(0, room_slots - sum(slots))]:
-        room_bytes -= pools[position].slot_bytes
-        if room_bytes < 0:
-            break
-        slots[position] += 1
-    return slots
-
-
 def _refuse_what_cannot_fit(
-    fixed: FixedCosts, pools: Sequence[_Pool], ram_bytes: int, expert_cap: int | None
+    fixed: FixedCosts, pools: Sequence[ExpertPool], ram_bytes: int, expert_cap: int | None
 ) -> None:
     least_experts = sum(pool.min_slots for pool in pools)
     if expert_cap is not None and expert_cap < least_experts:
@@ -292,7 +197,7 @@ def _refuse_what_cannot_fit(
             f"experts={expert_cap} is fewer than one token needs in one layer: the least is {least_experts} "
             f"({len(pools)} sizes of experts); ask for that many or for a larger percentage"
         )
-    expert_bytes = _least_expert_bytes(pools)
+    expert_bytes = least_expert_bytes(pools)
     smallest = fixed.total_bytes + expert_bytes
     if ram_bytes >= smallest:
         return

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moe_offload.errors import CheckpointError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
-from moe_offload.planning.placement import staging_slots
+from moe_offload.planning.slots import staging_slots
 from moe_offload.residency.cache_pools import CachePools
 from moe_offload.residency.slot_entry import SlotState
 from moe_offload.residency.slot_pool import SlotPool

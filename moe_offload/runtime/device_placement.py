@@ -11,8 +11,9 @@ from functools import partial
 from moe_offload.config import DeviceChoice, RuntimeConfig
 from moe_offload.header_costs import dense_sizes, resolve_context
 from moe_offload.planning.dense_placement import no_dense, place_dense
-from moe_offload.planning.placement import plan_device, with_staging
+from moe_offload.planning.placement import plan_device
 from moe_offload.planning.plans import DensePlan, DevicePlan
+from moe_offload.planning.slots import with_staging
 from moe_offload.runtime.native_families import native_step_reason
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.expert_format import FAST_TYPES, FLOAT_TYPES
