@@ -45,7 +45,9 @@ class BuildExt(build_ext):
     def build_extensions(self):
         compile_one = self.compiler._compile
         made_with = f"{sys.version}, pybind11 {pybind11.__version__}"
-        kept = objects.KeptObjects(ROOT / "build" / "objects", self.compiler.compiler_so_cxx, made_with)
+        # setuptools below 72 has one command for C and C++.
+        command = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        kept = objects.KeptObjects(ROOT / "build" / "objects", command, made_with)
 
         def compile_changed(obj, src, ext, cc_args, extra_postargs, pp_opts):
             isa_flags = ISA_FLAGS.get(Path(src).name, []) if platform.machine() == "x86_64" else []

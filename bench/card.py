@@ -17,7 +17,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
+    """Return the short hash of the checked-out commit, or "unknown" outside a repository or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"

@@ -3,11 +3,12 @@
     python bench/gpu.py [--out gpu.json] [--minutes 8] [--model FILE.gguf]
     python bench/gpu.py --device emulated:vram=64MiB,link=2GB/s   # where there is none: small, and labelled
 
-Builds csrc/cuda for this machine's cards, checks bits, measures ceilings, kernels and link, then runs a
-model of random weights (where emulated: the bundled demo): decode (cold, warm, after a change of topic) and
-prefill with 25, 50, 12 and 100% of the experts' bytes in VRAM, for ours and the named baselines. The file is
-written after every row, so that a run that is cut off leaves what it had, and the same command with the same
---out goes on from there (--anew: from the beginning); what was not reached reads "not run", with the reason.
+Builds for this machine's cards (and installs in place), checks bits, measures ceilings, kernels and link and
+runs ``pytest -m cuda`` (output beside the file, as .tests.log), then a model of random weights (where
+emulated: the bundled demo): decode (cold, warm, after a change of topic) and prefill with 25, 50, 12 and 100%
+of the experts' bytes in VRAM, for ours and the named baselines. The file is written after every row, so that
+a run that is cut off leaves what it had, and the same command with the same --out goes on from there (--anew:
+from the beginning); what was not reached reads "not run", with the reason.
 
 ``label`` says what a number is: "measured" on a card, "emulated" (order and concurrency, no GPU's speed), or
 "modelled" (gpu_modelled.py: the cost model on a profile). Neither of the latter is ever a GPU's.
@@ -16,7 +17,6 @@ written after every row, so that a run that is cut off leaves what it had, and t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
@@ -27,7 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_machine
 from card import commit, cpu_name
+from gpu_machine import device_text
 from gpu_report import NotRun, Report, give_up, phases_of, summary
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fate_like": {"scheduler": "on_demand", "policy": "fate", "predictor": "cross_layer_gate"},
 }
 RUN_LIMIT_S = 150.0
+TESTS_LIMIT_S = 120.0
 PROMPT_TOKENS = 16
 
 
@@ -65,19 +68,26 @@ def main() -> None:
         report.resume()
     report.write()
     if is_card:
-        report.step("build", build)
-    report.step("machine", lambda: machine(report))
-    if is_card and not card_report()["on"]:
-        give_up(report, f"no card: {card_report()['reason']}")
-    report.step("bits", lambda: bits(args.device), once=True)
-    report.step("ceilings", lambda: ceilings(is_card), once=True)
-    report.step("link", lambda: link(args.device, report), once=True)
-    report.step("kernels", lambda: kernels(is_card, report), needs_s=20, once=True)
+        report.step("build", gpu_machine.build)
+        if (status := report.content["steps"]["build"]["status"]) != "done":
+            give_up(report, f"no build: {status}")
+    report.step("machine", lambda: gpu_machine.machine(report))
+    if is_card:
+        card = gpu_machine.card_report()
+        if not card["on"]:
+            give_up(report, f"no card: {card['reason']}")
+    report.step("bits", lambda: gpu_machine.bits(args.device), once=True)
+    report.step("ceilings", lambda: gpu_machine.ceilings(is_card), once=True)
+    report.step("link", lambda: gpu_machine.link(args.device, report), once=True)
+    report.step("kernels", lambda: gpu_machine.kernels(is_card, report), needs_s=20, once=True)
+    report.step("code", lambda: gpu_machine.code(is_card), needs_s=20, once=True)
+    report.step("tests", lambda: gpu_machine.tests(args.device, report, TESTS_LIMIT_S), needs_s=30, once=True)
     report.step("model", lambda: make_model(args), needs_s=60)
     report.step("runs", lambda: runs(args, report), needs_s=30)
     report.step("dense", lambda: dense(args, report), needs_s=30)
     report.step("laptop", lambda: laptop(args, report), needs_s=30)
     report.step("modelled", modelled, once=True)
+    report.step("sanitizer", lambda: gpu_machine.sanitizer(args.device, report), needs_s=35, once=True)
     report.not_run("llama.cpp", "bench/peer_llama_cuda.py --source DIR builds and runs it")
     report.end()
     print(json.dumps(summary(report.content)))
@@ -112,117 +122,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# Steps
-
-
-def build() -> Iterator[dict[str, Any]]:
-    """Compile csrc/cuda for the cards of this machine, if that has not been done."""
-    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-    import nvcc
-
-    started = time.monotonic()
-    nvcc.build(ROOT / "moe_offload", ROOT / "build" / "cuda", default="native")
-    record = json.loads((ROOT / "moe_offload" / nvcc.RECORD).read_text())
-    yield {**record, "seconds": round(time.monotonic() - started, 1)}
-
-
-def card_report() -> dict[str, Any]:
-    from moe_offload import cuda
-
-    return cuda.describe()
-
-
-def machine(report: Report) -> Iterator[dict[str, Any]]:
-    yield card_report()
-    if any(card["name"] == "stand-in" for card in card_report()["devices"]):
-        report.content["label"] = "stand-in"  # tests/native: a CPU that plays a card
-    if report.content["label"] == "measured" and card_report()["on"]:
-        from moe_offload.cuda_memory import card_memory
-
-        memory = card_memory(0)
-        report.context_bytes = memory.context_bytes
-        yield dataclasses.asdict(memory)
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,memory.used,pcie.link.gen.current",
-        "--format=csv",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        yield {"nvidia_smi": done.stdout.splitlines()}
-    except OSError as error:
-        yield {"nvidia_smi": f"not run: {error}"}
-
-
-def open_device(name: str, num_bytes: int) -> Any:
-    """Open an accelerator with so much memory for slots."""
-    from moe_offload import _native, cuda
-
-    if name.startswith("cuda"):
-        return _native.CudaDevice(str(cuda.LIBRARY), 0, num_bytes)
-    from moe_offload.config import parse_device
-    from moe_offload.residency.accelerator import open_device
-
-    choice = parse_device(device_text(name, num_bytes), None)
-    assert choice is not None, name
-    return open_device(choice, num_bytes)
-
-
-def bits(name: str) -> Iterator[dict[str, Any]]:
-    import gpu_card
-
-    device = open_device(name, 16 << 20)
-    try:
-        yield from gpu_card.bits(device, (1, 5, 50))
-    finally:
-        device.close()
-
-
-def ceilings(is_card: bool) -> Iterator[dict[str, Any]]:
-    import gpu_card
-
-    if not is_card:
-        raise NotRun("no card")
-    from moe_offload import cuda
-
-    yield from gpu_card.ceilings(gpu_card.Card(cuda.LIBRARY))
-
-
-def ceiling(report: Report, what: str) -> float | None:
-    for row in report.content["steps"].get("ceilings", {}).get("rows", []):
-        if row["what"].startswith(what):
-            return float(row["bytes_per_s"])
-    return None
-
-
-def link(name: str, report: Report) -> Iterator[dict[str, Any]]:
-    import gpu_card
-
-    device = open_device(name, 64 << 20)
-    try:
-        yield from gpu_card.link_speed(device, ceiling(report, "link") or asked_link(name))
-    finally:
-        device.close()
-
-
-def asked_link(name: str) -> float | None:
-    """Return the bandwidth that an emulated link was told to have."""
-    from moe_offload.config import parse_device
-
-    choice = None if name.startswith("cuda") else parse_device(device_text(name, 1 << 20), None)
-    return choice.link_bytes_per_s if choice else None
-
-
-def kernels(is_card: bool, report: Report) -> Iterator[dict[str, Any]]:
-    import gpu_card
-
-    if not is_card:
-        raise NotRun("no card; the emulated device computes with the CPU's kernels")
-    from moe_offload import cuda
-
-    l2_bytes = int(card_report()["devices"][0]["l2_bytes"])
-    card = gpu_card.Card(cuda.LIBRARY)
-    yield from gpu_card.kernels(card, ceiling(report, "memory") or 0.0, l2_bytes)
+# Steps that run the model
 
 
 def make_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -324,14 +224,6 @@ def run(
 def vram_bytes(shape: dict[str, int], percent: int, context_bytes: int) -> int:
     """Return the budget in which so many percent of the experts have a slot."""
     return shape["slots_bytes"] * percent // 100 + shape["workspace_bytes"] + context_bytes
-
-
-def device_text(device: str, vram: int, dense: str = "off") -> str:
-    """Return the device with this memory; ``dense``: whether dense layers go there."""
-    if device.startswith("cuda"):
-        return f"cuda:{device.partition(':')[2] or 0},dense={dense}"
-    settings = [part for part in device.partition(":")[2].split(",") if part and not part.startswith("vram=")]
-    return "emulated:" + ",".join([f"vram={vram}", *settings, f"dense={dense}"])
 
 
 def modelled() -> Iterator[dict[str, Any]]:

@@ -2,13 +2,19 @@
 
 Every function yields rows (dicts) as they are known. The CUDA library is asked by ctypes, so that the times
 are the card's own events, without Python.
+
+    python bench/gpu_card.py ceilings|link|kernels|bits '{"device": "cuda", ...}'
+
+prints a step's rows as JSON lines, so that a fault of the card ends no process but its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +70,17 @@ def ceilings(card: Card) -> Iterator[dict[str, Any]]:
     yield {"what": "link, pinned", "bytes_per_s": card.bytes_per_s("link", 256 * MIB)}
 
 
-def kernels(card: Card, memory_bytes_per_s: float, l2_bytes: int) -> Iterator[dict[str, Any]]:
+def kernels(
+    card: Card, memory_bytes_per_s: float, l2_bytes: int, formats: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield GB/s of decoding launches (8 experts, 1 token each) and Tops of prompts (128 experts, 32 each).
 
     Decoding turns among sets of weights that together are four times the cache.
     """
     from moe_offload.storage.expert_format import row_bytes
 
-    for name in FORMATS:
+    for name in formats:
+        yield {"begins": name}
         ggml_type = type_named(name)
         for is_gate_up, rows, cols in ((1, UNITS, HIDDEN_SIZE), (0, HIDDEN_SIZE, UNITS)):
             width = row_bytes(ggml_type, cols)
@@ -140,10 +149,8 @@ def best_copy_s(device: Any, source: Any, size: int, times: int) -> float:
     return min(seconds)
 
 
-def bits(device: Any, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def bits(device: Any, tokens: Sequence[int], formats: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield, for every format and number of tokens, whether the device's rows are the CPU's to the bit."""
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import torch
     from op_cases import ExpertCase
@@ -153,7 +160,8 @@ def bits(device: Any, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     from moe_offload.expert_ops import ActivationKind
     from moe_offload.storage.expert_format import RowOrder
 
-    for name in FORMATS:
+    for name in formats:
+        yield {"begins": name}
         case = ExpertCase(name, RowOrder.SPLIT, (type_named(name),) * 3, ActivationKind.SILU, 512, 256)
         layer = Layer(case)
         if not device.has_kernel(layer.kernel().native):
@@ -171,3 +179,46 @@ def bits(device: Any, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                 "different": different,
                 "of": ours.numel(),
             }
+
+
+def open_device(name: str, num_bytes: int) -> Any:
+    """Open an accelerator with so much memory for slots."""
+    from moe_offload import _native, cuda
+
+    if name.startswith("cuda"):
+        return _native.CudaDevice(str(cuda.LIBRARY), 0, num_bytes)
+    from moe_offload.config import parse_device
+    from moe_offload.residency.accelerator import open_device
+
+    choice = parse_device(device_text(name, num_bytes), None)
+    assert choice is not None, name
+    return open_device(choice, num_bytes)
+
+
+def device_text(device: str, vram: int, dense: str = "off") -> str:
+    """Return the device with this memory; ``dense``: whether dense layers go there."""
+    if device.startswith("cuda"):
+        return f"cuda:{device.partition(':')[2] or 0},dense={dense}"
+    settings = [part for part in device.partition(":")[2].split(",") if part and not part.startswith("vram=")]
+    return "emulated:" + ",".join([f"vram={vram}", *settings, f"dense={dense}"])
+
+
+def rows_of(step: str, device: str = "cuda", **arguments: Any) -> Iterator[dict[str, Any]]:
+    from moe_offload import cuda
+
+    if step == "ceilings":
+        yield from ceilings(Card(cuda.LIBRARY))
+    elif step == "kernels":
+        yield from kernels(Card(cuda.LIBRARY), **arguments)
+    else:
+        measure = {"bits": bits, "link": link_speed}[step]
+        there = open_device(device, (16 if step == "bits" else 64) * MIB)
+        try:
+            yield from measure(there, **arguments)
+        finally:
+            there.close()
+
+
+if __name__ == "__main__":
+    for row in rows_of(sys.argv[1], **json.loads(sys.argv[2])):
+        print(json.dumps(row), flush=True)

@@ -119,11 +119,14 @@ def give_up(report: Report, reason: str) -> None:
         "ceilings",
         "link",
         "kernels",
+        "code",
+        "tests",
         "model",
         "runs",
         "dense",
         "laptop",
         "modelled",
+        "sanitizer",
         "llama.cpp",
     ):
         report.not_run(name, reason)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
+import gpu_card  # noqa: E402
+import gpu_machine  # noqa: E402
 import peer_llama_cuda as peer  # noqa: E402
 
 
@@ -86,6 +89,41 @@ def test_a_run_that_was_cut_off_goes_on_from_its_rows(tmp_path: Path) -> None:
 def test_a_run_that_was_cut_off_tells_what_it_had() -> None:
     output = '{"load_s": 1.5}\nsome warning\n{"phase": "cold", "tokens_per_s": 3.0}\n{"phase": "wa'
     assert gpu.phases_of(output) == {"also": {"load_s": 1.5}, "cold": {"tokens_per_s": 3.0}}
+
+
+def test_a_format_that_ends_its_process_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A faulty kernel leaves a process that gets nothing more from its card."""
+    monkeypatch.setattr(gpu_card, "FORMATS", ("A", "B", "C"))
+
+    def process(step: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for name in arguments["formats"]:
+            yield {"begins": name}
+            yield {"format": name, "tokens": 1}
+            if name == "B":
+                raise gpu_machine.Died("exit 1 misaligned address")
+            yield {"format": name, "tokens": 5}
+
+    monkeypatch.setattr(gpu_machine, "in_a_process", process)
+    rows = list(gpu_machine.of_formats("bits", {}))
+    assert [(row["format"], row.get("tokens", row.get("status"))) for row in rows] == [
+        *(("A", 1), ("A", 5), ("B", 1), ("B", "failed: exit 1 misaligned address"), ("C", 1), ("C", 5))
+    ]
+
+
+def test_a_steps_process_gives_its_rows_and_the_reason_of_its_end() -> None:
+    rows = list(gpu_machine.in_a_process("link", {"device": "emulated:link=8GB/s", "peak_bytes_per_s": 8e9}))
+    assert {row["from"] for row in rows} == {"pageable", "pinned"}
+    with pytest.raises(gpu_machine.Died, match=r"exit 1 KeyError: 'no such step'"):
+        list(gpu_machine.in_a_process("no such step", {}))
+
+
+def test_what_pytest_and_cuobjdump_print_is_read() -> None:
+    log = "tests/test_a.py::test_x[card-Q4_0 a] PASSED [ 1%]\ntests/test_a.py::test_y[1] FAILED [ 2%]\n"
+    log += "tests/test_a.py::test_z SKIPPED (no card) [ 3%]\nFAILED tests/test_a.py::test_y[1] - boom\n"
+    counts = {"passed": 1, "skipped": 1, "failed": 1, "failures": ["test_a.py::test_y[1]"]}
+    assert gpu_machine.outcomes(log) == counts
+    usage = " Function _Zk:\n  REG:40 STACK:16 SHARED:4608 LOCAL:0 CONSTANT[0]:1040 TEXTURE:0\n"
+    assert gpu_machine.resources(usage) == {"_Zk": {"registers": 40, "stack_bytes": 16, "shared_bytes": 4608}}
 
 
 LLAMA_BENCH = """ggml_cuda_init: found 1 CUDA devices
@@ -162,13 +200,13 @@ def test_modelled_rows_are_labelled_and_a_cache_is_never_more_than_its_slots() -
 
 
 def test_without_a_card_everything_reads_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "build", lambda: iter([{"built": False}]))
+    monkeypatch.setattr(gpu_machine, "build", lambda: iter([{"built": False}]))
     off = {"on": False, "reason": "no NVIDIA driver was found", "devices": []}
-    monkeypatch.setattr(gpu, "card_report", lambda: off)
+    monkeypatch.setattr(gpu_machine, "card_report", lambda: off)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit):
         gpu.main()
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert steps["build"]["status"] == "done"
     not_run = {name: step["status"] for name, step in steps.items() if step["status"] != "done"}
-    assert len(not_run) == 10 and set(not_run.values()) == {"not run: no card: no NVIDIA driver was found"}
+    assert len(not_run) == 13 and set(not_run.values()) == {"not run: no card: no NVIDIA driver was found"}
