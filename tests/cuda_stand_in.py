@@ -19,6 +19,8 @@ def build_stand_in(library: Path) -> None:
     native = ROOT / "tests" / "native"
     fma = ["-mfma"] if platform.machine() == "x86_64" else []
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", *fma, "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+    # A card faults where a CPU reads what is not aligned: the process ends there.
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     # A library that a process may hold together with the real one: its inline variables are its own.
     flags += ["-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]  # it jumps between stacks
     include = [f"-I{ROOT / 'csrc'}", f"-I{native}"]

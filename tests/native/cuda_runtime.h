@@ -1,22 +1,18 @@
-// CUDA's runtime as csrc/cuda uses it, in host memory and at once: with grid_stand_in.h the whole device runs
-// where there is no GPU. Memory comes poisoned, copies may not cross two registered pieces, and the
-// system pins 48 MiB. It has one queue: it cannot show a missing wait, but before a copy that is made to
-// fail (fail_copy), where copies happen when something waits for them.
+// CUDA's runtime as csrc/cuda uses it, in host memory: with grid_stand_in.h the whole device runs where there
+// is no GPU. Streams are as late as they may be (stream_stand_in.h); memory comes poisoned, ends where no
+// page follows and is gone when it is freed; what is copied on a stream must be pinned on the host's side and
+// may not cross two registered pieces; the system pins 48 MiB.
 #pragma once
+
+#include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <map>
-#include <mutex>
-#include <vector>
 
-#include "graph_stand_in.h"
+#include "stream_stand_in.h"
 
-struct CUstream_st {};
-struct CUevent_st {};
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 
@@ -25,6 +21,7 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorNotReady = 600,
     cudaErrorHostMemoryAlreadyRegistered = 712,
     cudaErrorHostMemoryNotRegistered = 713,
     cudaErrorNotSupported = 801,
@@ -46,34 +43,49 @@ struct cudaDeviceProp {
 
 namespace stand_in {
 
-inline std::mutex mutex;  // guards all of it
-inline std::map<const char*, size_t> registered;
-inline int64_t pinnable = int64_t(48) << 20;  // bytes that the system pins
-
-inline int64_t copies_left = -1;  // so many more happen when something waits, the next fails; -1: none does
-inline std::vector<std::function<void()>> queued;
+inline std::map<const char*, size_t> pinned;                    // registered pieces and allocated ones
+inline int64_t pinnable = int64_t(48) << 20;                    // bytes that the system pins
+inline std::map<const void*, std::pair<void*, size_t>> mapped;  // of what was allocated: its pages
+inline int64_t copies_left = -1;   // so many more are queued, the next fails; -1: none does
 inline bool fail_streams = false;  // no stream can be made
 inline int64_t num_allocated = 0;  // pieces of the card's memory
 
-inline cudaError_t wait() {
-    std::lock_guard lock(mutex);
-    for (const auto& copy : queued) copy();
-    return queued.clear(), cudaSuccess;
-}
-
-// The registered piece that holds an address, or null.
+// The pinned piece that holds an address, or null.
 inline const char* piece_of(const char* address) {
-    const auto next = registered.upper_bound(address);
-    if (next == registered.begin()) return nullptr;
+    const auto next = pinned.upper_bound(address);
+    if (next == pinned.begin()) return nullptr;
     const auto piece = std::prev(next);
     return address < piece->first + piece->second ? piece->first : nullptr;
 }
 
+// Whether a copy on a stream may read or write this memory of the host.
+inline bool is_one_piece(const void* memory, size_t num_bytes) {
+    const char* begin = static_cast<const char*>(memory);
+    const char* piece = piece_of(begin);
+    return num_bytes == 0 || (piece && piece == piece_of(begin + num_bytes - 1));
+}
+
+constexpr size_t kPage = 4096, kAlignment = 256;  // of what cudaMalloc gives
+
+// Up to a page that may not be touched, and behind one.
 inline cudaError_t allocate(void** to, size_t num_bytes) {
-    *to = std::aligned_alloc(4096, (num_bytes + 4095) / 4096 * 4096);
-    if (!*to) return cudaErrorMemoryAllocation;
+    const size_t aligned = (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t whole = (aligned + kPage - 1) / kPage * kPage + 2 * kPage;
+    void* pages = mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
+    char* begin = static_cast<char*>(pages);
+    mprotect(begin + kPage, whole - 2 * kPage, PROT_READ | PROT_WRITE);
+    *to = begin + whole - kPage - aligned;
     std::memset(*to, 0xcd, num_bytes);
+    mapped[*to] = {pages, whole};
     return cudaSuccess;
+}
+
+inline void free(void* data) {
+    if (const auto found = mapped.find(data); found != mapped.end()) {
+        munmap(found->second.first, found->second.second);
+        mapped.erase(found);
+    }
 }
 
 }  // namespace stand_in
@@ -88,7 +100,7 @@ inline cudaError_t cudaSetDevice(int index) {
     return index == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaDeviceSynchronize() {
-    return stand_in::wait();
+    return stand_in::wait_for_all(), cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = 13000, cudaSuccess;
@@ -115,58 +127,79 @@ cudaError_t cudaMalloc(T** to, size_t num_bytes) {
 }
 template <class T>
 cudaError_t cudaMallocHost(T** to, size_t num_bytes) {
-    return stand_in::allocate(reinterpret_cast<void**>(to), num_bytes);
+    std::lock_guard lock(stand_in::mutex);
+    const cudaError_t error = stand_in::allocate(reinterpret_cast<void**>(to), num_bytes);
+    if (error == cudaSuccess) stand_in::pinned[reinterpret_cast<const char*>(*to)] = num_bytes;
+    return error;
 }
 inline cudaError_t cudaFree(void* data) {
     std::lock_guard lock(stand_in::mutex);
+    stand_in::wait_for_all();
     --stand_in::num_allocated;
-    return std::free(data), cudaSuccess;
+    return stand_in::free(data), cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void* data) {
-    return std::free(data), cudaSuccess;
+    std::lock_guard lock(stand_in::mutex);
+    stand_in::pinned.erase(static_cast<const char*>(data));
+    return stand_in::free(data), cudaSuccess;
 }
 
 inline cudaError_t cudaHostRegister(void* begin, size_t num_bytes, unsigned) {
     std::lock_guard lock(stand_in::mutex);
     if (int64_t(num_bytes) > stand_in::pinnable) return cudaErrorMemoryAllocation;
     stand_in::pinnable -= int64_t(num_bytes);
-    stand_in::registered[static_cast<const char*>(begin)] = num_bytes;
+    stand_in::pinned[static_cast<const char*>(begin)] = num_bytes;
     return cudaSuccess;
 }
 inline cudaError_t cudaHostUnregister(void* begin) {
     std::lock_guard lock(stand_in::mutex);
-    stand_in::pinnable += int64_t(stand_in::registered[static_cast<const char*>(begin)]);
-    stand_in::registered.erase(static_cast<const char*>(begin));
+    const auto piece = stand_in::pinned.find(static_cast<const char*>(begin));
+    if (piece == stand_in::pinned.end()) return cudaErrorHostMemoryNotRegistered;
+    stand_in::pinnable += int64_t(piece->second);
+    stand_in::pinned.erase(piece);
     return cudaSuccess;
 }
 
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind,
-                                   cudaStream_t) {
-    const char* begin = static_cast<const char*>(kind == cudaMemcpyDeviceToHost ? to : from);
+                                   cudaStream_t stream) {
     std::lock_guard lock(stand_in::mutex);
-    if (num_bytes && stand_in::piece_of(begin) != stand_in::piece_of(begin + num_bytes - 1))
+    if (kind != cudaMemcpyDeviceToDevice &&
+        !stand_in::is_one_piece(kind == cudaMemcpyDeviceToHost ? to : from, num_bytes))
         return cudaErrorInvalidValue;
-    if (stand_in::copies_left-- == 0) return cudaErrorInvalidValue;
-    if (stand_in::copies_left >= 0)
-        return stand_in::queued.push_back([=] { std::memcpy(to, from, num_bytes); }), cudaSuccess;
-    stand_in::copies_left = -1;
-    return std::memcpy(to, from, num_bytes), cudaSuccess;
+    if (stand_in::copies_left >= 0 && stand_in::copies_left-- == 0) return cudaErrorInvalidValue;
+    return stand_in::put(stream, [=] { std::memcpy(to, from, num_bytes); }), cudaSuccess;
 }
+// Pageable memory is read at once; it may arrive later.
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind) {
-    return std::memcpy(to, from, num_bytes), cudaSuccess;
+    const char* begin = static_cast<const char*>(from);
+    stand_in::put(nullptr, [to, bytes = std::vector<char>(begin, begin + num_bytes)] {
+        std::memcpy(to, bytes.data(), bytes.size());
+    });
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t num_bytes) {
+    return stand_in::put(nullptr, [=] { std::memset(to, value, num_bytes); }), cudaSuccess;
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     if (stand_in::fail_streams) return cudaErrorMemoryAllocation;
-    return *stream = new CUstream_st, cudaSuccess;
+    std::lock_guard lock(stand_in::mutex);
+    *stream = new CUstream_st;
+    return stand_in::queues.insert((*stream)->queue.get()), cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    std::lock_guard lock(stand_in::mutex);
+    stand_in::wait_for(*stream->queue);
+    stand_in::queues.erase(stream->queue.get());
     return delete stream, cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return stand_in::wait();
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    std::lock_guard lock(stand_in::mutex);
+    return stand_in::wait_for(*stand_in::queue_of(stream)), cudaSuccess;
 }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    std::lock_guard lock(stand_in::mutex);
+    stand_in::put(stream, [at = *event] { stand_in::wait_for(*at.queue, at.num_queued); });
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -175,25 +208,26 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return delete event, cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    std::lock_guard lock(stand_in::mutex);
+    event->queue = stand_in::queue_of(stream), event->num_queued = event->queue->num_queued;
     return cudaSuccess;
 }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    return stand_in::wait();
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    std::lock_guard lock(stand_in::mutex);
+    return stand_in::wait_for(*event->queue, event->num_queued), cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t) {
-    return stand_in::wait();
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    std::lock_guard lock(stand_in::mutex);
+    return event->queue->num_done < event->num_queued ? cudaErrorNotReady : cudaSuccess;
 }
-inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
+inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    if (cudaEventQuery(begin) != cudaSuccess || cudaEventQuery(end) != cudaSuccess) return cudaErrorNotReady;
     return *milliseconds = 1, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetPCIBusId(char* out, int size, int) {
     return std::snprintf(out, size_t(size), "0000:00:00.0"), cudaSuccess;
 }
-inline cudaError_t cudaMemset(void* to, int value, size_t num_bytes) {
-    return std::memset(to, value, num_bytes), cudaSuccess;
-}
-
 using cudaGraph_t = stand_in::Launches*;
 using cudaGraphExec_t = stand_in::Launches*;
 enum { cudaStreamCaptureModeThreadLocal = 1 };
@@ -208,8 +242,10 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* to, cudaGraph_t graph, unsigned long long) {
     return *to = new stand_in::Launches(*graph), cudaSuccess;
 }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-    for (const auto& launch : *graph) launch();
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    stand_in::put(stream, [launches = *graph] {
+        for (const stand_in::Work& launch : launches) launch();
+    });
     return ++stand_in::graphs_launched, cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {

@@ -63,14 +63,16 @@ extern "C" __attribute__((visibility("default"))) int cuda_rows(
                               tiles.data(),
                               int(tiles.size()),
                               at_once};
-    return launch_rows(launch, nullptr);
+    const int error = launch_rows(launch, nullptr);
+    cudaStreamSynchronize(nullptr);
+    return error;
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t cuda_graphs_launched() {
     return stand_in::graphs_launched;
 }
 
-// The copy behind ``after`` others fails; those happen only when something waits for them.
+// The copy behind ``after`` others fails.
 extern "C" __attribute__((visibility("default"))) void cuda_fail_copy(int64_t after) {
     stand_in::copies_left = after;
 }

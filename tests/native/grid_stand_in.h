@@ -1,7 +1,7 @@
 // A grid of threads on one thread of a CPU, so that the kernels' own source (indices, shuffles, barriers,
 // shared memory) can be tested where there is no GPU: each thread of a block is a fiber that runs until a
-// barrier and gives way there. Blocks run one after the other. It says nothing of races between warps that
-// forget a barrier, of memory that may not be read, or of speed.
+// barrier and gives way there. Blocks run one after the other, the threads of every other one from the last
+// to the first, so that most forgotten barriers show. It says nothing of speed.
 #pragma once
 
 #include <setjmp.h>
@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "graph_stand_in.h"
+#include "stream_stand_in.h"
 
 #define MOE_DEVICE inline
 #define __global__
@@ -47,12 +47,16 @@ class StandInBlock {
             thread.context.uc_stack.ss_size = kStackBytes;
             makecontext(&thread.context, &StandInBlock::enter, 0);
         }
+        const unsigned flip = is_backwards ? unsigned(threads_.size()) - 1 : 0;
+        is_backwards = !is_backwards;
         for (size_t left = threads_.size(); left > 0;)
-            for (running_ = 0; running_ < threads_.size(); ++running_)
+            for (unsigned i = 0; i < threads_.size(); ++i) {
+                running_ = flip ? flip - i : i;
                 if (can_run(threads_[running_])) {
                     resume(threads_[running_]);
                     left -= threads_[running_].done;
                 }
+            }
     }
 
     unsigned lane() const { return running_ % 32; }
@@ -74,6 +78,7 @@ class StandInBlock {
     }
 
     static inline StandInBlock* current = nullptr;
+    static inline bool is_backwards = false;                    // the next block
     static inline std::vector<std::unique_ptr<char[]>> stacks;  // used again by the next block
 
   private:
@@ -166,17 +171,14 @@ inline void multiply_tiles(int32_t (&c)[4], const int32_t (&a)[4], const int32_t
 }
 
 template <class Launch>
-int start(void (*kernel)(Launch), dim3 grid, unsigned threads, CUstream_st*, const Launch& launch) {
-    if (auto* noted = std::exchange(stand_in::capturing, nullptr)) {
-        noted->push_back([=] { start(kernel, grid, threads, nullptr, launch); });
-        stand_in::capturing = noted;
-        return 0;
-    }
-    for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
-            ::blockIdx.x = x, ::blockIdx.y = y;
-            StandInBlock(threads).run([&] { kernel(launch); });
+int start(void (*kernel)(Launch), dim3 grid, unsigned threads, CUstream_st* stream, const Launch& launch) {
+    stand_in::put(stream, [=] {
+        const std::function<void()> body = [&] { kernel(launch); };
+        for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+            ::blockIdx.x = i % grid.x, ::blockIdx.y = i / grid.x;
+            StandInBlock(threads).run(body);
         }
+    });
     return 0;
 }
 
