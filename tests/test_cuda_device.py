@@ -156,6 +156,26 @@ def test_a_system_that_pins_little_grants_what_it_has(stand_in: str) -> None:
     again.close()
 
 
+def test_pages_are_let_go_of_and_what_was_pinned_with_them_is_not(stand_in: str) -> None:
+    """Slots that RAM gives back: while the driver held their pages the system would get nothing."""
+    device, other = (_native.CudaDevice(stand_in, 0, 8 * MIB) for _ in range(2))
+    source, another = (
+        np.random.default_rng(1).integers(0, 256, 50 * MIB, np.uint8),
+        np.zeros(20 * MIB, np.uint8),
+    )
+    begin = source.ctypes.data + 4096 - source.ctypes.data % 4096
+    assert device.pin(begin, 48 * MIB) == 48 * MIB and other.pin(another.ctypes.data, MIB) == 0
+    device.unpin(begin + 14 * MIB + 5, 20 * MIB)  # parts of two pieces and all of one, in whole pages
+    assert other.pin(another.ctypes.data, 20 * MIB - 4096) == 20 * MIB - 4096
+    assert other.pin(another.ctypes.data, 1) == 0, "a page was let go of in part"
+    for first in (12 * MIB, 33 * MIB):  # across the borders
+        ticket = device.submit(np.array([[begin + first, device.address, 4 * MIB]], np.int64), False)
+        assert device.wait(ticket, 30) and device.error(ticket) is None
+        first += begin - source.ctypes.data
+        assert ctypes.string_at(device.address, 4 * MIB) == source[first : first + 4 * MIB].tobytes()
+    device.close(), other.close()
+
+
 def test_too_much_memory_is_refused_with_the_numbers(stand_in: str) -> None:
     with pytest.raises(DeviceError, match=f"GPU 0 with {1 << 40} bytes for experts: .*out of memory"):
         _native.CudaDevice(stand_in, 0, 1 << 40)

@@ -391,8 +391,11 @@ def test_slots_given_back_leave_by_policy_and_their_pages_too() -> None:
     for layer_idx in range(3):
         bench.run(layer_idx, 0, 1)
     slot_bytes = bench.pool.slot_bytes
+    unpinned: list[tuple[int, int]] = []
+    bench.cache.unpin = lambda address, num_bytes: unpinned.append((address, num_bytes))
     assert bench.cache.give_back(3 * slot_bytes - 1) == 3 * slot_bytes
     assert [num_bytes for _, num_bytes in bench.arena.given_back] == [slot_bytes] * 3
+    assert unpinned == [(bench.arena.address + at, n) for at, n in bench.arena.given_back]
     assert bench.stats.slots_given_back == 3
     assert bench.cache.residents() == [ExpertKey(1, 1), ExpertKey(2, 0), ExpertKey(2, 1)]
     bench.cache.check()

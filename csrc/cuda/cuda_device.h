@@ -46,6 +46,7 @@ class CudaDevice : public Device {
         return direction == Direction::kToDevice ? to_device_ : to_host_;
     }
     int64_t pin(std::byte* begin, int64_t num_bytes) override { return pinned_->pin(begin, num_bytes); }
+    void unpin(std::byte* begin, int64_t num_bytes) override { pinned_->unpin(begin, num_bytes); }
     bool has_kernel(const ExpertKernel& kernel) const override;
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
     bool has_matrix(int ggml_type) const override;

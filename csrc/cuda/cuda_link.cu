@@ -16,6 +16,13 @@ constexpr std::chrono::microseconds kSpin{200};
 
 constexpr const char* kCopy = "copy over the link";
 
+constexpr int64_t kPageBytes = 4096;
+
+// The beginning of the page that holds an address.
+std::byte* page_at(std::byte* address) {
+    return address - reinterpret_cast<uintptr_t>(address) % kPageBytes;
+}
+
 }  // namespace
 
 CudaLink::CudaLink(int device, Direction direction, std::shared_ptr<const PinnedMemory> pinned,
@@ -61,6 +68,7 @@ double CudaLink::pace(int64_t num_bytes) {
 void CudaLink::copy(std::byte* to, const std::byte* from, int64_t num_bytes) {
     must(cudaSetDevice(device_), kCopy);
     std::unique_ptr<Lane> lane = take_lane();
+    const auto held = pinned_->hold();
     or_settle([&] { copy_pieces(*lane, to, from, num_bytes); });
     pace(num_bytes);
     std::lock_guard lock(mutex_);
@@ -149,23 +157,58 @@ int64_t PinnedMemory::run(const std::byte* begin, int64_t num_bytes, bool* pinne
     return next == pieces_.end() ? num_bytes : std::min<int64_t>(num_bytes, next->first - begin);
 }
 
+bool PinnedMemory::register_piece(std::byte* begin, int64_t num_bytes) {
+    if (num_bytes <= 0) return false;
+    if (cudaHostRegister(begin, size_t(num_bytes), cudaHostRegisterDefault) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    std::lock_guard lock(mutex_);
+    pieces_[begin] = num_bytes;
+    return true;
+}
+
+// Pieces end where pages do, for no page is registered twice; they are small, for what is let go of a piece
+// costs registering the rest of it again.
 int64_t PinnedMemory::pin(std::byte* begin, int64_t num_bytes) {
-    constexpr int64_t kLargest = int64_t(1) << 30, kSmallest = int64_t(16) << 20;
+    constexpr int64_t kLargest = int64_t(64) << 20, kSmallest = int64_t(16) << 20;
     must(cudaSetDevice(device_), "pin host memory");
     int64_t granted = 0, piece = kLargest;
     while (granted < num_bytes) {
-        const int64_t n = std::min(piece, num_bytes - granted);
-        if (cudaHostRegister(begin + granted, size_t(n), cudaHostRegisterDefault) == cudaSuccess) {
-            std::lock_guard lock(mutex_);
-            pieces_[begin + granted] = n;
+        std::byte* at = begin + granted;
+        const int64_t n = std::min(page_at(at + piece) - at, begin + num_bytes - at);
+        if (register_piece(at, n))
             granted += n;
-        } else {
-            cudaGetLastError();
-            if (piece <= kSmallest) break;
+        else if (piece <= kSmallest)
+            break;
+        else
             piece /= 4;
-        }
     }
     return granted;
+}
+
+void PinnedMemory::unpin(std::byte* begin, int64_t num_bytes) {
+    std::byte* end = page_at(begin + num_bytes);
+    begin = page_at(begin + kPageBytes - 1);
+    if (begin >= end) return;
+    must(cudaSetDevice(device_), "let host memory go");
+    const std::lock_guard turn(turn_);
+    const std::unique_lock nobody_copies(copies_);
+    for (std::byte* at = begin; at < end;) {
+        bool pinned = false;
+        const int64_t n = run(at, end - at, &pinned);
+        if (pinned) {
+            std::unique_lock lock(mutex_);
+            const auto piece = std::prev(pieces_.upper_bound(at));
+            std::byte* first = const_cast<std::byte*>(piece->first);
+            std::byte* last = first + piece->second;
+            cudaHostUnregister(first);
+            pieces_.erase(piece);
+            lock.unlock();
+            register_piece(first, at - first), register_piece(at + n, last - (at + n));
+        }
+        at += n;
+    }
 }
 
 void PinnedMemory::close() {

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <vector>
 
 #include "cuda/runtime.h"
@@ -20,14 +21,25 @@ class PinnedMemory {
 
     // Registers what the system grants; returns how much from `begin` on that is.
     int64_t pin(std::byte* begin, int64_t num_bytes);
+    // Lets go of whole pages, once no copy holds the pieces.
+    void unpin(std::byte* begin, int64_t num_bytes);
+    // While a copy is under way: what is pinned stays so.
+    std::shared_lock<std::shared_mutex> hold() const {
+        const std::lock_guard turn(turn_);
+        return std::shared_lock(copies_);
+    }
     // How many bytes from `begin` on lie in one piece (a copy may not cross two), or in none.
     int64_t run(const std::byte* begin, int64_t num_bytes, bool* pinned) const;
     // Unregisters; no copy is under way.
     void close();
 
   private:
+    bool register_piece(std::byte* begin, int64_t num_bytes);
+
     const int device_;
-    mutable std::mutex mutex_;                    // guards the pieces
+    mutable std::mutex turn_;           // whoever unpins waits for copies under way, the next copies for it
+    mutable std::shared_mutex copies_;  // shared by those under way
+    mutable std::mutex mutex_;          // guards the pieces
     std::map<const std::byte*, int64_t> pieces_;  // begin, bytes
 };
 

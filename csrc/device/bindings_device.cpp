@@ -172,6 +172,13 @@ void register_device(py::module_& m) {
                 return e.device().pin(reinterpret_cast<std::byte*>(begin), n);
             },
             py::arg("address"), py::arg("num_bytes"))
+        .def(
+            "unpin",
+            [](DeviceEngine& e, uint64_t begin, int64_t n) {
+                py::gil_scoped_release unlocked;
+                e.device().unpin(reinterpret_cast<std::byte*>(begin), n);
+            },
+            py::arg("address"), py::arg("num_bytes"))
         .def("submit", submit, py::arg("spans"), py::arg("speculative"))
         .def("copy_to_host", copy_to_host, py::arg("spans"))
         .def("promote", [](DeviceEngine& e, int64_t ticket) { return e.copies().promote(ticket); })

@@ -46,6 +46,9 @@ class Device {
     // Makes host memory quick to copy from and to (pinned); returns how many bytes from `begin` on the system
     // granted. Copies from the rest work, slower. Undone by close().
     virtual int64_t pin(std::byte* begin, int64_t num_bytes) = 0;
+    // Lets go of the whole pages of this memory, which the system could not take back else; copies under way
+    // from what was pinned with it end first.
+    virtual void unpin(std::byte* begin, int64_t num_bytes) = 0;
 
     // Whether the device can compute experts of these formats.
     virtual bool has_kernel(const ExpertKernel& kernel) const = 0;

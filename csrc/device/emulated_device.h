@@ -34,6 +34,7 @@ class EmulatedDevice : public Device {
     void give_back(int64_t offset, int64_t num_bytes) override { memory_.give_back(offset, num_bytes); }
     std::shared_ptr<Link> link(Direction direction) override { return throttled(direction); }
     int64_t pin(std::byte* begin, int64_t num_bytes) override;
+    void unpin(std::byte*, int64_t) override {}  // pages are never held
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel& kernel) override;
     bool has_matrix(int) const override { return true; }

@@ -54,9 +54,11 @@ class CachePools:
 
     Attributes:
         keeps_log: whether ``log`` has what is routed, for the next start and the distance to Belady.
+        unpin: lets go of memory (address, bytes) that a device's driver holds, before it is given back.
     """
 
     keeps_log = True
+    unpin: Callable[[int, int], None] | None = None
 
     def __init__(
         self,

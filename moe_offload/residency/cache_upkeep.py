@@ -150,8 +150,10 @@ class CacheUpkeep(CachePools):
         pool.num_slots = num_slots
         pool.evict(max(0, len(pool.residents) - pool.capacity), pool.residents.keys())
         for _ in range(count):
-            slot = pool.free.pop()
-            self._arena.give_back(pool.slot_address(slot) - self._arena.address, pool.slot_bytes)
+            address = pool.slot_address(pool.free.pop())
+            if self.unpin is not None:
+                self.unpin(address, pool.slot_bytes)
+            self._arena.give_back(address - self._arena.address, pool.slot_bytes)
         self._stats.slots_given_back += count
 
     def keep_only(self, keys: Iterable[ExpertKey]) -> None:

@@ -75,6 +75,7 @@ def attach_device(
             device.close()
             device = open_device(config.device, plan.expert_bytes)
         _pin(device, arena)
+        ram.unpin = device.unpin
         served = {i: executor for i, executor in executors.items() if i not in lacking}
         kernels = {i: device.make_kernel(executor.kernel.native) for i, executor in served.items()}
         tier = DeviceTier(

@@ -39,6 +39,7 @@ class TinyDevice : public Device {
         return direction == Direction::kToDevice ? to_device_ : to_host_;
     }
     int64_t pin(std::byte*, int64_t num_bytes) override { return num_bytes; }
+    void unpin(std::byte*, int64_t) override {}
     bool has_kernel(const ExpertKernel&) const override { return true; }
     std::unique_ptr<DeviceKernel> make_kernel(const ExpertKernel&) override { return nullptr; }
     bool has_matrix(int) const override { return false; }
