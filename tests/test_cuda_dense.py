@@ -7,7 +7,7 @@ every type, routing, head. Three tokens: by launches, as the graphs are captured
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,18 @@ class Layer(OneLayer):
         assert self.routed is not None
         return self.linear("router", self.w["router_bias"]), *self.routed
 
-    def run(self, token: int, caches: list[torch.Tensor], num_tokens: int, dense: Any = None) -> list[Any]:
-        """A token through the layers of ``caches``: what was chosen, what experts saw, the logits."""
+    def run(
+        self,
+        token: int,
+        caches: list[torch.Tensor],
+        num_tokens: int,
+        dense: Any = None,
+        compute: Callable[[Any, int, list[int]], None] | None = None,
+    ) -> list[Any]:
+        """A token through the layers of ``caches``: what was chosen, what experts saw, the logits.
+
+        compute: queues the rows of a step's experts (step, layer, ids); default: the CPU does.
+        """
         layer, seen = self.described(), list[Any]()
         step = _native.DecodeStep(layer.shape, self.linear("embedding"), layer.final_norm, layer.head)
         if self.routed:
@@ -118,6 +128,9 @@ class Layer(OneLayer):
                 ids, weights = step.choice()
                 saw = (ctypes.c_float * self.hidden).from_address(step.router_input)
                 seen += [ids, weights, list(saw)]
+                if compute is not None:
+                    compute(step, i, ids)
+                    continue
                 first, row = address(self.w["experts"]), self.w["experts"].stride(0) * 4
                 down = 16 * self.hidden * 4
                 step.experts(i, [a for id_ in ids for a in (first + id_ * row, first + id_ * row + down)])
@@ -142,6 +155,36 @@ def dense_on(device: _native.Device, layer: Layer, caches: list[torch.Tensor]) -
         layers.append((attention, router, kernel, networks, *places))
     final_norm, head = placed.there[described.final_norm], placed.linear(described.head)
     return _native.DenseStep(device, described.shape, 0, caches[0].shape[1], layers, final_norm, head)
+
+
+def test_a_copy_into_a_slot_waits_for_rows_that_stay_there(device: _native.Device) -> None:
+    """Before the next choice nobody waits for them, but their experts' slots are given to others."""
+    layer = Layer(routed=(6, False, True))
+    caches = [torch.zeros(layer.kv_heads, 2, layer.head_dim).to(layer.cache_dtype) for _ in range(4)]
+    theirs, experts = [cache.clone() for cache in caches], layer.w["experts"]
+    expected = layer.run(3, caches, 0)
+    dense, kernel = dense_on(device, layer, theirs), device.make_kernel(layer.experts_kernel)
+    slots, row, down = device.address + MEMORY // 2, experts.stride(0) * 4, 16 * layer.hidden * 4
+    others = torch.full_like(experts, torch.nan)
+
+    def fill(tensor: torch.Tensor) -> None:
+        ticket = device.submit(np.array([[tensor.data_ptr(), slots, tensor.nbytes]], np.int64), False)
+        assert device.wait(ticket, 30) and device.error(ticket) is None
+
+    def compute(step: Any, index: int, ids: list[int]) -> None:
+        addresses = [slots + i * row + part for i in ids for part in (0, down)]
+        pairs = list(range(len(ids) + 1)), [0] * len(ids), [0] * len(ids)
+        there = dense, step.leave_rows(list(range(len(ids))))
+        launch = device.launch(kernel, layer.experts_kernel, None, ids, addresses, *pairs, *there)
+        assert device.wait_launch(launch, 30)
+        fill(others)
+        assert device.collect(launch, 0, [0] * len(ids)) is None
+        step.add_expert_rows(index)
+
+    fill(experts)
+    actual = layer.run(3, theirs, 0, dense, compute)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def assert_same_tokens(device: _native.Device, layer: Layer, num_tokens: int) -> None:
