@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,26 @@ def test_info_says_here_why_the_gpu_is_off(capsys: pytest.CaptureFixture[str]) -
     assert report["on"] or report["reason"]
 
 
+def resources(log: str) -> list[tuple[str, int, int]]:
+    """Read what ptxas says of each kernel and architecture: its name, bytes of stack and of shared memory."""
+    found = []
+    for part in log.split("Compiling entry function ")[1:]:
+        stack, shared = (re.search(rf"(\d+) bytes {what}", part) for what in ("stack frame", "smem"))
+        found.append((part.split("'")[1], int(stack[1]) if stack else 0, int(shared[1]) if shared else 0))
+    return found
+
+
+def test_what_the_assembler_says_is_read() -> None:
+    log = """ptxas info    : Compiling entry function '_Za' for 'sm_90'
+ptxas info    : Function properties for _Za
+    16 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 4608 bytes smem
+ptxas info    : Compiling entry function '_Zb' for 'sm_90'
+ptxas info    : Used 32 registers
+"""
+    assert resources(log) == [("_Za", 16, 4608), ("_Zb", 0, 0)]
+
+
 @pytest.mark.slow
 def test_the_library_is_built_loads_without_a_driver_and_needs_no_cuda_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +233,14 @@ def test_the_library_is_built_loads_without_a_driver_and_needs_no_cuda_library(
     report = cuda.describe(tmp_path / nvcc.LIBRARY, tmp_path / nvcc.RECORD)
     assert report["architectures"] == numbers and report["required_driver"] == "driver 580 or later"
     assert report["on"] or "driver" in report["reason"] or "GPU" in report["reason"]
+    objects = nvcc.objects_of(nvcc.find_nvcc(), work, *nvcc.architectures("native"))
+    used = [line for path in objects for line in resources(path.with_suffix(".log").read_text())]
+    assert len(used) >= 50 * len(numbers), "without a card only PTX is made, of which nothing is known"
+    for kernel, stack, shared in used:
+        assert shared <= 48 << 10, f"{kernel} has more shared memory than a launch may ask for"
+        assert stack <= 1 << 10, (
+            f"{kernel}: more stack than a context has makes the driver take more of the card"
+        )
     before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
     assert nvcc.build(tmp_path, work, default="native"), "nothing has changed"
     assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == before

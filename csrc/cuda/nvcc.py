@@ -29,7 +29,15 @@ BEFORE_THE_GAP = 90
 OLDEST_NVCC = (12, 8)  # the first to know sm_120
 # The flags that keep the bits: no contraction, subnormals, IEEE division.
 EXACT = ["--fmad=false", "-ftz=false", "-prec-div=true", "-Xcompiler", "-ffp-contract=off"]
-FLAGS = ["-std=c++20", "-O3", *EXACT, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-pthread"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    *EXACT,
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall,-pthread",
+    "-Xptxas",
+    "-v",
+]
 
 
 class NoNvcc(Exception):
@@ -144,11 +152,12 @@ def build(folder: Path, work: Path, default: str = "all") -> bool:
 
 
 def compile_library(nvcc: Nvcc, library: Path, work: Path, numbers: list[int], ptx: int) -> None:
-    """Compile what has changed since the last time and link it; the driver's library is not linked."""
+    """Compile what has changed since the last time and link it; the driver's library is not linked.
+
+    Beside each object lies what was said of it (.log): registers, stack and shared memory of its kernels.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    common = [str(nvcc.path), *FLAGS, f"-I{CSRC}", *codes(numbers, ptx)]
-    made_by = [*common, str(nvcc.version)]  # a toolkit is replaced in its place
-    objects = [work / f"{path.stem}-{_fingerprint(path, made_by)}.o" for path in sources()]
+    common, objects = _common(nvcc, numbers, ptx), objects_of(nvcc, work, numbers, ptx)
     jobs = [
         [*common, "--threads", "0", "-c", str(path), "-o", str(to)]
         for path, to in zip(sources(), objects, strict=True)
@@ -163,6 +172,16 @@ def compile_library(nvcc: Nvcc, library: Path, work: Path, numbers: list[int], p
     new.replace(library)
 
 
+def objects_of(nvcc: Nvcc, work: Path, numbers: list[int], ptx: int) -> list[Path]:
+    """Return where the object of each source is, or will be."""
+    made_by = [*_common(nvcc, numbers, ptx), str(nvcc.version)]  # a toolkit is replaced in its place
+    return [work / f"{path.stem}-{_fingerprint(path, made_by)}.o" for path in sources()]
+
+
+def _common(nvcc: Nvcc, numbers: list[int], ptx: int) -> list[str]:
+    return [str(nvcc.path), *FLAGS, f"-I{CSRC}", *codes(numbers, ptx)]
+
+
 def _run(command: list[str]) -> None:
     output = Path(command[-1])
     partial = output.with_suffix(".part" + output.suffix)
@@ -172,6 +191,8 @@ def _run(command: list[str]) -> None:
             f"{' '.join(command)}\n{done.stdout}{done.stderr}\n"
             "csrc/cuda does not compile; MOE_OFFLOAD_CUDA=off builds without it"
         )
+    if output.suffix == ".o":
+        output.with_suffix(".log").write_text(done.stdout + done.stderr)
     partial.replace(output)
 
 
