@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,35 @@ SANITIZED = "split_q4_0 or split_q4_k or mixed"  # of test_cuda_device.py: a pro
 
 
 def build() -> Iterator[dict[str, Any]]:
-    """Compile what has changed for this machine and its cards; install in place, if nothing has."""
-    started = time.monotonic()
-    installed = importlib.util.find_spec("moe_offload") and _finds("moe_offload.predictors")
-    command = ["setup.py", "-q", "build_ext", "--inplace"]
-    if not installed:
-        command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
-    environment = {"MOE_OFFLOAD_CUDA": "on", **os.environ}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stdout.decode(errors='replace')[-3000:]}")
+    """Compile what has changed for this machine and its cards; install in place, if nothing is installed."""
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+    import nvcc
+
+    os.environ.setdefault("MOE_OFFLOAD_CUDA", "on")
+    started, kept = time.monotonic(), ROOT / "build" / "cuda"
+    with ThreadPoolExecutor(1) as pool:  # nvcc beside the other compiler
+        (kept / "first").mkdir(parents=True, exist_ok=True)
+        cuda = pool.submit(nvcc.build, kept / "first", kept, "native")
+        _build_extension()
+        cuda.result()
+    nvcc.build(ROOT / "moe_offload", kept, "native")  # of the same objects
     for folder in (sysconfig.get_path("purelib"), site.getusersitepackages()):
         site.addsitedir(folder)  # what was installed after this process began
     importlib.invalidate_caches()
-    record = json.loads((ROOT / "moe_offload" / "_cuda_build.json").read_text())
+    record = json.loads((ROOT / "moe_offload" / nvcc.RECORD).read_text())
     yield {**record, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _build_extension() -> None:
+    command = ["setup.py", "-q", "build_ext", "--inplace"]
+    if not (_finds("moe_offload") and _finds("moe_offload.predictors")):
+        command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
+    environment = {**os.environ, "MOE_OFFLOAD_CUDA": "off"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-3000:]}")
 
 
 def _finds(module: str) -> bool:
