@@ -76,8 +76,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trace", type=Path, nargs="+", required=True, help=".npz, .npy, .csv, .jsonl")
-    parser.add_argument("--slots", help="resident experts a layer: 4,8,16 (default: 1/8, 1/4, 1/2 of them)")
-    parser.add_argument("--bytes", help="resident experts of all layers together, as sizes: 2GiB,4GiB")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--slots", help="resident experts a layer: 4,8,16 (default: 1/8, 1/4, 1/2 of them)")
+    size.add_argument("--bytes", help="resident experts of all layers together, as sizes: 2GiB,4GiB")
     parser.add_argument("--policies", default="all", help='names, import paths "pkg.mod:Class", or all')
     parser.add_argument(
         "--pool", choices=["layer", "shared"], default="layer", help="a cache a layer, or one"
@@ -121,10 +122,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     for path in (args.csv, args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder; give a file in it")
     for name in ("max_tokens", "starts", "jobs", "num_experts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
+    if args.link_bytes_per_s <= 0 or args.latency_s < 0:
+        raise ConfigError("--link-bytes-per-s must be above 0, --latency-s 0 or more")
 
 
 def use_profile(args: argparse.Namespace) -> None:

@@ -136,7 +136,7 @@ def flipped_byte(path: str, layer_idx: int, expert_id: int) -> Iterator[None]:
     A changed quant would not do: one weight's part in a unit may vanish when the unit is rounded to 8 bits.
     """
     from gguf import GGMLQuantizationType
-    from make_synthetic import SCALES
+    from synthetic_blocks import SCALES
 
     from moe_offload.storage.checkpoint import open_checkpoint
     from moe_offload.storage.expert_format import BLOCK_SIZES, ExpertKey

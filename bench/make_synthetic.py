@@ -24,6 +24,7 @@ import gguf
 import numpy as np
 import synthetic_routing as routing
 from gguf import GGMLQuantizationType as Type
+from synthetic_blocks import block_scales, random_blocks, set_scales
 
 END_OF_TEXT = "<|endoftext|>"
 # Of the embedding's elements, where a layer adds about 0.5: an embedding of 1 drowns in what attention
@@ -56,17 +57,6 @@ SHAPES = {
     "toy": Shape(256, 2, 8, 2, 256, 4, 2, 64, 512),
 }
 VOCAB_SIZES = {"152k": 151936, "small": 4096}
-
-# Where a block keeps its float16 scales (ggml's block structs): (byte offset, factor). The second scale of
-# Q4_K and Q5_K multiplies the mins; its factor centres the weights: the mean of the quants.
-SCALES = {
-    Type.Q4_0: ((0, 1.0),),
-    Type.Q5_0: ((0, 1.0),),
-    Type.Q8_0: ((0, 1.0),),
-    Type.Q4_K: ((0, 1.0), (2, 7.5)),
-    Type.Q5_K: ((0, 1.0), (2, 15.5)),
-    Type.Q6_K: ((208, 1.0),),
-}
 
 
 @dataclass(frozen=True)
@@ -303,25 +293,6 @@ def tensor_pieces(tensor: Tensor, rng: np.random.Generator) -> Iterator[memoryvi
         blocks = random_blocks(min(piece_blocks, num_blocks - first), block_bytes, rng)
         set_scales(blocks, scales)
         yield blocks.data.cast("B")
-
-
-def random_blocks(num_blocks: int, block_bytes: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (num_blocks, block_bytes) random bytes."""
-    words = rng.integers(0, 2**64, size=num_blocks * block_bytes // 8 + 1, dtype=np.uint64)
-    return words.view(np.uint8)[: num_blocks * block_bytes].reshape(num_blocks, block_bytes)
-
-
-def block_scales(tensor_type: Type, spread: float) -> list[tuple[int, float]]:
-    """Return the scales that give random blocks weights with standard deviation ``spread``."""
-    sample = random_blocks(512, gguf.GGML_QUANT_SIZES[tensor_type][1], np.random.default_rng(0))
-    set_scales(sample, list(SCALES[tensor_type]))
-    unit = float(gguf.dequantize(sample, tensor_type).std())
-    return [(offset, factor * spread / unit) for offset, factor in SCALES[tensor_type]]
-
-
-def set_scales(blocks: np.ndarray, scales: list[tuple[int, float]]) -> None:
-    for offset, scale in scales:
-        blocks[:, offset : offset + 2] = np.array([scale], dtype=np.float16).view(np.uint8)
 
 
 if __name__ == "__main__":

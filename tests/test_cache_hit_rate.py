@@ -182,6 +182,9 @@ def test_a_policys_training_data_is_not_counted(capsys, monkeypatch, trace_file)
         (["--as-run"], "is no recorded run"),
         (["--policies", ""], "names none"),
         (["--csv", "no/such/folder.csv"], "there is no folder"),
+        (["--json", "."], "is a folder"),
+        (["--link-bytes-per-s", "0"], "must be above 0"),
+        (["--latency-s", "-1"], "0 or more"),
         (["--max-tokens", "-3"], "at least 1"),
     ],
 )
