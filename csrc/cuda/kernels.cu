@@ -1,80 +1,20 @@
 // Which kernel computes what. Tile sizes and launch bounds are chosen by reasoning; bench/gpu.py measures.
-#include "common/ggml_types.h"
-#include "cuda/float_rows.h"
-#include "cuda/kernels.h"
-#include "cuda/packed_rows.h"
+#include <algorithm>
+
+#include "cuda/activations.h"
+#include "cuda/kernel_table.h"
 #include "cuda/tile_rows.h"
 
 namespace moe::cuda {
 namespace {
 
 constexpr int kUnknownType = 1;  // cudaErrorInvalidValue
-constexpr int kFewTokens = 8, kManyTokens = 32;
 constexpr int kMaxTiles = 65535;
 
-using Kernel = void (*)(MatrixLaunch);
-
-// The kernels of a type; null where there is none.
-struct Kernels {
-    Kernel one = nullptr, few = nullptr;               // one token; up to kFewTokens
-    Kernel few_tiles = nullptr, many_tiles = nullptr;  // on tensor cores
-    Kernel transposed = nullptr;                       // one token
-};
-
-template <class Format>
-constexpr Kernels packed() {
-    return {packed_rows_kernel<Format, 1>, packed_rows_kernel<Format, kFewTokens>,
-            tile_rows_kernel<Format, kFewTokens>, tile_rows_kernel<Format, kManyTokens>, nullptr};
-}
-
-template <class Weight>
-constexpr Kernels floats() {
-    return {float_rows_kernel<Weight, 1>, float_rows_kernel<Weight, kFewTokens>, nullptr, nullptr,
-            transposed_rows_kernel<Weight, 1>};
-}
-
 Kernels kernels_of(int ggml_type) {
-    switch (ggml_type) {
-        case F32:
-            return floats<WeightF32>();
-        case F16:
-            return floats<WeightF16>();
-        case BF16:
-            return floats<WeightBF16>();
-        case F8_E4M3: {
-            Kernels kernels = floats<WeightF8>();
-            kernels.transposed = nullptr;
-            return kernels;
-        }
-        case Q4_0:
-            return packed<FormatQ4_0>();
-        case Q4_1:
-            return packed<FormatQ4_1>();
-        case Q5_0:
-            return packed<FormatQ5_0>();
-        case Q5_1:
-            return packed<FormatQ5_1>();
-        case Q8_0:
-            return packed<FormatQ8_0>();
-        case Q2_K:
-            return packed<FormatQ2_K>();
-        case Q3_K:
-            return packed<FormatQ3_K>();
-        case Q4_K:
-            return packed<FormatQ4_K>();
-        case Q5_K:
-            return packed<FormatQ5_K>();
-        case Q6_K:
-            return packed<FormatQ6_K>();
-        case IQ4_NL:
-            return packed<FormatIQ4_NL>();
-        case IQ4_XS:
-            return packed<FormatIQ4_XS>();
-        case MXFP4:
-            return packed<FormatMXFP4>();
-        default:
-            return {};
-    }
+    for (const auto family : {block_kernels, superblock_kernels, float_kernels})
+        if (const Kernels kernels = family(ggml_type); kernels.one) return kernels;
+    return {};
 }
 
 unsigned ceil_div(int64_t a, int64_t b) {

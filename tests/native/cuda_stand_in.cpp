@@ -4,16 +4,19 @@
 #include <vector>
 
 #include "cuda/attention_kernels.cu"
+#include "cuda/block_kernels.cu"
 #include "cuda/cuda_dense.cu"
 #include "cuda/cuda_device.cu"
 #include "cuda/cuda_link.cu"
 #include "cuda/dense_kernels.cu"
 #include "cuda/dense_prompt.cu"
 #include "cuda/expert_rows.cu"
+#include "cuda/float_kernels.cu"
 #include "cuda/kernels.cu"
 #include "cuda/library.cu"
 #include "cuda/measure.cu"
 #include "cuda/routing_kernels.cu"
+#include "cuda/superblock_kernels.cu"
 
 using namespace moe::cuda;
 
