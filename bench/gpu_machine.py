@@ -127,7 +127,8 @@ def tests(device: str, report: Report, limit_s: float) -> Iterator[dict[str, Any
     if not device.startswith("cuda"):
         raise NotRun("no card")
     files = [str(ROOT / "tests" / name) for name in CARD_TESTS]
-    yield run_tests([], ["-m", "cuda", *files], report.path.with_suffix(".tests.log"), limit_s)
+    at_once = ["-n", "4"] if _finds("xdist") and (os.cpu_count() or 1) >= 8 else []
+    yield run_tests([], [*at_once, "-m", "cuda", *files], report.path.with_suffix(".tests.log"), limit_s)
 
 
 def sanitizer(device: str, report: Report) -> Iterator[dict[str, Any]]:
@@ -161,8 +162,11 @@ def run_tests(under: list[str], which: list[str], log: Path, limit_s: float) -> 
 
 
 def outcomes(log: str) -> dict[str, Any]:
-    """Read the lines of ``pytest -v``: one for each test that has ended."""
-    ended = re.findall(r"^(?:\S*/)?(test_\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
+    """Read the lines of ``pytest -v``, of one process or several: one for each test that has ended."""
+    words = "PASSED|FAILED|ERROR|SKIPPED"
+    alone = re.findall(rf"^(?:\S*/)?(test_\S+::.+?) ({words})\b", log, re.MULTILINE)
+    in_turn = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (?:\S*/)?(test_.+?) *$", log, re.MULTILINE)
+    ended = [*alone, *((name, outcome) for outcome, name in in_turn)]
     failed = sorted({name for name, outcome in ended if outcome in ("FAILED", "ERROR")})
     counts = {word.lower(): sum(outcome == word for _, outcome in ended) for word in ("PASSED", "SKIPPED")}
     return {**counts, "failed": len(failed), "failures": failed[:20]}

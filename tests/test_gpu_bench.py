@@ -122,6 +122,9 @@ def test_what_pytest_and_cuobjdump_print_is_read() -> None:
     log += "tests/test_a.py::test_z SKIPPED (no card) [ 3%]\nFAILED tests/test_a.py::test_y[1] - boom\n"
     counts = {"passed": 1, "skipped": 1, "failed": 1, "failures": ["test_a.py::test_y[1]"]}
     assert gpu_machine.outcomes(log) == counts
+    several = "[gw0] [  1%] PASSED tests/test_a.py::test_x[card-Q4_0 a] \n"
+    several += "[gw1] [ 98%] FAILED tests/test_a.py::test_y[1]\n"
+    assert gpu_machine.outcomes(several) == {**counts, "skipped": 0}
     usage = " Function _Zk:\n  REG:40 STACK:16 SHARED:4608 LOCAL:0 CONSTANT[0]:1040 TEXTURE:0\n"
     assert gpu_machine.resources(usage) == {"_Zk": {"registers": 40, "stack_bytes": 16, "shared_bytes": 4608}}
 
