@@ -595,6 +595,20 @@ def test_what_was_changed_before_a_text_begins_is_seen_in_all_of_it(demo, change
     assert step.serves(step_inputs(demo))
 
 
+def test_norms_changed_in_place_count_from_the_next_text_on(tmp_path):
+    """Native code reads float32 copies of what is 16 bits wide."""
+    folder = save_toy_model("qwen3_moe", tmp_path)
+    model = moe_offload.from_pretrained(folder, ram="8GiB", context=64, dtype=torch.bfloat16)
+    model(PROMPT)
+    for norm in (model.model.norm, model.model.layers[1].post_attention_layernorm):
+        norm.weight.data.mul_(-2)
+    inputs = step_inputs(model)
+    assert model.offload.native_step.serves(inputs)
+    actual, expected = model(PROMPT), model(PROMPT, labels=PROMPT)  # natively, and by transformers' layers
+    model.offload.close()
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0.05, atol=0.05)
+
+
 def test_an_attention_of_ones_own_is_called(demo):
     calls = []
 

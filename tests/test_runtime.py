@@ -143,6 +143,15 @@ def test_a_configuration_that_cannot_be_names_the_checkpoint(tmp_path, change, e
         moe_offload.from_pretrained(folder, ram="8GiB")
 
 
+def test_a_process_that_may_start_no_threads_is_told_where_to_look(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr("moe_offload.storage.io.DirectReader", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be started \(Resource .*pids\.max"):
+        moe_offload.from_pretrained(ram="8GiB")
+
+
 def test_a_failed_load_leaves_no_threads_and_no_files(tmp_path):
     folder = save_toy_model("qwen3_moe", tmp_path)
     moe_offload.from_pretrained(folder, ram="8GiB").offload.close()

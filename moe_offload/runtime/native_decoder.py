@@ -62,6 +62,7 @@ class NativeDecoder:
 
     def __init__(self, model: Any, executors: Mapping[int, ExpertExecutor], kv: str | None = None) -> None:
         self._kept: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # (float32 copy, parameter of 16 bits)
         self.bytes_at: dict[int, int] = {}  # of every tensor described, by address
         self.described: list[DescribedLayer] = []
         config, decoder = model.config, model.get_decoder()
@@ -100,6 +101,11 @@ class NativeDecoder:
                 self._add_experts(described, routers[layer_idx], executors[layer_idx], config.model_type)
             else:
                 self._add_feed_forward(described, layer.mlp, config)
+
+    def copy_vectors_again(self) -> None:
+        """Take over what was changed in place in norms, biases and sinks of 16 bits."""
+        for copy, vector in self._copies:
+            copy.copy_(vector)
 
     def cached(self, cache: KVCache) -> list[tuple[int, int]]:
         """Return where each layer's keys and values begin."""
@@ -186,6 +192,8 @@ class NativeDecoder:
             return 0
         kept = tensor.detach().float().contiguous()
         self._kept.append(kept)
+        if kept.data_ptr() != tensor.data_ptr():
+            self._copies.append((kept, tensor.detach()))
         self.bytes_at[kept.data_ptr()] = kept.nbytes
         return kept.data_ptr()
 

@@ -84,6 +84,8 @@ class NativeStep:
     def run(self, inputs: dict[str, Any]) -> Any:
         """Compute a forward that ``serves`` accepted; the cache grows only when all of it is done."""
         dense, num_tokens = self.dense, inputs["input_ids"].shape[1]
+        if inputs["past_key_values"].get_seq_length() == 0:
+            self._decoder.copy_vectors_again()
         if dense is None:
             return self._run_tokens(inputs)
         step = self._step if num_tokens == 1 else self._prompt.step

@@ -47,8 +47,19 @@ def io_mode_from_env() -> str:
 
 
 def open_reader(num_threads: int = DEFAULT_NUM_IO_THREADS, io_mode: str | None = None) -> DirectReader:
-    """Start a reader; ``io_mode`` None asks the environment. Its owner calls ``close``."""
-    return DirectReader(num_threads, io_mode_from_env() if io_mode is None else io_mode)
+    """Start a reader; ``io_mode`` None asks the environment. Its owner calls ``close``.
+
+    Raises:
+        ConfigError: the process may not start its threads.
+    """
+    io_mode = io_mode_from_env() if io_mode is None else io_mode
+    try:
+        return DirectReader(num_threads, io_mode)
+    except RuntimeError as error:  # a std::system_error
+        raise ConfigError(
+            f"{num_threads} threads that read cannot be started ({error}); see ulimit -u, ulimit -v and the "
+            "cgroup's pids.max"
+        ) from error
 
 
 def add_file(reader: DirectReader, path: Path) -> int:
