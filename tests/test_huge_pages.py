@@ -42,12 +42,13 @@ EVERYWHERE = [(FIRST, 4 * HUGE_PAGE_BYTES + 8 * KIB)]
 def test_they_take_their_share_of_decoding_and_no_more() -> None:
     memory = Memory(cost_s=0.0045)
     pages = pages_under(memory, EVERYWHERE)
-    counts = []
+    counts, taken_s = [], 0.0
     for _ in range(8):
-        pages.step_done(0.1)  # 2 ms of it
+        taken_s += pages.step_done(0.1)  # 2 ms of it
         counts.append(len(memory.asked))
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4]  # two and a quarter steps pay for one
     assert memory.asked == PLACES and pages.num_made == 4
+    assert taken_s == pytest.approx(4 * 0.0045)
 
 
 def test_no_share_is_saved_up_for_a_long_halt() -> None:

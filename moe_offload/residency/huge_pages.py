@@ -62,19 +62,19 @@ class HugePages:
         self._refusals = 0
         self.num_made, self.why_not = 0, ""
 
-    def step_done(self, seconds: float) -> None:
-        """Make some after ``seconds`` of decoding, as long as their share lasts."""
+    def step_done(self, seconds: float) -> float:
+        """Make some after ``seconds`` of decoding, while their share lasts; return the seconds it took."""
         self._allowed_s = min(self._allowed_s + TIME_SHARE * seconds, MOST_SAVED_S)
         if self._allowed_s <= 0 or self.why_not:
-            return
-        now = self._clock()
-        end = now + self._allowed_s
+            return 0.0
+        started = now = self._clock()
         for place in self._places():
             self._make(place)
             now = self._clock()
-            if now >= end or self.why_not:
+            if now - started >= self._allowed_s or self.why_not:
                 break
-        self._allowed_s = end - now
+        self._allowed_s -= now - started
+        return now - started
 
     def _places(self) -> Iterator[int]:
         """Yield where huge pages are left to be made, wholly within the arena, under free slots."""

@@ -253,7 +253,7 @@ class OffloadHandle:
             self._stats.decode_steps += 1
             self._stats.decode_s += seconds
             if self.huge_pages is not None:
-                self.huge_pages.step_done(seconds)
+                self._stats.decode_s += self.huge_pages.step_done(seconds)
             if self.prefetcher is not None:
                 self.prefetcher.step_done(seconds)
             if self.hybrid is not None and not (self.prefetcher is not None and self.prefetcher.is_trying):
