@@ -193,7 +193,7 @@ def settings_of(
     model: Any, inputs: dict[str, Any], args: argparse.Namespace, energy: PhaseEnergy
 ) -> dict[str, Callable[[], None]]:
     """Return for each mode what sets the model's prefetcher to it, with the mode's own state."""
-    from moe_offload.planning.gain_switch import GainSwitch
+    from moe_offload.planning.gain_switch import LEFT_BY_PREFETCH, GainSwitch
     from moe_offload.planning.prefetch_plan import Threshold
     from moe_offload.predictors.cross_layer_gate import CrossLayerGate
     from moe_offload.runtime import skeleton
@@ -223,7 +223,9 @@ def settings_of(
         "none": setting(None, switch=None),
         "fate": setting(CrossLayerGate(routers), switch=None, threshold=Fixed()),
         "history": setting(history, switch=None, threshold=Threshold(), link=link),
-        "ours": setting(default, switch=GainSwitch(), threshold=Threshold(), link=link),
+        "ours": setting(
+            default, switch=GainSwitch(left_over=LEFT_BY_PREFETCH), threshold=Threshold(), link=link
+        ),
         "always": setting(default, switch=None, threshold=Threshold(), link=link),
         "perfect": setting(perfect, switch=None, threshold=Fixed(), link=link),
     }

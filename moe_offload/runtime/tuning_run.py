@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moe_offload import ops
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.gain_switch import GainSwitch
+from moe_offload.planning.gain_switch import LEFT_BY_PREFETCH, GainSwitch
 from moe_offload.planning.prediction import Predictor
 from moe_offload.planning.prefetch_plan import Threshold
 from moe_offload.planning.time_budget import Clock, TimeBudget
@@ -156,7 +156,9 @@ class TuningRun:
         state = self._states.get(choice)
         if state is None:
             predictor = self.predictor(choice.predictor, choice.prefetch_depth) if choice.prefetch else None
-            state = self._states[choice] = _State(predictor, GainSwitch(), Threshold())
+            state = self._states[choice] = _State(
+                predictor, GainSwitch(left_over=LEFT_BY_PREFETCH), Threshold()
+            )
         offload = self.model.offload
         ops.set_num_threads(choice.num_threads)
         offload.cache.use_policy(partial(make_policy, self._policy(choice)), state.policy_states)
