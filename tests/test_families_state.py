@@ -10,7 +10,7 @@ import moe_offload
 from moe_offload import BudgetError, ConfigError
 from moe_offload.planning.cost_model import state_bytes, state_tokens
 from moe_offload.planning.placement import plan_placement
-from moe_offload.runtime.kv_cache import StateLayer
+from moe_offload.runtime.state_layer import StateLayer
 
 PROMPT = torch.tensor([[21, 22, 23, 24, 25, 26, 27]])
 GREEDY = {"do_sample": False, "eos_token_id": None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -106,6 +108,22 @@ def test_the_cache_can_be_cropped_and_used_again(models_pair):
     again = offloaded(PROMPT[:, 4:], past_key_values=cache).logits
     fresh = offloaded(PROMPT).logits[:, 4:]
     torch.testing.assert_close(again, fresh, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_has_memory_of_its_own_and_counts(models_pair, make_copy):
+    """transformers' recipe for a prefix that many prompts share: one cache, copied for each of them."""
+    _, offloaded = models_pair
+    prefix = offloaded(PROMPT).past_key_values
+    copies = {token: make_copy(prefix) for token in (3, 4)}
+    del prefix
+    for token, cache in copies.items():  # one begins, then the other
+        offloaded(torch.tensor([[token]]), past_key_values=cache)
+    for token, cache in copies.items():
+        expected = offloaded(torch.cat([PROMPT, torch.tensor([[token, 9]])], 1)).logits[:, -1:]
+        actual = offloaded(torch.tensor([[9]]), past_key_values=cache).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert set(copies.values()) <= set(offloaded.offload.room.caches)
 
 
 @pytest.mark.parametrize("text", ["w5 w6 w7", ["w5 w6 w7", "w8 w9"]])

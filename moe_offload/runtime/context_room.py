@@ -64,6 +64,8 @@ class ContextRoom:
             BudgetError: this call and the other caches in use need more than was budgeted.
         """
         cached_tokens = cache.get_seq_length() if cache is not None else 0
+        if isinstance(cache, KVCache):
+            self.caches.add(cache)  # it may be a copy of another
         wanted_tokens = self._weight(batch_size * (cached_tokens + num_tokens), batch_size)
         held_tokens = self._held_tokens(besides=cache)
         if wanted_tokens + held_tokens > self._room_tokens:

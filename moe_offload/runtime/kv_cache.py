@@ -19,10 +19,10 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
 )
 
-from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.errors import BudgetError
+from moe_offload.runtime.state_layer import StateLayer
 
 
 class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -71,6 +71,28 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     def _to_storage(self, states: Tensor) -> Tensor:
         """Return states as they are kept."""
         return states
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: the used part, so that a copy takes no more memory than what it holds."""
+        state = vars(self) | {"mirrored_tokens": 0}
+        if self.is_initialized:
+            state["held"] = [states.clone() for states in self.stored()]
+            for name in ("_key_storage", "_value_storage", "_addresses"):
+                del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with what ``__getstate__`` returned, in memory of this layer's own."""
+        held = state.pop("held", None)
+        self.__dict__.update(state)
+        if held is not None:
+            self._keep(*held)
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        """Make the storage anew, with these at its begin."""
+        tokens = self.capacity_tokens // keys.shape[0]
+        self._key_storage, self._value_storage = (_in_room_for(states, tokens) for states in (keys, values))
+        self._addresses = self._key_storage.data_ptr(), self._value_storage.data_ptr()
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """Return views of the used part as it is kept."""
@@ -164,8 +186,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         tokens = self.capacity_tokens // keys.shape[0]
         if self.num_tokens > tokens:
             raise BudgetError(_too_many(tokens, keys.shape[0], self.num_tokens))
-        self._key_storage, self._value_storage = (_in_room_for(states, tokens) for states in (keys, values))
-        self._addresses = self._key_storage.data_ptr(), self._value_storage.data_ptr()
+        self._keep(keys, values)
 
 
 def _in_room_for(states: Tensor, tokens: int) -> Tensor:
@@ -181,34 +202,6 @@ def _too_many(held_tokens: int, num_sequences: int, wanted_tokens: int) -> str:
         f"{wanted_tokens} were asked for; load the model with context={wanted_tokens * num_sequences} or "
         "more, or let go of caches that were made before this one and still count"
     )
-
-
-class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
-    """A layer's recurrent or convolution state: one size for any number of tokens, so never cropped."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing for no tokens.
-
-        Raises:
-            ConfigError: the state before the tokens is gone.
-        """
-        if tokens_to_remove and any(self.has_previous_state.values()):
-            raise ConfigError(
-                "this model keeps a running state, which cannot forget tokens again; start with a new "
-                "cache (assisted generation and contrastive search need models without such layers)"
-            )
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace_states(lambda state: state.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace_states(lambda state: state[indices])
-
-    def _replace_states(self, change: Callable[[Tensor], Tensor]) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None:
-                    states[index] = change(state)
 
 
 MakeLayer = Callable[[int], KVCacheLayer]
