@@ -54,11 +54,15 @@ class DeviceCache(ExpertCache):
         Args:
             here: the experts that ran on the device, ``copied`` among them.
         """
-        arrived = self._pool_of[layer_idx].admit_arrived(layer_idx, here) if self._num_shown else 0
+        pool = self._pool_of[layer_idx]
+        if not self._num_shown and not copied:  # nearly always, and a token's time is short
+            self.stats.hits += len(here)
+            return pool.routed(layer_idx, expert_ids, weights)
+        arrived = pool.admit_arrived(layer_idx, here) if self._num_shown else 0
         self.stats.prefetch_hits += arrived
         self.used(layer_idx, expert_ids, weights, len(here) - len(copied) - arrived, copied)
         if arrived:
-            self._evict_excess(self._pool_of[layer_idx])
+            self._evict_excess(pool)
 
     def num_under_way(self, layer_idx: int) -> int:
         """Return how many copies are queued or under way, for the pool of a layer."""

@@ -49,6 +49,11 @@ class HybridRun:
         self._moves: dict[int, list[int]] = {}  # by a group's first layer, as native code has them
         self._copies: dict[int, bool] = {}  # alike: whether they may ask for a copy
         self._worth: dict[int, list[bool]] = {}  # by layer: HybridLayers.are_worth
+        by_costs = {id(self._layers.costs[i]): _Sum(self._layers.costs[i]) for i in self._hybrid}
+        self._sums, self._sum_of = (
+            list(by_costs.values()),
+            {i: by_costs[id(self._layers.costs[i])] for i in self._hybrid},
+        )
         for layer_idx, executor in enumerate(executors):
             if executor is not None:
                 self._describe(layer_idx, executor, self._hybrid.get(layer_idx))
@@ -107,49 +112,52 @@ class HybridRun:
         if not done:
             return 0
         missed = list[ExpertKey]()
-        wants_misses, has_room = self._tier.wants_misses, self._tier.has_room
-        for layer_idx, ids, weights, on_device, copied, _, _ in done:
-            self._ram.used_residents(layer_idx, ids, weights, len(ids) - len(on_device), on_device)
-            if layer_idx in self._hybrid:
-                self._tier.cache.used_natively(layer_idx, ids, weights, on_device, copied)
-                self._tier.stats.misses += len(ids) - len(on_device)
-                if wants_misses and (has_room or self._worth[layer_idx][len(on_device)]):
+        for part in self._sums:
+            part.clear()
+        has_room, cache, sum_of = self._tier.has_room, self._tier.cache, self._sum_of
+        wants_misses = has_room or self._tier.replaces
+        for layer_idx, ids, weights, on_device, copied, cpu_s, stayed in done:
+            num_there = len(on_device)
+            self._ram.used_residents(layer_idx, ids, weights, len(ids) - num_there, on_device)
+            if layer_idx in sum_of:
+                cache.used_natively(layer_idx, ids, weights, on_device, copied)
+                if wants_misses and (has_room or self._worth[layer_idx][num_there]):
                     missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
+                part = sum_of[layer_idx]
+                part.on_cpu += len(ids) - num_there
+                part.on_device += num_there
+                part.at_home += 0 if stayed else num_there
+                part.copied += len(copied)
+                part.cpu_s += cpu_s
+            else:
+                self._layers.counters.cpu_s += cpu_s
             executor = self._executors[layer_idx]
             assert executor is not None
             executor.on_layer_done(layer_idx)
-        num_copied = self._count(done)
+        num_copied = self._count()
         self._tier.ran_on_cpu(missed)
         return num_copied
 
-    def _count(self, done: list[Done]) -> int:
-        counters, costs_of = self._layers.counters, self._layers.costs
-        counters.device_wait_s += self._native.wait_s
-        sums: dict[int, _Sum] = {}  # by costs
-        for layer_idx, ids, _, on_device, copied, cpu_s, stayed in done:
-            counters.cpu_s += cpu_s
-            costs = costs_of.get(layer_idx)
-            if costs is None:
+    def _count(self) -> int:
+        """Bring counters and costs up to date; returns how many were copied."""
+        num_on_device, num_copied = 0, 0
+        self._layers.counters.device_wait_s += self._native.wait_s
+        for part in self._sums:
+            if not part.on_cpu and not part.on_device:
                 continue
-            part = sums.get(id(costs))
-            if part is None:
-                part = sums[id(costs)] = _Sum(costs)
-            part.cpu_s += cpu_s
-            part.on_cpu += len(ids) - len(on_device)
-            part.on_device += len(on_device)
-            part.at_home += 0 if stayed else len(on_device)
-            part.copied += len(copied)
-        for part in sums.values():
+            num_on_device, num_copied = num_on_device + part.on_device, num_copied + part.copied
+            self._tier.stats.misses += part.on_cpu
             self._see(part)
         if self._step.away is not None:
             self._layers.count_stayed(next(iter(self._hybrid)), *self._step.away.take_rows_done())
-        if any(part.on_device for part in sums.values()):
+        if num_on_device:
             self._tier.worked()
-        return sum(part.copied for part in sums.values())
+        return num_copied
 
     def _see(self, part: _Sum) -> None:
         """Bring counters and costs up to date; what device and link did is not known apart by costs."""
         counters, costs = self._layers.counters, part.costs
+        counters.cpu_s += part.cpu_s
         counters.cpu_experts += part.on_cpu
         counters.device_experts += part.on_device
         counters.copied_experts += part.copied
@@ -159,9 +167,9 @@ class HybridRun:
         costs.saw_copies(copy_s * part.copied, self._native.link_s)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sum:
-    """Of the layers whose experts cost alike; counts are of experts."""
+    """Of the layers of one call whose experts cost alike; counts are of experts."""
 
     costs: RunningCosts
     cpu_s: float = 0.0
@@ -169,3 +177,6 @@ class _Sum:
     on_device: int = 0
     at_home: int = 0  # of those on the device: their rows came home
     copied: int = 0
+
+    def clear(self) -> None:
+        self.cpu_s, self.on_cpu, self.on_device, self.at_home, self.copied = 0.0, 0, 0, 0, 0
