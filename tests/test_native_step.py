@@ -624,6 +624,19 @@ def test_an_attention_of_ones_own_is_called(demo):
     assert demo.offload.native_step.serves(step_inputs(demo))
 
 
+def test_the_cache_of_another_model_is_not_written_to(tmp_path):
+    """Native code goes by addresses: rows of another size would end beyond the memory."""
+    folders = [
+        save_toy_model("qwen3_moe", tmp_path / str(heads), num_key_value_heads=heads) for heads in (1, 2)
+    ]
+    one, other = (moe_offload.from_pretrained(f, ram="8GiB", context=64) for f in folders)
+    cache = one(PROMPT).past_key_values
+    with pytest.raises(RuntimeError, match="size"):
+        other(torch.tensor([[4]]), past_key_values=cache)
+    assert other.offload.native_step.serves(step_inputs(other))
+    one.offload.close(), other.offload.close()
+
+
 def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(demo, monkeypatch):
     inputs = step_inputs(demo)
     expected = demo(**step_inputs(demo)).logits

@@ -35,6 +35,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.capacity_tokens = capacity_tokens
         self.num_tokens = 0
+        self.row_shape = 0, 0  # heads and head_dim of what it holds
         self.mirrored_tokens = 0  # that device_dense.py's copy on a device has as they are here
 
     @property
@@ -59,6 +60,7 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch that arrives first."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.row_shape = key_states.shape[1], key_states.shape[3]
         self._key_storage = self._allocate(key_states)
         self._value_storage = self._allocate(value_states)
         self._addresses = self._key_storage.data_ptr(), self._value_storage.data_ptr()
@@ -271,6 +273,11 @@ class KVCache(Cache):  # type: ignore[misc]
             isinstance(layer, KVCacheLayer) and layer.has_room_for(num_new, num_tokens, dtype)
             for layer in self.layers
         )
+
+    def is_of(self, num_layers: int, row_shape: tuple[int, int]) -> bool:
+        """Whether it is empty or holds what so many layers with such rows have made; all rows are alike."""
+        first = self.layers[0]
+        return len(self.layers) == num_layers and (not first.is_initialized or first.row_shape == row_shape)
 
     def grew_by(self, num_tokens: int) -> None:
         """Count the tokens that native code has written behind the others in every layer."""

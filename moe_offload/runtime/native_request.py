@@ -37,6 +37,9 @@ class ServedForwards:
     def __init__(self, model: Any, kv: str | None) -> None:
         self._cache_layer = layer_class(kv)
         self._config, self._dtype = model.config, model.config.dtype
+        layers = model.get_decoder().layers
+        rows = model.config.num_key_value_heads, layers[0].self_attn.head_dim
+        self._cache_shape = len(layers), rows
         self._parts = _Parts(model)
         self._began_as_loaded = True
 
@@ -50,6 +53,7 @@ class ServedForwards:
             num_tokens > 0
             and isinstance(cache, KVCache)
             and cache.make_layer is self._cache_layer
+            and cache.is_of(*self._cache_shape)
             and self._config._attn_implementation in PLAIN_ATTENTION
             and self._wants_only_logits(inputs)
             and cache.has_room_for(num_tokens, self._dtype)
