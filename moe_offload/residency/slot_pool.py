@@ -142,8 +142,9 @@ class SlotPool(SlotReads):
         ones, and those of finished guesses, which give way where a read is booked there. The loan ends with
         ``take_back``; nobody else may look for a slot before.
         """
-        room = min(self._room_for_guesses(), len(self.free), most)
-        self.lent = [self.free.pop() for _ in range(max(0, room))]
+        first = len(self.free) - max(0, min(self._room_for_guesses(), len(self.free), most))
+        self.lent = self.free[first:][::-1]
+        del self.free[first:]  # last: an interrupt leaves them in both lists rather than in none
         if len(self.lent) < most:
             farthest = self._finished_beyond(after_layer, after_layer + reach)[: most - len(self.lent)]
             self.exchanged = {entry.slot: entry for entry in farthest}

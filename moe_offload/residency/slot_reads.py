@@ -93,16 +93,17 @@ class SlotReads:
     def book(self, key: ExpertKey, slot_address: int, ticket: int) -> None:
         """Take note of a guess's read that native code began in a lent slot; told again, do nothing."""
         slot = (slot_address - self.first_address) // self.slot_bytes
-        given = self.exchanged.pop(slot, None)
+        given = self.exchanged.get(slot)
         if given is not None:
-            self.stats.prefetch_wasted_bytes += given.num_bytes
-            del self.staged[given.key]
+            self.stats.prefetch_wasted_bytes += given.num_bytes if given.key in self.staged else 0
             self._forget(given.key)
+            self.staged.pop(given.key, None)
         elif slot in self.lent:
             self.lent.remove(slot)
         else:
             return
         self._enter(key, slot, ticket, speculative=True)
+        self.exchanged.pop(slot, None)  # last: until then nobody else may have what is read into
 
     def take_back(self) -> None:
         """End a loan of slots: those that nothing was booked for are free again."""
