@@ -50,6 +50,7 @@ PROMPT_TOKENS = 16
 def main() -> None:
     args = parse_args()
     is_card = args.device.startswith("cuda")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(args.out, time.monotonic() + 60 * args.minutes)
     report.content = {
         "bench": "gpu",

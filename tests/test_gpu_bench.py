@@ -206,10 +206,10 @@ def test_without_a_card_everything_reads_not_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_machine, "build", lambda: iter([{"built": False}]))
     off = {"on": False, "reason": "no NVIDIA driver was found", "devices": []}
     monkeypatch.setattr(gpu_machine, "card_report", lambda: off)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "new" / "gpu.json")])
     with pytest.raises(SystemExit):
         gpu.main()
-    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    steps = json.loads((tmp_path / "new" / "gpu.json").read_text())["steps"]
     assert steps["build"]["status"] == "done"
     not_run = {name: step["status"] for name, step in steps.items() if step["status"] != "done"}
     assert len(not_run) == 13 and set(not_run.values()) == {"not run: no card: no NVIDIA driver was found"}
