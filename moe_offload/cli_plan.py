@@ -18,7 +18,7 @@ from moe_offload.cli_session import check_output
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
 from moe_offload.device import DeviceProfile
 from moe_offload.errors import ConfigError
-from moe_offload.header_costs import context_bytes
+from moe_offload.header_costs import context_bytes, resolve_context
 from moe_offload.outlook import Outlook, Planner
 from moe_offload.planning.kv_format import KV_PRICE
 from moe_offload.planning.roofline import Speed
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report, or the JSON object; draw the plot where asked."""
     check_output("--plot", args.plot)
     checkpoints = [open_measured(path, allow_dense=args.allow_dense) for path in args.models or [DEMO_MODEL]]
+    _check(args, checkpoints)
     sources = [find_source(args.profile, checkpoint, args.vram) for checkpoint in checkpoints]
     planners = [_planner(*found, args) for found in zip(checkpoints, sources, strict=True)]
     outlooks = [
@@ -54,6 +55,19 @@ def run(args: argparse.Namespace) -> int:
     if len(planners) > 1:
         print(f"\n{_which_to_take(planners, outlooks)}")
     return 0
+
+
+def _check(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> None:
+    """Refuse what cannot be before the machine is measured, which takes seconds.
+
+    Raises:
+        ConfigError: a context that a model was not made for, or a size that is none.
+    """
+    for checkpoint in checkpoints:
+        resolve_context(checkpoint, args.context)
+    for size in (args.ram, args.vram):
+        if size not in (None, "auto"):
+            parse_bytes(size)
 
 
 def _planner(checkpoint: Checkpoint, source: Source, args: argparse.Namespace) -> Planner:

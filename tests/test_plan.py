@@ -296,6 +296,20 @@ def test_plan_as_json_measures_a_machine_that_was_not_tuned(
         cli.main(["plan", "--json", "--profile", "none"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["--context", "4096"], "1024 positions"), (["--ram", "much"], "much")]
+)
+def test_what_cannot_be_is_refused_before_the_machine_is_measured(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*args: Any) -> None:
+        raise AssertionError("for nothing")
+
+    monkeypatch.setattr("moe_offload.cli_plan.find_source", measure)
+    assert cli.main(["plan", *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoil", ["old", "other version", "negative", "no number", "no json"])
 def test_what_was_kept_counts_while_it_is_young_and_whole(
     spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
