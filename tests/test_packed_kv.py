@@ -60,7 +60,18 @@ def test_what_is_no_number_stays_seen() -> None:
     assert unpack(pack(numbers), torch.float32).isnan().all()
 
 
-@pytest.mark.parametrize("numbers", [special_numbers(), torch.randn(40, 64) * 3])
+def halfway_numbers() -> torch.Tensor:
+    """A code between -64 and -63 if 127 / 8.225171 is rounded once, and -63 if it is rounded twice."""
+    numbers = torch.zeros(1, 64)
+    numbers[0, 3], numbers[0, 20] = 8.225171089172363, -4.112585544586182
+    return numbers
+
+
+def random_numbers() -> torch.Tensor:
+    return torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.mark.parametrize("numbers", [special_numbers(), random_numbers(), halfway_numbers()])
 def test_native_code_writes_the_same_bytes(numbers: torch.Tensor) -> None:
     """The bias is all that the projections yield: what arrives in the cache is its packing."""
     layer = OneLayer(heads=1, kv_heads=1, head_dim=numbers.numel(), rotary_dim=0, bias=True)

@@ -24,7 +24,8 @@ def pack(states: Tensor) -> Tensor:
     """Return (..., head_dim) numbers as (..., head_dim / 32 * 34) bytes; as csrc/decode/packed_cache.cpp."""
     blocks = states.float().reshape(*states.shape[:-1], -1, KV_BLOCK_ELEMENTS)
     amax = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(amax > 0, CODE_MAX / amax, 0.0)
+    # A number over a tensor would be its reciprocal times the number: rounded twice.
+    inverse = torch.where(amax > 0, torch.full_like(amax, CODE_MAX) / amax, 0.0)
     codes = (blocks * inverse).nan_to_num(0.0).round().clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
     scales = (amax / CODE_MAX).half().view(torch.uint8)
     return torch.cat([scales, codes.view(torch.uint8)], -1).flatten(-2)
