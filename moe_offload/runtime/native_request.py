@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.packed_kv import layer_class
+from moe_offload.runtime.transformers_code import LayerCode
 
 SERVED_KEYS = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
@@ -40,7 +41,7 @@ class ServedForwards:
         layers = model.get_decoder().layers
         rows = model.config.num_key_value_heads, layers[0].self_attn.head_dim
         self._cache_shape = len(layers), rows
-        self._parts = _Parts(model)
+        self._parts, self._code = _Parts(model), LayerCode(model)
         self._began_as_loaded = True
 
     def accepts(self, inputs: dict[str, Any]) -> bool:
@@ -64,10 +65,10 @@ class ServedForwards:
         )
 
     def _began_unchanged(self, cache: KVCache) -> bool:
-        """Whether modules and weights were as loaded when the text began: a look at all of them at each
-        token would cost what a layer does."""
+        """Whether modules, weights and code were as loaded when the text began: a look at all of them at
+        each token would cost what a layer does."""
         if cache.get_seq_length() == 0:
-            self._began_as_loaded = self._parts.are_as_loaded()
+            self._began_as_loaded = self._parts.are_as_loaded() and self._code.is_transformers_own()
         return self._began_as_loaded
 
     def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
