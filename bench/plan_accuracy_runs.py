@@ -114,7 +114,7 @@ def process_of(checkpoint: Any) -> Any:
     from dataclasses import replace
 
     from moe_offload.header_costs import fresh_process
-    from moe_offload.runtime.offload import base_bytes
+    from moe_offload.runtime.loaded_models import base_bytes
 
     return replace(fresh_process(checkpoint), base_bytes=base_bytes())
 

@@ -14,7 +14,7 @@ import torch
 import moe_offload
 from moe_offload.config import DEMO_MODEL, GIB, MIB
 from moe_offload.residency.memory import process_bytes
-from moe_offload.runtime import offload
+from moe_offload.runtime import loaded_models
 
 ROOT = Path(__file__).parent.parent
 ALLOWANCE_BYTES = 64 * MIB
@@ -114,7 +114,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_before_loading(synthetic):
 def test_two_models_share_one_budget():
     first = moe_offload.from_pretrained(ram="8GiB", context=256)
     second = moe_offload.from_pretrained(ram="8GiB", context=256)
-    libraries = offload._library_bytes
+    libraries = loaded_models._library_bytes
     assert second.offload.plan.base_bytes >= libraries + first.offload.planned_bytes
     first.offload.close()
     third = moe_offload.from_pretrained(ram="8GiB", context=256)

@@ -28,7 +28,7 @@ from moe_offload.config import DEMO_MODEL, MIB
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.arguments import _OWN, read_arguments
 from moe_offload.runtime.footprint import trim_heap
-from moe_offload.runtime.offload import base_bytes, live_handles
+from moe_offload.runtime.loaded_models import base_bytes, live_handles
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what now?"}]

@@ -37,7 +37,7 @@ from moe_offload.planning.tuning import NO_PREDICTOR, Choice
 from moe_offload.profile_parse import parse_profile
 from moe_offload.profile_schema import Curve, Figure
 from moe_offload.residency.machine_state import machine_key
-from moe_offload.runtime import offload
+from moe_offload.runtime import loaded_models
 from moe_offload.runtime.tuning_run import Counts, Text, TuningRun
 from moe_offload.storage.checkpoint import open_checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
@@ -211,11 +211,11 @@ def test_without_time_for_runs_the_defaults_stay(tiny_moe: Path, monkeypatch: py
 
 
 def test_real_runs_keep_the_budget_and_leave_the_model_closed(tiny_moe: Path) -> None:
-    threads, alive = ops.num_threads(), len(offload.live_handles)
+    threads, alive = ops.num_threads(), len(loaded_models.live_handles)
     subject = tuner(tiny_moe, seconds=0.3)
     (stage,) = subject.stages()
     assert stage.runs and subject.budget.spent_s < 0.45
-    assert len(offload.live_handles) == alive
+    assert len(loaded_models.live_handles) == alive
     ops.set_num_threads(threads)
 
 
@@ -402,7 +402,7 @@ def test_ctrl_c_leaves_nothing_behind(
 
     owners = {"measure_all": tune_tiers, "assemble": tune_profile, "write_profile": profile_store}
     monkeypatch.setattr({**owners, "as_toml": profile_write}.get(where, TuningRun), where, interrupt)
-    threads, alive = ops.num_threads(), len(offload.live_handles)
+    threads, alive = ops.num_threads(), len(loaded_models.live_handles)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     output = tmp_path / "out" / "p.toml"
     output.parent.mkdir()
@@ -417,7 +417,7 @@ def test_ctrl_c_leaves_nothing_behind(
         signal.signal(signal.SIGINT, previous)
         ops.set_num_threads(threads)
     assert list(output.parent.iterdir()) == [] and not (cache.is_dir() and list(cache.iterdir()))
-    assert len(offload.live_handles) == alive
+    assert len(loaded_models.live_handles) == alive
 
 
 @pytest.mark.parametrize(

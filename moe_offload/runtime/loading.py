@@ -120,9 +120,7 @@ def _make_handle(
         interval_s=GUARD_INTERVAL_S,
         clock=time.monotonic,
     )
-    handle = OffloadHandle(
-        checkpoint.spec, decided.plan, cache, cache.stats, guard, store.reader, close_resources
-    )
+    handle = OffloadHandle(checkpoint.spec, decided.plan, cache, cache.stats, guard, store, close_resources)
     handle.room = ContextRoom(
         decided.plan.context_tokens,
         skeleton.cache_layer_types(model),

@@ -30,8 +30,8 @@ from moe_offload.runtime import machine_profile, quantized, skeleton
 from moe_offload.runtime.arguments import LoadArguments, loading_info, read_arguments
 from moe_offload.runtime.device_setup import plan_vram
 from moe_offload.runtime.executor import offloaded_experts_forward
+from moe_offload.runtime.loaded_models import base_bytes
 from moe_offload.runtime.loading import Decided, load
-from moe_offload.runtime.offload import base_bytes
 from moe_offload.runtime.predictor_choice import choose_predictor
 from moe_offload.runtime.torch_defaults import float32_on_cpu
 from moe_offload.storage import quantize_plan

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,24 +21,22 @@ from moe_offload.planning.plans import PlacementPlan
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.huge_pages import HugePages
-from moe_offload.residency.memory import MemoryGuard, peak_bytes, process_bytes
+from moe_offload.residency.memory import MemoryGuard, peak_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import find_distances
 from moe_offload.runtime.context_room import ContextRoom
-from moe_offload.runtime.footprint import cache_bytes, trim_heap
+from moe_offload.runtime.footprint import cache_bytes
 from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
+from moe_offload.runtime.loaded_models import live_handles
 from moe_offload.runtime.timeline import recorded_timeline
 from moe_offload.runtime.torch_defaults import float32_on_cpu
 from moe_offload.stats import OffloadStats
-from moe_offload.storage.io import DirectReader
+from moe_offload.storage.expert_store import ExpertStore
 
 if TYPE_CHECKING:
     from moe_offload.runtime.native_step import NativeStep
     from moe_offload.runtime.recorder import RoutingRecorder
-
-_library_bytes = 0
-live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
 
 
 class OffloadHandle:
@@ -60,10 +57,11 @@ class OffloadHandle:
         cache: ExpertCache | None,
         stats: OffloadStats,
         guard: MemoryGuard,
-        reader: DirectReader,
+        store: ExpertStore,
         close_resources: Callable[[], None],
     ) -> None:
-        self.spec, self.plan, self.cache, self.reader = spec, plan, cache, reader
+        self.spec, self.plan, self.cache, self.reader = spec, plan, cache, store.reader
+        self._store = store
         self.on_prefill: Callable[[int, int], None] | None = None
         self._stats, self._guard, self._close_resources = stats, guard, close_resources
         self._lock = threading.RLock()
@@ -197,6 +195,10 @@ class OffloadHandle:
                 "its reader threads did not follow: load the model in the child, or start it with 'spawn'"
             )
 
+    def check_files(self) -> None:
+        """Raise CheckpointError when a file of the checkpoint was written to since it was opened."""
+        self._store.check_unchanged()
+
     def new_cache(self, max_tokens: int | None = None, batch_size: int = 1) -> KVCache:
         """Return an empty key/value cache for ``batch_size`` sequences of up to ``max_tokens``.
 
@@ -283,20 +285,3 @@ class OffloadHandle:
             start, num_tokens, total_tokens = self._chunk
             share = (layer_idx + 1) / self.spec.num_hidden_layers
             self.on_prefill(start + int(num_tokens * share), total_tokens)
-
-
-def base_bytes() -> int:
-    """Return what the process holds, or will hold once the models loaded before fill their plans.
-
-    What is not a model's (libraries, the caller's own data) is what the process holds less what the
-    models certainly do. Activations that a model left in the heap look like the caller's data and are
-    planned for already: an increase counts from beyond them.
-    """
-    global _library_bytes
-    trim_heap()  # what was freed is nobody's
-    now, models = process_bytes(), list(live_handles)
-    others = now - sum(model.touched_bytes() for model in models)
-    activations = sum(model.plan.workspace_bytes for model in models)
-    known = _library_bytes if models else others
-    _library_bytes = max(min(known, others), others - activations)
-    return max(now, _library_bytes + sum(model.planned_bytes for model in models))

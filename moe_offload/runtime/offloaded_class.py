@@ -83,6 +83,8 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     handle.room.check(num_tokens, batch_size, cache)
     handle.begin_chunk(0, num_tokens, num_tokens)
     is_new_text = cache is None or cache.get_seq_length() == 0
+    if is_new_text:
+        handle.check_files()
     with handle.step(batch_size * num_tokens, inputs.get("input_ids"), is_new_text=is_new_text):
         compute = functools.partial(_natively_or_in_layers, handle, forward)
         if in_chunks:
@@ -121,6 +123,7 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
 
         Raises:
             BudgetError: prompt and new tokens need more key/value cache than was budgeted.
+            CheckpointError: a file of the checkpoint was written to, before or meanwhile.
             ConfigError: compilation, or a cache of a kind that lies elsewhere, was asked for.
         """
         config = kwargs.get("generation_config")
@@ -130,7 +133,10 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         if isinstance(prompt, torch.Tensor) and prompt.numel() == 0:
             raise ConfigError(f"the prompt is empty: input_ids has shape {tuple(prompt.shape)}")
         with self.offload.exclusive():
-            return super().generate(*args, **kwargs)
+            self.offload.check_files()
+            result = super().generate(*args, **kwargs)
+            self.offload.check_files()
+            return result
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from moe_offload.config import gib
 from moe_offload.errors import BudgetError
 from moe_offload.runtime import skeleton
-from moe_offload.runtime.offload import base_bytes
+from moe_offload.runtime.loaded_models import base_bytes
 from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.quantize import default_threads
 from moe_offload.storage.quantize_file import workspace_bytes

@@ -6,7 +6,10 @@ It knows no policy: which slot, when, and whether a read is a demand or speculat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,7 @@ class ExpertStore:
         self._index = index
         self._files = tuple(files)
         self._reader_ids = [add_file(reader, path) for path in files]
+        self._versions = [_version(path) for path in files]
         self._slot_bytes = {layer_idx: layout.slot_bytes for layer_idx, layout in index.layouts.items()}
         self._expert_bytes = {layer_idx: layout.expert_bytes for layer_idx, layout in index.layouts.items()}
         self._segments: dict[ExpertKey, npt.NDArray[np.int64]] = {}
@@ -176,6 +180,24 @@ class ExpertStore:
         except OSError as error:
             raise CheckpointError(f"{self._files[span.file_id]}: {error.strerror}{_REMEDY}") from error
 
+    def check_unchanged(self) -> None:
+        """Look whether the files are as they were when they were opened; one ``stat`` each.
+
+        A file that was renamed, deleted or replaced by another is still read, and still the same.
+
+        Raises:
+            CheckpointError: one was written to.
+        """
+        for path, opened in zip(self._files, self._versions, strict=True):
+            now = _version(path)
+            if now is None or opened is None or now.place != opened.place or now == opened:
+                continue
+            raise CheckpointError(
+                f"{path} was written to while a model had it open: it had {opened.describe()}, now it has "
+                f"{now.describe()}, so what is in memory and what is read no longer belong together; load "
+                "the model again"
+            )
+
     def close(self) -> None:
         """Cancel what is queued, join the reader's threads, close the files. May be called twice."""
         self.reader.close()
@@ -194,6 +216,28 @@ class ExpertStore:
         file_id, _, _, message = error
         path = self._files[self._reader_ids.index(file_id)]
         return f"{path}: {expert}: {message}{_REMEDY}"
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A file at one time."""
+
+    place: tuple[int, int]  # device and inode
+    num_bytes: int
+    modified_ns: int
+
+    def describe(self) -> str:
+        when = datetime.fromtimestamp(self.modified_ns / 1e9).isoformat(" ", "milliseconds")
+        return f"{self.num_bytes} bytes of {when}"
+
+
+def _version(path: Path) -> _Version | None:
+    """Return a file's version; None where there is no file any more."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return _Version((found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns)
 
 
 def neighbours(spans: Sequence[Span]) -> list[list[Span]]:

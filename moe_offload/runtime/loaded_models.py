@@ -1,0 +1,32 @@
+"""The models that this process holds, and what it holds besides: what the next one is planned beside."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from moe_offload.residency.memory import process_bytes
+from moe_offload.runtime.footprint import trim_heap
+
+if TYPE_CHECKING:
+    from moe_offload.runtime.offload import OffloadHandle
+
+_library_bytes = 0
+live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
+
+
+def base_bytes() -> int:
+    """Return what the process holds, or will hold once the models loaded before fill their plans.
+
+    What is not a model's (libraries, the caller's own data) is what the process holds less what the
+    models certainly do. Activations that a model left in the heap look like the caller's data and are
+    planned for already: an increase counts from beyond them.
+    """
+    global _library_bytes
+    trim_heap()  # what was freed is nobody's
+    now, models = process_bytes(), list(live_handles)
+    others = now - sum(model.touched_bytes() for model in models)
+    activations = sum(model.plan.workspace_bytes for model in models)
+    known = _library_bytes if models else others
+    _library_bytes = max(min(known, others), others - activations)
+    return max(now, _library_bytes + sum(model.planned_bytes for model in models))
