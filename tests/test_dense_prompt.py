@@ -103,6 +103,21 @@ def test_a_prompt_has_the_cpus_bits(device: _native.Device, name: str) -> None:
     assert_same_bits(device, Prompt(Layer(**LAYERS[name]), 3, 5))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("num_tokens", "wanted"), [(5, 0), (70, 3), (33, 0), (9, 8)])
+def test_logits_of_several_tokens_have_the_cpus_bits(
+    device: _native.Device, packed: bool, num_tokens: int, wanted: int
+) -> None:
+    """As many at once as a tile of the tensor cores has; the device computes them all."""
+    layer = Layer(hidden=96)
+    if packed:
+        layer.pack("head", GgmlType.Q8_0)
+    prompt = Prompt(layer, 0, num_tokens, wanted)
+    expected, dense = prompt.run(), dense_on(device, layer, prompt.caches)
+    layer.w["head"].zero_()  # the CPU's: who computes with it gives other logits
+    assert torch.equal(prompt.run(dense)[4], expected[4])
+
+
 @pytest.mark.parametrize(
     ("num_past", "num_tokens", "wanted", "tile_tokens"),
     [(0, 2, 1, 99), (250, 9, 6, 99), (0, 11, 10, 4), (255, 3, 0, 1), (20, 12, 5, 5)],

@@ -160,6 +160,36 @@ def test_a_cache_may_go_on_anywhere(toy: Path, alone: torch.Tensor) -> None:
         assert torch.equal(rest, other[9:]) and dense.copied_tokens == copied + 12 * 3
 
 
+def test_logits_of_all_tokens_come_from_the_device(toy: Path) -> None:
+    """A prompt's, as for its perplexity, and several tokens that a guess is checked with."""
+    ids = ids_of(60)
+    logits = []
+    for vram in (None, f"8MiB,{DENSE}"):
+        with loaded(vram, path=toy) as model, torch.no_grad():
+            of_all = model(ids, use_cache=True)
+            checked = model(ids[:, :7], past_key_values=of_all.past_key_values, logits_to_keep=5)
+            logits.append(torch.cat([of_all.logits[0], checked.logits[0]]))
+            if vram:
+                waits = on_device(model).native.num_waits
+                model(ids_of(7), past_key_values=of_all.past_key_values)
+                assert on_device(model).native.num_waits - waits >= 3 + 1, "three layers and the head"
+                assert on_device(model).prompt_tokens == 60 + 7 + 7
+    assert logits[0].shape == (65, 97) and torch.equal(*logits)
+
+
+def test_guessed_tokens_are_checked_on_the_device(toy: Path) -> None:
+    """Prompt lookup: several tokens a forward, those that were wrong taken back; the same text."""
+    ids = torch.cat([ids_of(12), ids_of(12)], 1)
+    texts = []
+    for vram in (None, f"8MiB,{DENSE}"):
+        with loaded(vram, path=toy) as model:
+            out = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=4)
+            texts.append(out[0])
+            if vram:
+                assert on_device(model).prompt_tokens > 24, "more than the prompt"
+    assert torch.equal(*texts)
+
+
 def test_a_prompt_on_the_cpu_is_copied_once(
     toy: Path, alone: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,16 +274,17 @@ void CudaDense::logits(float* out) {
     std::copy_n(memory_->host_logits, parts_.head.matrix.rows, out);
 }
 
-void CudaDense::logits_of(const float* residual, float* out) {
+void CudaDense::logits_of(const float* residual, int64_t num_tokens, float* out) {
     use();
     wait();  // nothing reads what is written now
-    const int64_t hidden_size = parts_.shape.hidden_size;
-    std::copy_n(residual, hidden_size, memory_->host_rows);
-    must(launch_fetch(memory_->residual, memory_->host_rows, 4 * hidden_size, stream_), kWhat);
-    launch_head();
     pending_ = Pending::kNothing;
-    wait();
-    std::copy_n(memory_->host_logits, parts_.head.matrix.rows, out);
+    const int64_t at_once = prompt_.logits_at_once();
+    for (int64_t first = 0; first < num_tokens; first += at_once) {
+        const int64_t count = std::min(at_once, num_tokens - first);
+        prompt_.launch_logits(residual + first * parts_.shape.hidden_size, count);
+        wait();
+        prompt_.bring_logits(out + first * parts_.head.matrix.rows);
+    }
 }
 
 void CudaDense::attend_tile(int64_t layer, const PromptTile& tile) {

@@ -12,6 +12,8 @@ namespace moe::cuda {
 namespace {
 
 constexpr const char* kPrompt = "a prompt's dense layers";
+constexpr int64_t kTileTokens = 512;  // moe_offload/planning/prompt_chunks.py
+constexpr int64_t kMostLogits = 32;   // as many as the widest tile of a product
 
 }  // namespace
 
@@ -51,6 +53,23 @@ struct DensePrompt::Memory {
         packed = device.take<float>(n * packed_input_bytes(std::max(s.hidden_size, query_size)) / 4 + 1);
     }
 
+    void cut_head(const DecoderShape& shape, int64_t vocab_size, int64_t num_tokens, int64_t num_tiles) {
+        take_head(shape, vocab_size, num_tokens, num_tiles);  // to count
+        device.reserve(device.used()), host.reserve(host.used());
+        take_head(shape, vocab_size, num_tokens, num_tiles);
+    }
+
+    void take_head(const DecoderShape& s, int64_t vocab_size, int64_t n, int64_t num_tiles) {
+        device.start_over(), host.start_over();
+        state = both<TokenState>(1);  // where both begin
+        tiles = both<Tile>(num_tiles);
+        residual = both<float>(n * s.hidden_size);
+        sent_bytes = device.used();
+        normed.there = device.take<float>(n * s.hidden_size);
+        packed = device.take<float>(n * packed_input_bytes(s.hidden_size) / 4 + 1);
+        logits = both<float>(n * vocab_size);
+    }
+
     template <class T>
     Both<T> both(int64_t count) {
         return {device.take<T>(count), host.take<T>(count)};
@@ -62,7 +81,7 @@ struct DensePrompt::Memory {
     int64_t residual_begin, sent_bytes, crossing_bytes, row_bytes;
     Both<TokenState> state;
     Both<Tile> tiles;
-    Both<float> one, cos, sin, residual, normed, weights;
+    Both<float> one, cos, sin, residual, normed, weights, logits;
     Both<int32_t> ids;
     Both<uint8_t> keys, values;  // (tokens, num_kv_heads, head_dim) of the cache's type
     float *query, *context, *key, *value, *product, *scores, *packed;
@@ -87,31 +106,35 @@ void DensePrompt::launch(const DenseLayer& layer, const PromptTile& tile) {
          kPrompt);
 }
 
+void DensePrompt::Cut::add(const Linear& linear, int64_t num_rows, MatrixTiles& to) {
+    const int at_once = choose_tile(linear.matrix.type, false, int(num_rows));
+    to = {nullptr, 0, at_once};
+    begins.emplace_back(&to, tiles.size());
+    for (int64_t first = 0; first < num_rows; first += at_once, ++to.num_tiles)
+        tiles.push_back({linear.weight, nullptr, linear.bias, nullptr, int32_t(first),
+                         int32_t(std::min<int64_t>(at_once, num_rows - first))});
+}
+
+void DensePrompt::Cut::place(const Tile* there, Tile* here) const {
+    for (const auto& [of, first] : begins) of->tiles = there + first;
+    std::copy(tiles.begin(), tiles.end(), here);
+}
+
 // Position, tables, angles and states, in one piece.
 DensePrompt::Tables DensePrompt::send(const DenseLayer& layer, const PromptTile& tile) {
     const AttentionLayer& a = layer.attention;
-    std::vector<Tile> tiles;
-    std::vector<std::pair<MatrixTiles*, size_t>> begins;
     Tables tables{};
-    const auto append = [&](const Linear& linear, int64_t num_rows, MatrixTiles& to) {
-        const int at_once = choose_tile(linear.matrix.type, false, int(num_rows));
-        to = {nullptr, 0, at_once};
-        begins.emplace_back(&to, tiles.size());
-        for (int64_t first = 0; first < num_rows; first += at_once, ++to.num_tiles)
-            tiles.push_back({linear.weight, nullptr, linear.bias, nullptr, int32_t(first),
-                             int32_t(std::min<int64_t>(at_once, num_rows - first))});
-    };
-    append(a.query, num_wanted_, tables.query), append(a.key, num_tokens_, tables.key);
-    append(a.value, num_tokens_, tables.value), append(a.out, num_wanted_, tables.out);
-    if (layer.router.top_k) append(layer.router.gate, num_wanted_, tables.router);
+    Cut cut;
+    cut.add(a.query, num_wanted_, tables.query), cut.add(a.key, num_tokens_, tables.key);
+    cut.add(a.value, num_tokens_, tables.value), cut.add(a.out, num_wanted_, tables.out);
+    if (layer.router.top_k) cut.add(layer.router.gate, num_wanted_, tables.router);
 
     Memory& m = *memory_;
     const DecoderShape& s = parts_.shape;
-    m.cut(s, layer, num_tokens_, int64_t(tiles.size()));
-    for (const auto& [of, first] : begins) of->tiles = m.tiles.there + first;
+    m.cut(s, layer, num_tokens_, int64_t(cut.tiles.size()));
+    cut.place(m.tiles.there, m.tiles.here);
     *m.state.here = {tile.cached.num_tokens, 0};
     *m.one.here = 1.0f;
-    std::copy(tiles.begin(), tiles.end(), m.tiles.here);
     const int64_t angles = num_tokens_ * (s.rotary_dim / 2);
     std::copy_n(tile.states.cos, angles, m.cos.here), std::copy_n(tile.states.sin, angles, m.sin.here);
     std::copy_n(tile.states.residual, num_tokens_ * s.hidden_size, m.residual.here);
@@ -205,6 +228,41 @@ void DensePrompt::feed_forward(const DenseLayer& layer) {
     network_.compute(kernel, inputs, pairs, m.product);
     const int64_t width = num_wanted_ * hidden_size;
     must(launch_add_rows({m.residual.there + skipped, m.product, m.one.there, 1, width}, stream_), kPrompt);
+}
+
+int64_t DensePrompt::logits_at_once() const {
+    Memory whole_tile, logits;
+    whole_tile.take(parts_.shape, parts_.layers.front(), kTileTokens, 1);
+    int64_t at_once = kMostLogits;
+    for (; at_once > 1; at_once /= 2) {
+        logits.take_head(parts_.shape, parts_.head.matrix.rows, at_once, 1);
+        if (logits.device.used() <= whole_tile.device.used() && logits.host.used() <= whole_tile.host.used())
+            break;
+    }
+    return at_once;
+}
+
+void DensePrompt::launch_logits(const float* residual, int64_t num_tokens) {
+    const Linear& head = parts_.head;
+    const int64_t hidden_size = parts_.shape.hidden_size;
+    Memory& m = *memory_;
+    num_tokens_ = num_tokens;
+    MatrixTiles tiles{};
+    Cut cut;
+    cut.add(head, num_tokens, tiles);
+    m.cut_head(parts_.shape, head.matrix.rows, num_tokens, int64_t(cut.tiles.size()));
+    cut.place(m.tiles.there, m.tiles.here);
+    std::copy_n(residual, num_tokens * hidden_size, m.residual.here);
+    must(launch_fetch(m.there(), m.here(), m.sent_bytes, stream_), kPrompt);
+    norm(m.residual.there, nullptr, parts_.final_norm, m.normed.there, num_tokens, hidden_size);
+    multiply(head, quantized(m.normed.there, num_tokens, hidden_size, !is_float(head.matrix.type)), tiles,
+             m.logits.there);
+    must(launch_fetch(m.logits.here, m.logits.there, whole_words(4 * num_tokens * head.matrix.rows), stream_),
+         kPrompt);
+}
+
+void DensePrompt::bring_logits(float* out) {
+    std::copy_n(memory_->logits.here, num_tokens_ * parts_.head.matrix.rows, out);
 }
 
 void DensePrompt::bring(const DenseLayer& layer, const PromptTile& tile) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda/dense_products.h"
@@ -23,12 +24,25 @@ class DensePrompt {
     // Puts what has come back in its places.
     void bring(const DenseLayer& layer, const PromptTile& tile);
 
+    // The same for logits of up to logits_at_once() tokens, which take no more memory than a tile.
+    int64_t logits_at_once() const;
+    void launch_logits(const float* residual, int64_t num_tokens);
+    void bring_logits(float* out);
+
   private:
     struct Memory;
     struct Tables {
         MatrixTiles query, key, value, out, router;
     };
 
+    // Tiles of matrices, collected for the device.
+    struct Cut {
+        std::vector<Tile> tiles;
+        std::vector<std::pair<MatrixTiles*, size_t>> begins;
+
+        void add(const Linear& linear, int64_t num_rows, MatrixTiles& to);
+        void place(const Tile* there, Tile* here) const;
+    };
     Tables send(const DenseLayer& layer, const PromptTile& tile);
     void project(const DenseLayer& layer, const Tables& tables);
     void attend(const DenseLayer& layer, const Tables& tables);

@@ -179,8 +179,8 @@ void PromptStep::logits(int64_t first, float* out) {
     const DecoderShape& shape = decoder_.shape();
     check(first >= 0 && first <= num_tokens_, "PromptStep",
           "there are no tokens from " + std::to_string(first));
-    if (head_on_device_ && first + 1 == num_tokens_)
-        return device_->logits_of(states_.residual + first * shape.hidden_size, out);
+    if (head_on_device_)
+        return device_->logits_of(states_.residual + first * shape.hidden_size, num_tokens_ - first, out);
     ThreadPool::Operation operation(ThreadPool::instance());
     for_each_token(num_tokens_ - first, [&](int64_t token) {
         const int64_t at = (first + token) * shape.hidden_size;

@@ -85,8 +85,9 @@ class DenseStep {
     // A layer of a prompt's tile behind the tokens that are cached here and there, as PromptStep::attend();
     // then its states, keys and values are the host's, too. Gives up what begin() began.
     virtual void attend_tile(int64_t layer, const PromptTile& tile) = 0;
-    // Logits (vocab_size,) of what the layers have made of one token, (hidden_size,); only with a head.
-    virtual void logits_of(const float* residual, float* out) = 0;
+    // Logits (num_tokens, vocab_size) of what the layers have made of tokens, (num_tokens, hidden_size); only
+    // with a head.
+    virtual void logits_of(const float* residual, int64_t num_tokens, float* out) = 0;
 
     // What rows() was asked for, of what has been waited for and was not taken before.
     virtual RowsDone take_rows_done() = 0;

@@ -1,5 +1,6 @@
 #include "device/emulated_dense.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "common/errors.h"
@@ -11,6 +12,7 @@ namespace moe {
 namespace {
 
 constexpr Linear kAbsent{{}, nullptr, 0, nullptr};
+constexpr int64_t kLogitsAtOnce = 32;
 
 std::byte* bytes(void* address) {
     return static_cast<std::byte*>(address);
@@ -170,11 +172,18 @@ void EmulatedDense::logits(float* out) {
     bring(out, logits_.data(), int64_t(logits_.size()));
 }
 
-void EmulatedDense::logits_of(const float* residual, float* out) {
+void EmulatedDense::logits_of(const float* residual, int64_t num_tokens, float* out) {
+    const int64_t hidden_size = parts_.shape.hidden_size, vocab_size = parts_.head.matrix.rows;
     give_up();
-    upload(residual_.data(), residual, int64_t(residual_.size()));
-    step_.begin(residual_.data(), nullptr, nullptr);
-    logits(out);
+    for (int64_t first = 0; first < num_tokens; first += kLogitsAtOnce) {
+        const int64_t count = std::min(kLogitsAtOnce, num_tokens - first), hidden = count * hidden_size;
+        tile_.resize(size_t(2 * hidden + count * vocab_size));
+        float *there = tile_.data(), *normed = there + hidden, *logits = normed + hidden;
+        upload(there, residual + first * hidden_size, hidden);
+        prompt_.begin(count, {there, normed, nullptr, nullptr, nullptr, nullptr});
+        prompt_.logits(0, logits);
+        bring(out + first * vocab_size, logits, count * vocab_size);
+    }
 }
 
 void EmulatedDense::attend_tile(int64_t layer, const PromptTile& tile) {

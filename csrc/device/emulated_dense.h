@@ -29,7 +29,7 @@ class EmulatedDense : public DenseStep {
     void residual(float* out) override;
     void logits(float* out) override;
     void attend_tile(int64_t layer, const PromptTile& tile) override;
-    void logits_of(const float* residual, float* out) override;
+    void logits_of(const float* residual, int64_t num_tokens, float* out) override;
     RowsDone take_rows_done() override { return std::exchange(done_, {}); }
     int64_t num_waits() const override { return num_waits_; }
 
