@@ -25,7 +25,7 @@ from moe_offload.planning.cost_model import (
     workspace_bytes,
 )
 from moe_offload.planning.dense_placement import DenseSizes
-from moe_offload.planning.kv_format import check_kv, unpacked_kv_bytes
+from moe_offload.planning.kv_format import cached_bytes, check_kv, unpacked_kv_bytes
 from moe_offload.planning.placement import FixedCosts, divide, smallest_ram_bytes
 from moe_offload.planning.plans import PlacementPlan
 from moe_offload.planning.slots import with_staging
@@ -210,7 +210,9 @@ def _resident_bytes(info: TensorInfo, is_gguf: bool, bytes_per_element: int) -> 
     return info.num_elements * bytes_per_element
 
 
-def dense_sizes(checkpoint: Checkpoint, bytes_per_element: int, context_tokens: int) -> DenseSizes:
+def dense_sizes(
+    checkpoint: Checkpoint, bytes_per_element: int, context_tokens: int, kv: str | None = None
+) -> DenseSizes:
     """Return what the dense parts would take on a device: vectors as float32, each tensor aligned."""
     spec, is_gguf = checkpoint.spec, checkpoint.source == "gguf"
     layers, others = [0] * spec.num_hidden_layers, dict[str, int]()
@@ -227,7 +229,10 @@ def dense_sizes(checkpoint: Checkpoint, bytes_per_element: int, context_tokens: 
     return DenseSizes(
         tuple(layers),
         sum(size for name, size in others.items() if is_tied or "embed_tokens" not in name),
-        tuple(elements * bytes_per_element for elements in spec.kv_elements_per_token),
+        tuple(
+            cached_bytes(elements, bytes_per_element=bytes_per_element, kv=kv)
+            for elements in spec.kv_elements_per_token
+        ),
         dense_workspace_bytes(spec, num_heads, head_dim, context_tokens, _widest_network(checkpoint)),
     )
 

@@ -25,6 +25,7 @@ from moe_offload import _native, cuda
 from moe_offload.cuda_memory import CardMemory
 from moe_offload.errors import DeviceError
 from moe_offload.residency import accelerator
+from moe_offload.runtime.packed_kv import pack
 from moe_offload.storage.expert_format import GgmlType
 
 MEMORY = 8 << 20
@@ -139,6 +140,12 @@ class Layer(OneLayer):
         return [*seen, logits]
 
 
+def random_cache(layer: Layer, capacity: int) -> torch.Tensor:
+    """Keys or values of every token, as the layer's cache keeps them; None: packed."""
+    rows = torch.randn(layer.kv_heads, capacity, layer.head_dim)
+    return pack(rows) if layer.cache_dtype is None else rows.to(layer.cache_dtype)
+
+
 def dense_on(device: _native.Device, layer: Layer, caches: list[torch.Tensor]) -> Any:
     """The layer's dense part on a device, with what ``caches`` (keys, values of each layer) hold."""
     placed = Placed(device)
@@ -190,8 +197,7 @@ def test_a_copy_into_a_slot_waits_for_rows_that_stay_there(device: _native.Devic
 def assert_same_tokens(device: _native.Device, layer: Layer, num_tokens: int) -> None:
     """Three tokens behind ``num_tokens`` others: logits, keys and values, choices."""
     torch.manual_seed(num_tokens)
-    shape = layer.kv_heads, num_tokens + 3, layer.head_dim
-    caches = [torch.randn(shape).to(layer.cache_dtype) for _ in range(4 if layer.routed else 2)]
+    caches = [random_cache(layer, num_tokens + 3) for _ in range(4 if layer.routed else 2)]
     theirs = [cache.clone() for cache in caches]
     dense = dense_on(device, layer, theirs)
     for i in range(3):
@@ -204,12 +210,33 @@ def assert_same_tokens(device: _native.Device, layer: Layer, num_tokens: int) ->
 
 
 LENGTHS = {"plain": [0, 255, 700], "window beyond a range": [298, 513], "seven heads per key": [300]}
+PACKED_CACHES: dict[str, dict[str, Any]] = {
+    "packed cache": {"cache_dtype": None, "head_dim": 32, "rotary_dim": 32},
+    "packed cache, wide rows": {"cache_dtype": None, "head_dim": 160, "heads": 6, "kv_heads": 1},
+    "packed cache, window": {"cache_dtype": None, "head_dim": 64, "window": 9, "sinks": True},
+}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *PACKED_CACHES])
 def test_a_layer_has_the_cpus_bits(device: _native.Device, name: str) -> None:
-    for num_tokens in LENGTHS.get(name, [6]):
-        assert_same_tokens(device, Layer(**LAYERS[name]), num_tokens)
+    for num_tokens in LENGTHS.get(name, [6, 300] if name in PACKED_CACHES else [6]):
+        assert_same_tokens(device, Layer(**(LAYERS | PACKED_CACHES)[name]), num_tokens)
+
+
+@pytest.mark.parametrize("special", [0.0, 1e-42, 1e38, torch.inf, torch.nan])
+def test_rows_that_cannot_be_packed_become_what_the_cpu_makes_of_them(
+    device: _native.Device, special: float
+) -> None:
+    """The bias is all that the projection yields; of a NaN the scale is one, too."""
+    layer = Layer(cache_dtype=None, head_dim=64)
+    layer.w["value"].zero_()
+    layer.w["value_bias"] = torch.zeros(layer.kv_heads * 64)
+    layer.w["value_bias"][[3, 70]] = special
+    caches = [random_cache(layer, 1) for _ in range(2)]
+    theirs = [cache.clone() for cache in caches]
+    layer.run(2, caches, 0)
+    layer.run(2, theirs, 0, dense_on(device, layer, theirs))
+    assert torch.equal(theirs[1], caches[1])
 
 
 ROUTERS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_dense import MEMORY, ROUTERS, Layer, card, dense_on
+from test_cuda_dense import MEMORY, PACKED_CACHES, ROUTERS, Layer, card, dense_on, random_cache
 from test_native_step import LAYERS, VOCAB, address
 
 from moe_offload import _native
@@ -48,8 +48,7 @@ class Prompt:
         torch.manual_seed(self.num_tokens)
         layer, capacity = self.layer, self.num_past + self.num_tokens + 1
         count = 4 if layer.routed else 2
-        shape = layer.kv_heads, capacity, layer.head_dim
-        self.caches = [torch.randn(shape).to(layer.cache_dtype) for _ in range(count)]
+        self.caches = [random_cache(layer, capacity) for _ in range(count)]
         self.tokens = torch.randint(VOCAB, (self.num_tokens,))
         self.cos, self.sin = torch.randn(2, self.num_tokens, layer.half)
 
@@ -98,9 +97,9 @@ def assert_same_bits(device: _native.Device, prompt: Prompt) -> None:
     assert dense.num_waits >= tiles, "the device has computed it"
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *PACKED_CACHES])
 def test_a_prompt_has_the_cpus_bits(device: _native.Device, name: str) -> None:
-    assert_same_bits(device, Prompt(Layer(**LAYERS[name]), 3, 5))
+    assert_same_bits(device, Prompt(Layer(**(LAYERS | PACKED_CACHES)[name]), 3, 5))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -43,7 +43,7 @@ MOE_DEVICE void range_scores(const float* query, int heads, int64_t head_dim, co
     for (int h = 0; h < kHeads; ++h) queries[h] = query + (h < heads ? h : 0) * head_dim;
     for (int first = 0; first < tokens; first += kThreads / 8) {
         const int t = first + int(threadIdx.x) / 8, last = tokens - 1;
-        const uint8_t* key = keys + (t < last ? t : last) * head_dim * element_bytes(kType);
+        const uint8_t* key = keys + (t < last ? t : last) * row_bytes_of(kType, head_dim);
         float chains[kHeads] = {};
 #pragma unroll 4
         for (int64_t i = c; i < head_dim; i += 8) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch lau
     if (blockIdx.x >= seen.ranges) return;  // the whole block
     const Range range = range_of(seen, blockIdx.x);
     const int64_t group = launch.num_heads / launch.num_kv_heads, kv_head = head / group;
-    const int64_t row_bytes = head_dim * element_bytes(kType);
+    const int64_t row_bytes = row_bytes_of(kType, head_dim);
     const int64_t offset = (kv_head * launch.capacity + range.first) * row_bytes;
     const uint8_t *keys = launch.keys + offset, *values = launch.values + offset;
     range_scores<kType, 1>(launch.query + head * head_dim, 1, head_dim, keys, range.tokens, scores);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) attend_prompt_kernel(const AttendPro
     const int64_t skipped = blockIdx.y % parts * kHeads, head = kv_head * group + skipped;
     const int heads = int(group - skipped < kHeads ? group - skipped : kHeads);
     const int64_t first_row = (blockIdx.x * launch.num_heads + head) * head_dim;
-    const int64_t row_bytes = head_dim * element_bytes(kType);
+    const int64_t row_bytes = row_bytes_of(kType, head_dim);
     float* out = launch.out + first_row;
     const Seen seen = seen_from(launch.token->num_tokens + launch.first_query + blockIdx.x, launch.window);
     if (int(threadIdx.x) < heads) running[threadIdx.x] = begin_ranges(launch.sinks, head + threadIdx.x);
@@ -205,13 +205,26 @@ auto prompt_kernel_of(int64_t group) {
                        : attend_prompt_kernel<kType, 8>;
 }
 
+template <int kType>
+struct OfType {
+    static constexpr int kCached = kType;
+};
+
+// What `choose` says of the cache's type.
+template <class Choose>
+auto for_type(int type, const Choose& choose) {
+    return type == kF32    ? choose(OfType<kF32>{})
+           : type == kF16  ? choose(OfType<kF16>{})
+           : type == kQ8_0 ? choose(OfType<kQ8_0>{})
+                           : choose(OfType<kBF16>{});
+}
+
 }  // namespace
 
 int launch_attend(const AttendLaunch& launch, CUstream_st* stream) {
     const dim3 grid(unsigned(launch.max_ranges), unsigned(launch.num_heads));
-    const auto kernel = launch.cache_type == kF32
-                            ? attend_kernel<kF32>
-                            : (launch.cache_type == kF16 ? attend_kernel<kF16> : attend_kernel<kBF16>);
+    const auto kernel =
+        for_type(launch.cache_type, [](auto type) { return attend_kernel<decltype(type)::kCached>; });
     if (const int error = start(kernel, grid, kThreads, stream, launch)) return error;
     return start(combine_kernel<0>, dim3(unsigned(launch.num_heads)), kThreads, stream, launch);
 }
@@ -221,9 +234,9 @@ int launch_attend_prompt(const AttendPromptLaunch& launch, CUstream_st* stream) 
                   at_once = group == 1 ? 1 : (group < 5 ? 4 : 8);
     const int64_t parts = (group + at_once - 1) / at_once;
     const dim3 grid(unsigned(launch.num_queries), unsigned(launch.num_kv_heads * parts));
-    const auto kernel = launch.cache_type == kF32   ? prompt_kernel_of<kF32>(group)
-                        : launch.cache_type == kF16 ? prompt_kernel_of<kF16>(group)
-                                                    : prompt_kernel_of<kBF16>(group);
+    const auto kernel = for_type(launch.cache_type, [group](auto type) {
+        return prompt_kernel_of<decltype(type)::kCached>(group);
+    });
     return launch.num_queries == 0 ? 0 : start(kernel, grid, kThreads, stream, launch);
 }
 

@@ -24,7 +24,7 @@ CudaDense::CudaDense(int device, const DenseParts& parts, std::shared_ptr<RowsFe
     if (parts.shape.max_top_k > kMostTopK)
         throw DeviceError("no kernel chooses more than " + std::to_string(kMostTopK) + " experts",
                           DeviceFault::kFailed);
-    if (const int type = parts.shape.cache_type; type != F32 && type != F16 && type != BF16)
+    if (const int type = parts.shape.cache_type; type != F32 && type != F16 && type != BF16 && type != Q8_0)
         throw DeviceError("no kernel reads keys and values of this type", DeviceFault::kFailed);
     for (const DenseLayer& layer : parts.layers)
         if (!layer.router.top_k && (layer.kernel->gate_up_bias() || layer.kernel->down_bias() ||

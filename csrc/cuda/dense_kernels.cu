@@ -43,6 +43,15 @@ MOE_HD float clipped(float value, float limit) {
     return value > limit ? limit : (value < -limit ? -limit : value);
 }
 
+// By a block's threads.
+MOE_DEVICE void store_row(int type, const float* x, int64_t head_dim, uint8_t* row) {
+    for (int64_t i = threadIdx.x; i < head_dim; i += kThreads)  // whole warps where rows are blocks
+        if (type == kQ8_0)
+            store_block(x[i], row + i / kBlockNumbers * kBlockBytes);
+        else
+            store_element(type, row, i, x[i]);
+}
+
 // A block for a head of query, key or value of a token.
 template <int>
 __global__ void __launch_bounds__(kThreads) place_kernel(const PlaceLaunch launch) {
@@ -64,18 +73,16 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const PlaceLaunch launc
         x[half + i] = b * cos[i] + a * sin[i];
     }
     sync_block();
-    const int64_t row_bytes = head_dim * element_bytes(launch.cache_type);
-    uint8_t* cached = is_value ? launch.values : launch.keys;
-    uint8_t* brought = is_value ? launch.token_value : launch.token_key;
-    for (int64_t i = threadIdx.x; i < head_dim; i += kThreads) {
-        if (is_query) {
-            x[i] = x[i] * launch.scaling;
-        } else {
-            store_element(launch.cache_type, cached + (head * launch.capacity + position) * row_bytes, i,
-                          x[i]);
-            store_element(launch.cache_type, brought + row * row_bytes, i, x[i]);
-        }
+    if (is_query) {
+        for (int64_t i = threadIdx.x; i < head_dim; i += kThreads) x[i] = x[i] * launch.scaling;
+        return;
     }
+    const int64_t row_bytes = row_bytes_of(launch.cache_type, head_dim);
+    uint8_t* cached =
+        (is_value ? launch.values : launch.keys) + (head * launch.capacity + position) * row_bytes;
+    uint8_t* brought = (is_value ? launch.token_value : launch.token_key) + row * row_bytes;
+    store_row(launch.cache_type, x, head_dim, cached);
+    store_row(launch.cache_type, x, head_dim, brought);
 }
 
 template <int>

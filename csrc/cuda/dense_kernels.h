@@ -35,7 +35,7 @@ struct PlaceLaunch {
     float *query, *key, *value;        // (Q, num_heads, head_dim), (T, num_kv_heads, head_dim) both
     uint8_t *keys, *values;            // (num_kv_heads, capacity, head_dim) of the cache's type
     uint8_t *token_key, *token_value;  // (T, num_kv_heads, head_dim): the same rows once more, for the host
-    int cache_type;                    // ggml's F32, F16 or BF16
+    int cache_type;                    // ggml's F32, F16, BF16 or Q8_0
     int64_t num_heads, num_kv_heads, head_dim, rotary_dim, capacity;
     float clip, scaling;
     int64_t num_tokens = 1, first_query = 0;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/cached_rows.h"
 #include "cuda/cuda_dense.h"
 #include "cuda/memory_pieces.h"
 
@@ -34,7 +35,7 @@ struct CudaDense::Memory {
         rotary = residual + s.hidden_size;
 
         result_bytes = whole_words(4 * (2 * top_k + s.hidden_size));
-        const int64_t row_bytes = whole_words(kv_size * cache_bytes(s.cache_type));
+        const int64_t row_bytes = whole_words(s.num_kv_heads * row_bytes_of(s.cache_type, s.head_dim));
         host_result = host.take<std::byte>(result_bytes + 2 * row_bytes);
         result = device.take<std::byte>(result_bytes + 2 * row_bytes);
         normed = reinterpret_cast<float*>(result);

@@ -3,6 +3,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "cuda/cached_rows.h"
 #include "cuda/dense_kernels.h"
 #include "cuda/dense_prompt.h"
 #include "cuda/memory_pieces.h"
@@ -35,7 +36,7 @@ struct DensePrompt::Memory {
         device.start_over(), host.start_over();
         const int64_t query_size = s.num_heads * s.head_dim, key_size = s.num_kv_heads * s.head_dim;
         const int64_t top_k = layer.router.top_k, angles = n * (s.rotary_dim / 2);
-        row_bytes = s.head_dim * cache_bytes(s.cache_type);
+        row_bytes = row_bytes_of(s.cache_type, s.head_dim);
         state = both<TokenState>(1), one = both<float>(1), tiles = both<Tile>(num_tiles);
         cos = both<float>(angles), sin = both<float>(angles);
         residual_begin = device.used();

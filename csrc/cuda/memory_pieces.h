@@ -30,9 +30,4 @@ inline int64_t whole_words(int64_t num_bytes) {
     return (num_bytes + 15) / 16 * 16;
 }
 
-// Of a number of cached keys and values.
-inline int64_t cache_bytes(int ggml_type) {
-    return ggml_type == F32 ? 4 : 2;
-}
-
 }  // namespace moe::cuda

@@ -22,6 +22,7 @@ from moe_offload.planning.plans import DensePlan
 from moe_offload.residency.accelerator import Device, DeviceFault, wait_copy
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_decoder import DescribedLayer, LinearTuple, NativeDecoder
+from moe_offload.storage.expert_format import GgmlType, row_bytes
 
 MOST_FAILURES = 8  # in a row, then the CPU goes on alone
 VECTORS = ("norm", "q_norm", "k_norm", "sinks", "feed_forward_norm")
@@ -59,8 +60,8 @@ class DeviceDense:
         self._failures = 0
         self._owner: weakref.ref[KVCache] | None = None  # whose tokens are there
         shape = decoder.native_shape
-        self._heads, head_bytes = int(shape["num_kv_heads"]), int(shape["head_dim"])
-        self._row_bytes = head_bytes * KV_ELEMENT_BYTES[int(shape["cache_type"])]
+        self._heads = int(shape["num_kv_heads"])
+        self._row_bytes = row_bytes(GgmlType(int(shape["cache_type"])), int(shape["head_dim"]))
         weights = _Weights(decoder, address)
         layers = decoder.described[plan.first_layer :]
         self.prompt_work = _prompt_work(layers, shape, 2 * self._heads * self._row_bytes)
@@ -159,9 +160,6 @@ class DeviceDense:
         self._device.forget(ticket)
         if failure is not None:
             raise DeviceError(failure[0], int(failure[1]))
-
-
-KV_ELEMENT_BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
 
 
 def _prompt_work(layers: list[DescribedLayer], shape: dict[str, float], row_bytes: int) -> PromptWork:

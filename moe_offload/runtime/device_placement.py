@@ -48,21 +48,19 @@ def choose_dense(
     """Return which dense layers go to the device, given the memory that is left for them."""
     assert config.device is not None
     context_tokens = resolve_context(checkpoint, config.context_tokens)
-    sizes = dense_sizes(checkpoint, bytes_per_element, context_tokens)
-    reason = why_no_dense(checkpoint, config.device, config.kv)
+    sizes = dense_sizes(checkpoint, bytes_per_element, context_tokens, config.kv)
+    reason = why_no_dense(checkpoint, config.device)
     if reason:
         return no_dense(len(sizes.layer_bytes), context_tokens, reason)
     return place_dense(sizes, context_tokens=context_tokens, room_bytes=room_bytes)
 
 
-def why_no_dense(checkpoint: Checkpoint, device: DeviceChoice, kv: str | None) -> str:
+def why_no_dense(checkpoint: Checkpoint, device: DeviceChoice) -> str:
     """Return why none of the dense layers may go to the device; "" where they may."""
     if device.dense == "off":
         return "dense=off"
     if device.kind == "emulated" and device.dense != "on":
         return "an emulated device is no faster; dense=on takes it all the same"
-    if kv is not None:
-        return f"no kernel reads keys and values of kv={kv}"
     types = {info.ggml_type for info in checkpoint.dense.values() if len(info.shape) == 2}
     slow = sorted(t.name for t in types if t not in FAST_TYPES and t not in FLOAT_TYPES)
     if slow:
