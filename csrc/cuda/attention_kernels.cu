@@ -37,6 +37,8 @@ MOE_HD Range range_of(const Seen& seen, int64_t range) {
 template <int kType, int kHeads>
 MOE_DEVICE void range_scores(const float* query, int heads, int64_t head_dim, const uint8_t* keys, int tokens,
                              float (*scores)[kRangeTokens]) {
+    // What is asked for at once: many heads leave less room for it.
+    constexpr int kAhead = kHeads == 1 ? 16 : 4, kBlocksAhead = kHeads == 1 ? 2 : 1;
     const int c = threadIdx.x % 8;
     const float* queries[kHeads];
 #pragma unroll
@@ -45,11 +47,24 @@ MOE_DEVICE void range_scores(const float* query, int heads, int64_t head_dim, co
         const int t = first + int(threadIdx.x) / 8, last = tokens - 1;
         const uint8_t* key = keys + (t < last ? t : last) * row_bytes_of(kType, head_dim);
         float chains[kHeads] = {};
-#pragma unroll 4
-        for (int64_t i = c; i < head_dim; i += 8) {
-            const float k = load_element<kType>(key, i);
+        if constexpr (kType == kQ8_0) {
+#pragma unroll kBlocksAhead
+            for (int i = c; i < head_dim; i += kBlockNumbers, key += kBlockBytes) {
+                const float scale = aligned_half(key);
 #pragma unroll
-            for (int h = 0; h < kHeads; ++h) chains[h] = fma_rn(queries[h][i], k, chains[h]);
+                for (int j = 0; j < kBlockNumbers; j += 8) {
+                    const float k = scale * float(int8_t(key[2 + c + j]));
+#pragma unroll
+                    for (int h = 0; h < kHeads; ++h) chains[h] = fma_rn(queries[h][i + j], k, chains[h]);
+                }
+            }
+        } else {
+#pragma unroll kAhead
+            for (int64_t i = c; i < head_dim; i += 8) {
+                const float k = load_element<kType>(key, i);
+#pragma unroll
+                for (int h = 0; h < kHeads; ++h) chains[h] = fma_rn(queries[h][i], k, chains[h]);
+            }
         }
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
@@ -79,6 +94,7 @@ MOE_DEVICE float sum_of_weights(const float* weights, int tokens) {
 // A block for one head's range.
 template <int kType>
 __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch launch) {
+    constexpr int kAhead = kType == kQ8_0 ? 8 : 16;  // values asked for at once
     __shared__ float scores[1][kRangeTokens];
     __shared__ float maximum[1];
     const Seen seen = seen_from(launch.token->num_tokens, launch.window);
@@ -102,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendLaunch lau
     const int64_t part = head * launch.max_ranges + blockIdx.x;
     for (int64_t d = threadIdx.x; d < head_dim; d += kThreads) {
         float chain = 0.0f;
-#pragma unroll 8
+#pragma unroll kAhead
         for (int t = 0; t < range.tokens; ++t)
             chain = fma_rn(scores[0][t], load_element<kType>(values + t * row_bytes, d), chain);
         launch.parts[part * head_dim + d] = chain;
@@ -234,9 +250,8 @@ int launch_attend_prompt(const AttendPromptLaunch& launch, CUstream_st* stream) 
                   at_once = group == 1 ? 1 : (group < 5 ? 4 : 8);
     const int64_t parts = (group + at_once - 1) / at_once;
     const dim3 grid(unsigned(launch.num_queries), unsigned(launch.num_kv_heads * parts));
-    const auto kernel = for_type(launch.cache_type, [group](auto type) {
-        return prompt_kernel_of<decltype(type)::kCached>(group);
-    });
+    const auto kernel = for_type(
+        launch.cache_type, [group](auto type) { return prompt_kernel_of<decltype(type)::kCached>(group); });
     return launch.num_queries == 0 ? 0 : start(kernel, grid, kThreads, stream, launch);
 }
 

@@ -11,7 +11,7 @@ enum CacheType : int { kF32 = 0, kF16 = 1, kQ8_0 = 8, kBF16 = 30 };  // ggml's n
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-constexpr int64_t kBlockNumbers = 32, kBlockBytes = 34;  // of kQ8_0: a half and 32 signed codes
+constexpr int kBlockNumbers = 32, kBlockBytes = 34;  // of kQ8_0: a half and 32 signed codes
 
 // As csrc/decode/packed_cache.cpp: cached_row_bytes.
 MOE_HD int64_t row_bytes_of(int type, int64_t head_dim) {
@@ -26,13 +26,24 @@ MOE_HD void store_element(int type, uint8_t* row, int64_t i, float value) {
         reinterpret_cast<uint16_t*>(row)[i] = type == kF16 ? to_half(value) : to_bfloat16(value);
 }
 
+// A half that lies where halves may lie, in one instruction.
+MOE_DEVICE float aligned_half(const uint8_t* p) {
+    const uint16_t bits = *reinterpret_cast<const uint16_t*>(p);
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    return half_to_float(bits);
+#endif
+}
+
 template <int kType>
-MOE_HD float load_element(const uint8_t* row, int64_t i) {
+MOE_DEVICE float load_element(const uint8_t* row, int64_t i) {
     if constexpr (kType == kF32) return reinterpret_cast<const float*>(row)[i];
     if constexpr (kType == kQ8_0) {  // exact: a half has 11 bits and a code 7
         const uint8_t* block = row + i / kBlockNumbers * kBlockBytes;
-        return half_to_float(*reinterpret_cast<const uint16_t*>(block)) *
-               float(int8_t(block[2 + i % kBlockNumbers]));
+        return aligned_half(block) * float(int8_t(block[2 + i % kBlockNumbers]));
     }
     const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[i];
     return kType == kF16 ? half_to_float(bits) : as_float(uint32_t(bits) << 16);

@@ -15,19 +15,33 @@ MOE_HD float square_root(float x) {
 #endif
 }
 
+constexpr int kStagedNumbers = 2048;  // of a row
+
+// The eight chains read shared memory: from the device's they would wait for each few numbers anew, which
+// for a row of 2,048 is most of the kernel.
 template <int>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch launch) {
+    __shared__ float staged[kStagedNumbers];
     __shared__ float inverse[1];
     float* x = launch.x + blockIdx.x * launch.width;
-    if (launch.added) {
-        const float* added = launch.added + blockIdx.x * launch.width;
-        for (int64_t i = threadIdx.x; i < launch.width; i += kThreads) x[i] = x[i] + added[i];
+    const float* added = launch.added ? launch.added + blockIdx.x * launch.width : nullptr;
+    float chain = 0.0f;  // of the first warp: four times the same eight
+    for (int64_t first = 0; first < launch.width; first += kStagedNumbers) {
+        const int64_t left = launch.width - first;
+        const int count = int(left < kStagedNumbers ? left : kStagedNumbers);
+        for (int i = threadIdx.x; i < count; i += kThreads) {
+            float value = x[first + i];
+            if (added) x[first + i] = value = value + added[first + i];
+            staged[i] = value;
+        }
+        sync_block();
+        if (threadIdx.x < 32) {
+#pragma unroll 8
+            for (int i = threadIdx.x % 8; i < count; i += 8) chain = fma_rn(staged[i], staged[i], chain);
+        }
         sync_block();
     }
     if (threadIdx.x < 32) {
-        float chain = 0.0f;  // four times the same eight
-#pragma unroll 8
-        for (int64_t i = threadIdx.x % 8; i < launch.width; i += 8) chain = fma_rn(x[i], x[i], chain);
         const float sum = tree_of_row(chain);
         if (threadIdx.x == 0)
             inverse[0] = divide_rn(1.0f, square_root(divide_rn(sum, float(launch.width)) + launch.eps));
