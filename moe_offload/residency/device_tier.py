@@ -17,7 +17,7 @@ from moe_offload.planning.plans import DevicePlan
 from moe_offload.residency.accelerator import Device, DeviceFault
 from moe_offload.residency.device_source import DeviceSource
 from moe_offload.residency.expert_cache import ExpertCache
-from moe_offload.residency.slot_entry import ExpertSource, SlotState
+from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
@@ -31,6 +31,7 @@ class DeviceCache(ExpertCache):
     ram: ExpertCache
     keeps_log = False
     _num_shown = 0  # by show_arrived
+    _staged: Sequence[Entry] = []  # what it looked at then, if all of that had arrived
 
     def prefetch(self, keys: Iterable[ExpertKey], *, after_layer: int | None = None) -> None:
         super().prefetch([key for key in keys if self.ram.is_resident(key)], after_layer=after_layer)
@@ -39,7 +40,17 @@ class DeviceCache(ExpertCache):
         """Let native code use what has arrived before a step asked for it, or no more; between steps."""
         if not shown and not self._num_shown:
             return
+        staged = list[Entry]()
+        for pool in self._pools:
+            staged += pool.staged.values()
+        if shown and staged == self._staged:  # a token's time is short, and nearly always nothing came
+            return
         self._num_shown = sum(pool.show_arrived(shown=shown) for pool in self._pools)
+        self._staged = staged if shown and self._num_shown == len(staged) else []
+
+    def policy_told(self, layer_idx: int) -> Callable[[int, Sequence[int], Sequence[float]], None]:
+        """Return what ``used_natively`` comes to where nothing ran here: the policy learns of a layer."""
+        return self._pool_of[layer_idx].routed
 
     def used_natively(
         self,
@@ -55,7 +66,7 @@ class DeviceCache(ExpertCache):
             here: the experts that ran on the device, ``copied`` among them.
         """
         pool = self._pool_of[layer_idx]
-        if not self._num_shown and not copied:  # nearly always, and a token's time is short
+        if not copied and not self._num_shown:  # nearly always
             self.stats.hits += len(here)
             return pool.routed(layer_idx, expert_ids, weights)
         arrived = pool.admit_arrived(layer_idx, here) if self._num_shown else 0

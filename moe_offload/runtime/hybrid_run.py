@@ -14,10 +14,12 @@ from moe_offload import _native
 from moe_offload._native import DecodeStep
 from moe_offload.errors import DeviceError
 from moe_offload.planning.expert_costs import RunningCosts
+from moe_offload.planning.token_moves import Scheduler
 from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.hybrid import HybridLayer
 from moe_offload.storage.expert_format import ExpertKey
 
+CPU_TOKENS = 4  # after so many without the device costs are corrected, and the scheduler asked again
 MOST_COPIES = 64  # of a pool, between two looks at who has to leave for them
 
 # layer, ids, weights, ids on the device, (id, slot) of those copied there, CPU seconds, whether rows stayed
@@ -46,9 +48,13 @@ class HybridRun:
         for layer_idx in self._hybrid:
             alike = id(self._layers.costs[layer_idx]), top_k[layer_idx]
             self._groups.setdefault(alike, []).append(layer_idx)
-        self._moves: dict[int, list[int]] = {}  # by a group's first layer, as native code has them
+        self._asked: dict[int, list[int]] = {}  # by a group's first layer: what the scheduler said last
+        self._moves: dict[int, list[int]] = {}  # likewise, as native code has them
+        self._told: Scheduler | None = None  # whose moves those are
+        self._tokens_seen = 0  # by the CPU alone, since costs were corrected
         self._copies: dict[int, bool] = {}  # alike: whether they may ask for a copy
         self._worth: dict[int, list[bool]] = {}  # by layer: HybridLayers.are_worth
+        self._tell_policy = {i: self._tier.cache.policy_told(i) for i in self._hybrid}
         by_costs = {id(self._layers.costs[i]): _Sum(self._layers.costs[i]) for i in self._hybrid}
         self._sums, self._sum_of = (
             list(by_costs.values()),
@@ -84,8 +90,10 @@ class HybridRun:
         self._tier.cache.show_arrived(shown=not self._layers.is_frozen)
         is_attended = False
         while True:
-            for group in self._groups.values():
-                self._tell_moves(group)
+            if self._layers.scheduler is not self._told or self._tokens_seen == 0:
+                for group in self._groups.values():
+                    self._tell_moves(group)
+                self._told = self._layers.scheduler
             free = self._tier.cache.free_slots(MOST_COPIES) if any(self._copies.values()) else []
             stopped = self._native.run(first, cached, capacity, num_tokens, free, is_attended)
             num_copied = self._account()
@@ -98,11 +106,14 @@ class HybridRun:
 
     def _tell_moves(self, group: Sequence[int]) -> None:
         moves = self._layers.moves(group[0], self._top_k[group[0]])
-        if self._moves.get(group[0]) is not moves:
-            worth = self._layers.are_worth(group[0], self._top_k[group[0]])
+        if self._asked.get(group[0]) is moves:
+            return
+        self._asked[group[0]] = moves
+        worth = self._layers.are_worth(group[0], self._top_k[group[0]])
+        self._worth |= dict.fromkeys(group, worth)
+        if self._moves.get(group[0]) != moves:  # costs move often, what is done about them seldom
             for layer_idx in group:
                 self._native.set_moves(layer_idx, moves)
-                self._worth[layer_idx] = worth
             self._moves[group[0]] = moves
             self._copies[group[0]] = max(moves) > 0
 
@@ -112,28 +123,32 @@ class HybridRun:
         if not done:
             return 0
         missed = list[ExpertKey]()
-        for part in self._sums:
-            part.clear()
+        for each in self._sums:
+            each.clear()
         has_room, cache, sum_of = self._tier.has_room, self._tier.cache, self._sum_of
-        wants_misses = has_room or self._tier.replaces
+        wants_misses, tell_policy = has_room or self._tier.replaces, self._tell_policy
         for layer_idx, ids, weights, on_device, copied, cpu_s, stayed in done:
             num_there = len(on_device)
             self._ram.used_residents(layer_idx, ids, weights, len(ids) - num_there, on_device)
-            if layer_idx in sum_of:
+            part = sum_of.get(layer_idx)
+            if part is None:
+                self._layers.counters.cpu_s += cpu_s
+                continue
+            if num_there:
                 cache.used_natively(layer_idx, ids, weights, on_device, copied)
-                if wants_misses and (has_room or self._worth[layer_idx][num_there]):
-                    missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
-                part = sum_of[layer_idx]
-                part.on_cpu += len(ids) - num_there
+            else:
+                tell_policy[layer_idx](layer_idx, ids, weights)
+            if wants_misses and (has_room or self._worth[layer_idx][num_there]):
+                missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
+            part.on_cpu += len(ids) - num_there
+            part.cpu_s += cpu_s
+            if num_there:
                 part.on_device += num_there
                 part.at_home += 0 if stayed else num_there
                 part.copied += len(copied)
-                part.cpu_s += cpu_s
-            else:
-                self._layers.counters.cpu_s += cpu_s
-            executor = self._executors[layer_idx]
-            assert executor is not None
-            executor.on_layer_done(layer_idx)
+        executor = self._executors[done[-1][0]]
+        assert executor is not None
+        executor.on_layer_done(done[-1][0])  # of the last one: all were done before anybody could be told
         num_copied = self._count()
         self._tier.ran_on_cpu(missed)
         return num_copied
@@ -141,30 +156,37 @@ class HybridRun:
     def _count(self) -> int:
         """Bring counters and costs up to date; returns how many were copied."""
         num_on_device, num_copied = 0, 0
-        self._layers.counters.device_wait_s += self._native.wait_s
+        counters = self._layers.counters
         for part in self._sums:
-            if not part.on_cpu and not part.on_device:
-                continue
             num_on_device, num_copied = num_on_device + part.on_device, num_copied + part.copied
             self._tier.stats.misses += part.on_cpu
-            self._see(part)
+            counters.cpu_s += part.cpu_s
+            counters.cpu_experts += part.on_cpu
+            part.seen_experts += part.on_cpu
+            part.seen_s += part.cpu_s
+        self._tokens_seen += 1
         if self._step.away is not None:
             self._layers.count_stayed(next(iter(self._hybrid)), *self._step.away.take_rows_done())
         if num_on_device:
+            counters.device_wait_s += self._native.wait_s
+            counters.device_experts += num_on_device
+            counters.copied_experts += num_copied
             self._tier.worked()
+        if num_on_device or self._tokens_seen >= CPU_TOKENS:
+            for part in self._sums:
+                self._see(part)
+            self._tokens_seen = 0
         return num_copied
 
     def _see(self, part: _Sum) -> None:
-        """Bring counters and costs up to date; what device and link did is not known apart by costs."""
-        counters, costs = self._layers.counters, part.costs
-        counters.cpu_s += part.cpu_s
-        counters.cpu_experts += part.on_cpu
-        counters.device_experts += part.on_device
-        counters.copied_experts += part.copied
+        """Correct costs; what device and link did is not known apart by costs."""
+        costs = part.costs
         one_cpu_s, one_gpu_s, copy_s = costs.of_one_token()
-        costs.saw_cpu(one_cpu_s * part.on_cpu, part.cpu_s)
-        costs.saw_gpu(one_gpu_s * part.at_home, self._native.device_s)
-        costs.saw_copies(copy_s * part.copied, self._native.link_s)
+        costs.saw_cpu(one_cpu_s * part.seen_experts, part.seen_s)
+        if part.on_device:
+            costs.saw_gpu(one_gpu_s * part.at_home, self._native.device_s)
+            costs.saw_copies(copy_s * part.copied, self._native.link_s)
+        part.seen_experts, part.seen_s = 0, 0.0
 
 
 @dataclass(slots=True)
@@ -177,6 +199,8 @@ class _Sum:
     on_device: int = 0
     at_home: int = 0  # of those on the device: their rows came home
     copied: int = 0
+    seen_experts: int = 0  # on the CPU, of calls by which costs were not corrected yet
+    seen_s: float = 0.0
 
     def clear(self) -> None:
         self.cpu_s, self.on_cpu, self.on_device, self.at_home, self.copied = 0.0, 0, 0, 0, 0
