@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import from_numpy
+from torch import Tensor, from_numpy
 
 from moe_offload.planning.prediction import Forecast, Predictor
 from moe_offload.predictors.fit import Recording
@@ -19,6 +19,7 @@ from moe_offload.predictors.history import Float32Array, LayerOrder
 Place = tuple[int, int]  # (layers ahead, row of the forecast layer); 0 ahead: before any router
 BINS = 10
 LEAST_CHANCE = 0.05  # what is hardly ever fetched would hide the rest in a calibration error
+ASKED_CHANCE = 0.4  # least chance that decoding asks for, about
 WANTED_RECALLS = (0.90, 0.95, 0.97, 0.99)
 
 
@@ -29,7 +30,7 @@ class Evaluation:
     Attributes:
         chances: by place, (T, E) float32; zeros where a token had no forecast.
         used: by row, (T, E) bool.
-        predict_s: duration of each ``predict`` that forecast something.
+        predict_s: of each time that something was forecast, how long decoding would wait for it.
     """
 
     used: dict[int, NDArray[np.bool_]]
@@ -132,13 +133,33 @@ def _evaluate(
             started = time.perf_counter()
             forecasts = predictor.predict(layer_idx, router_input, *chosen)
             if forecasts:
-                result.predict_s.append(time.perf_counter() - started)
+                took_s = time.perf_counter() - started
+                natively_s = _asking_natively_s(predictor, layer_idx, router_input, *chosen)
+                result.predict_s.append(took_s if natively_s is None else natively_s)
             for forecast in forecasts:
                 later = order.row_of[forecast.layer_idx]
                 _note(result, recording.num_tokens, token, later - row, later, forecast)
         if on_progress is not None and token % 64 == 0:
             on_progress(token, recording.num_tokens)
     return result
+
+
+def _asking_natively_s(
+    predictor: Predictor,
+    layer_idx: int,
+    router_input: Tensor,
+    expert_ids: NDArray[np.int64],
+    expert_weights: Float32Array,
+) -> float | None:
+    """Return how long the call takes that decoding makes for one token; None: it makes ``predict``."""
+    one_token = getattr(predictor, "one_token", None)
+    if one_token is None:
+        return None
+    hidden = router_input.contiguous()
+    arguments = hidden.data_ptr(), expert_ids[0].tolist(), expert_weights[0].tolist(), ASKED_CHANCE
+    started = time.perf_counter()
+    one_token.likely(layer_idx, *arguments)
+    return time.perf_counter() - started
 
 
 def summarize(evaluation: Evaluation, top_k: int, expert_bytes: float, depth: int) -> dict[str, Any]:

@@ -158,6 +158,23 @@ def test_every_predictor_runs_from_a_fit(name, model, fit, recording):
         assert evaluation.recall(1, fit.top_k) > fit.top_k / fit.num_experts  # better than by chance
 
 
+def test_a_forecast_costs_what_the_call_takes_that_decoding_makes(model, fit, recording):
+    predictor = make_predictor(PredictorChoice("hybrid", fit), model, list(fit.layers), depth=2)
+
+    class Counting:
+        asked: list[int] = []  # noqa: RUF012
+
+        def likely(self, layer_idx, *known):
+            self.asked.append(layer_idx)
+            return native.likely(layer_idx, *known)
+
+    native, predictor.one_token = predictor.one_token, Counting()
+    evaluation = evaluate(predictor, recording, fit.num_experts)
+    assert len(evaluation.predict_s) == len(Counting.asked) == recording.num_tokens * (len(fit.layers) - 1)
+    predictor.one_token = None  # as the network's: decoding calls predict
+    assert len(evaluate(predictor, recording, fit.num_experts).predict_s) == len(Counting.asked)
+
+
 def test_what_was_fitted_beats_gate_reuse_on_other_documents(model, fit):
     """Random weights: little is carried from layer to layer but what a regression finds."""
     held_out = fit_recording.record(model, LetterTokenizer(), make_documents(14)[12:], 300, window_tokens=100)
