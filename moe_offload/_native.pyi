@@ -260,6 +260,13 @@ class Lookahead:
         offset: float,
         history_row: int,
     ) -> None: ...
+    def add_answers(
+        self,
+        layer_idx: int,
+        later: int,
+        directions: npt.NDArray[np.float32],
+        answers: npt.NDArray[np.float32],
+    ) -> None: ...
     def likely(
         self,
         layer_idx: int,

@@ -16,9 +16,10 @@ from torch import Tensor, from_numpy, nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.predictors.fit_file import Pair, PredictorFit
+from moe_offload.predictors.fit_hybrid import HybridRegression, linear_table
 from moe_offload.predictors.fit_network import HIDDEN_UNITS, fit_network
 from moe_offload.predictors.history import Float32Array, LayerOrder, past_of
-from moe_offload.predictors.regression import fit_curve, low_rank, mean_squared_error, ridge
+from moe_offload.predictors.regression import fit_curve, low_rank, ridge
 from moe_offload.predictors.residual_gate import norm_weight
 from moe_offload.predictors.routers import Curve, RouterScores
 
@@ -157,22 +158,32 @@ class Fitter:
         """Ridge regression of later scores on all there is; of the first layers' on the token."""
         strength = self._best_ridge()
         self.fit.report["ridge"] = strength
-        for done, (layer_idx, later) in enumerate(self.pairs):
-            features, prior = self.features(layer_idx, later), self._prior(later)
-            table = self._ridge(features, later, strength, prior)
-            self._keep("hybrid", (layer_idx, later), table)
-            self._keep_curve("hybrid", layer_idx, later, features @ table)
+        for done, layer_idx in enumerate(self.order.layers[:-1]):
+            self._fit_hybrid(layer_idx, strength)
             if on_progress is not None:
-                on_progress(done + 1, len(self.pairs))
+                on_progress(done + 1, len(self.order.layers) - 1)
         if self.recording.embeddings is None:
             return
         ones = np.ones((self.recording.num_tokens, 1), np.float32)
         embedded = np.concatenate([self.recording.embeddings.astype(np.float32), ones], axis=1)
         for later in self.order.layers[: self.order.depth]:
             features = np.concatenate([embedded, *self._past(later)], axis=1)
-            table = self._ridge(features, later, strength, None)
+            table = ridge(features[: self._split], self._targets[later][: self._split], strength)
             self._keep("first", (later,), table)
             self._keep_curve("first", later, later, features @ table)
+
+    def _fit_hybrid(self, layer_idx: int, strength: float) -> None:
+        regression = self._hybrid_regression(layer_idx)
+        self._keep("directions", (layer_idx,), regression.directions)
+        for later in self.order.after(layer_idx):
+            past = np.concatenate(self._past(later), axis=1)
+            (found,) = regression.fits(past, self._targets[later], self._router(later), (strength,))
+            self._keep("hybrid", (layer_idx, later), found.table)
+            self._keep("answers", (layer_idx, later), found.answers)
+            self._keep_curve("hybrid", layer_idx, later, regression.scores(found, past))
+
+    def _hybrid_regression(self, layer_idx: int) -> HybridRegression:
+        return HybridRegression(self._seen(layer_idx), self.hidden_size, self.num_experts, self._split)
 
     def network(self, on_progress: Progress | None = None, *, hidden_units: int = HIDDEN_UNITS) -> None:
         """One network a layer on the hybrid's features, starting from the hybrid."""
@@ -208,7 +219,12 @@ class Fitter:
         seen = self.hidden_size + num_experts + 1
         joint = np.zeros((num_features, len(later_layers) * num_experts), np.float32)
         for position, later in enumerate(later_layers):
-            table = self.fit.groups["hybrid"][layer_idx, later]
+            table = linear_table(
+                self.features(layer_idx, later)[: self._split],
+                self._targets[later][: self._split],
+                self._router(later),
+                float(self.fit.report["ridge"]),
+            )
             columns = slice(position * num_experts, (position + 1) * num_experts)
             past = seen + 2 * num_experts * position
             joint[:seen, columns] = table[:seen]
@@ -253,30 +269,20 @@ class Fitter:
         pairs = self.pairs[:: max(1, len(self.pairs) // 3)]
         errors = np.zeros(len(RIDGES))
         for layer_idx, later in pairs:
-            features, prior = self.features(layer_idx, later), self._prior(later)
-            for position, strength in enumerate(RIDGES):
-                table = self._ridge(features, later, strength, prior)
-                held_out = slice(self._split, None)
-                errors[position] += mean_squared_error(
-                    features[held_out], table, self._targets[later][held_out]
-                )
+            regression, past = self._hybrid_regression(layer_idx), np.concatenate(self._past(later), axis=1)
+            targets, held_out = self._targets[later], slice(self._split, None)
+            for position, found in enumerate(regression.fits(past, targets, self._router(later), RIDGES)):
+                wrong = regression.scores(found, past)[held_out] - targets[held_out]
+                errors[position] += float((wrong**2).sum(axis=1).mean())
         return RIDGES[int(errors.argmin())]
 
-    def _ridge(
-        self, features: Float32Array, later: int, strength: float, prior: Float32Array | None
-    ) -> Float32Array:
-        fitted = slice(None, self._split)
-        return ridge(features[fitted], self._targets[later][fitted], strength, prior)
-
-    def _prior(self, later: int) -> Float32Array | None:
-        """Return the table that is plain gate reuse, where the router is a plain matmul."""
+    def _router(self, later: int) -> Float32Array | None:
+        """Return (H, E), plain gate reuse, where the router is a plain matmul."""
         weight: Tensor | None = self.scores[later].linear_weight
         if weight is None:
             return None
-        prior = np.zeros((self.hidden_size + 3 * self.num_experts + 1, self.num_experts), np.float32)
-        centred = weight.detach().float().numpy().T
-        prior[: self.hidden_size] = centred - centred.mean(axis=1, keepdims=True)
-        return prior
+        router: Float32Array = weight.detach().float().numpy().T
+        return router - router.mean(axis=1, keepdims=True)
 
     def _keep(self, group: str, key: tuple[int, ...], array: NDArray[np.generic]) -> None:
         kept = array if array.dtype == np.uint8 else array.astype(np.float32)

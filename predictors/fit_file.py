@@ -154,4 +154,21 @@ def _checked(path: Path, about: Mapping[str, Any], groups: dict[str, Arrays]) ->
         for key, array in groups.get(group, {}).items():
             if array.shape != shape or not np.isfinite(array).all() or not set(key) <= set(fit.layers):
                 raise ValueError(f"{group}/{key} has shape {array.shape}, wanted finite {shape}")
+    _check_answers(fit)
     return fit
+
+
+def _check_answers(fit: PredictorFit) -> None:
+    """Raise ValueError where experts' answers do not fit the directions that they are about."""
+    directions = fit.by_layer("directions")
+    for (layer_idx, later), answers in fit.by_pair("answers").items():
+        along = directions.get(layer_idx)
+        fits = (
+            along is not None
+            and along.shape == (answers.shape[1], fit.hidden_size)
+            and answers.shape == (fit.num_experts, len(along), fit.num_experts)
+            and np.isfinite(along).all()
+            and np.isfinite(answers).all()
+        )
+        if not fits:
+            raise ValueError(f"answers/{layer_idx}/{later} and directions/{layer_idx} do not fit")

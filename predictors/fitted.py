@@ -91,8 +91,19 @@ class Features(HistoryPredictor):  # type: ignore[misc]
         return np.concatenate([self.history.previous[row], self.history.frequency[row]])
 
 
+def answering(along: Float32Array, choice: Float32Array) -> Float32Array:
+    """Return (T, E D): what the chosen experts' matrices, side by side, are multiplied with.
+
+    Args:
+        along: (T, D), the router input along some directions.
+        choice: (T, E), routing weights, 0 where an expert was not chosen.
+    """
+    products: Float32Array = choice[:, :, None] * along[:, None, :]
+    return products.reshape(len(along), -1)
+
+
 class Hybrid(Features):
-    """A later router's scores as a linear function of hidden state, choice and past (ridge regression).
+    """A later router's scores by ridge regression on hidden state, choice and past, and on every expert.
 
     Args:
         tables: by (layer, later layer), (H + 3 E + 1, E): from features to scores.
@@ -100,6 +111,9 @@ class Hybrid(Features):
             the first layers, before any router has spoken.
         embed: token ids to what ``first_tables`` were fitted with; None: the first layers are not forecast.
         curves: by (layer, later layer), and (-1, layer) for ``first_tables``.
+        directions: by layer, (D, H), along which experts answer.
+        answers: by (layer, later layer), (E, D, E): what each expert of the layer, if it is chosen, adds to
+            the later scores for each direction. Where there are none, scores are linear in the features.
     """
 
     def __init__(
@@ -114,8 +128,12 @@ class Hybrid(Features):
         first_tables: Mapping[int, Float32Array] | None = None,
         embed: Embed | None = None,
         curves: Mapping[Pair, Curve] | None = None,
+        directions: Mapping[int, Float32Array] | None = None,
+        answers: Mapping[Pair, Float32Array] | None = None,
     ) -> None:
         super().__init__(layers, num_experts, hidden_size, top_k=top_k, depth=depth)
+        self._directions = {i: np.ascontiguousarray(array) for i, array in (directions or {}).items()}
+        self._answers = {pair: np.ascontiguousarray(array) for pair, array in (answers or {}).items()}
         self._tables = {pair: np.ascontiguousarray(table.T) for pair, table in tables.items()}  # (E, F)
         self._first = {i: np.ascontiguousarray(table.T) for i, table in (first_tables or {}).items()}
         self._embed, self._curves = embed, dict(curves or {})
@@ -130,6 +148,9 @@ class Hybrid(Features):
         for layer_idx, later in pairs:
             curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
             one_token.add(layer_idx, later, self._tables[layer_idx, later], None, self._top_k, curve)
+            answers = self._answers.get((layer_idx, later))
+            if answers is not None:
+                one_token.add_answers(layer_idx, later, self._directions[layer_idx], answers)
         for later in self._known_first():
             curve = self._curves.get((FIRST, later), DEFAULT_CURVE)
             one_token.add(FIRST, later, self._first[later], None, self._top_k, curve)
@@ -151,7 +172,7 @@ class Hybrid(Features):
         if embedding is None:
             return ()
         seen = np.concatenate([embedding.numpy(), np.ones((len(embedding), 1), np.float32)], axis=1)
-        return [self._forecast(seen, later, self._first[later], FIRST) for later in self._known_first()]
+        return [self._forecast(seen, later, self._first[later], FIRST, None) for later in self._known_first()]
 
     def predict(
         self,
@@ -162,19 +183,39 @@ class Hybrid(Features):
     ) -> Sequence[Forecast]:
         """Return forecasts of the next layers."""
         seen = self.seen_here(router_input, expert_ids, expert_weights)
+        answering = self._answering(layer_idx, seen)
         return [
-            self._forecast(seen, later, self._tables[layer_idx, later], layer_idx)
+            self._forecast(seen, later, self._tables[layer_idx, later], layer_idx, answering)
             for later in self.order.after(layer_idx)
         ]
 
-    def _forecast(self, seen: Float32Array, later: int, table: Float32Array, layer_idx: int) -> Forecast:
+    def _answering(self, layer_idx: int, seen: Float32Array) -> Float32Array | None:
+        directions = self._directions.get(layer_idx)
+        if directions is None:
+            return None
+        inputs, choice = seen[:, : self.hidden_size], seen[:, self.hidden_size : -1]
+        return answering(inputs @ directions.T, choice)
+
+    def _forecast(
+        self,
+        seen: Float32Array,
+        later: int,
+        table: Float32Array,
+        layer_idx: int,
+        answering: Float32Array | None,
+    ) -> Forecast:
         """Apply ``table`` (E, F) to the features; one token in one native call, as decoding asks for it."""
         features = np.empty((len(seen), table.shape[1]), np.float32)
         features[:, : seen.shape[1]] = seen
         features[:, seen.shape[1] :] = self.past_of(later)
         curve = self._curves.get((layer_idx, later), DEFAULT_CURVE)
+        answers = self._answers.get((layer_idx, later))
+        added = None
+        if answering is not None and answers is not None:
+            added = answering @ answers.reshape(-1, self.num_experts)
         if len(seen) == 1 and self._top_k < self.num_experts:
-            chances = gate_chances(features.ctypes.data, table, None, self._top_k, curve.slope, curve.offset)
+            bias = None if added is None else added[0]
+            chances = gate_chances(features.ctypes.data, table, bias, self._top_k, curve.slope, curve.offset)
             return Forecast(later, chances)
-        scores = features @ table.T
+        scores = features @ table.T + (0.0 if added is None else added)
         return Forecast(later, used_by_any(probabilities(scores, self._top_k, curve)))

@@ -49,6 +49,17 @@ class OneToken:
         row = self._order.row_of[later] if self._remembers else 0
         self.native.add(layer_idx, later, weight, bias, top_k, curve.slope, curve.offset, row)
 
+    def add_answers(
+        self, layer_idx: int, later: int, directions: NDArray[np.float32], answers: NDArray[np.float32]
+    ) -> None:
+        """Let a forecast that was added count what each chosen expert adds.
+
+        Args:
+            directions: (D, H).
+            answers: (E, D, E), see ``fitted.Hybrid``.
+        """
+        self.native.add_answers(layer_idx, later, directions, answers)
+
     def leave_out(self, slot_tables: Mapping[int, NDArray[np.uint64]]) -> None:
         """Return no expert from now on that has a slot.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import from_numpy
@@ -36,6 +38,34 @@ def ridge(
     return result
 
 
+class SharedRegression:
+    """Ridge regressions on the same tokens that share most of their features: these are multiplied once.
+
+    Args:
+        shared: (n, S) features of all of them.
+    """
+
+    def __init__(self, shared: Float32Array) -> None:
+        self._shared = from_numpy(np.ascontiguousarray(shared))
+        self._gram = self._shared.T @ self._shared
+
+    def tables(
+        self, more: Float32Array, targets: Float32Array, strengths: Sequence[float]
+    ) -> list[Float32Array]:
+        """Return what ``ridge`` finds on the features [shared, more], for each strength."""
+        x, y = from_numpy(np.ascontiguousarray(more)), from_numpy(np.ascontiguousarray(targets))
+        across = self._shared.T @ x
+        gram = torch.cat([torch.cat([self._gram, across], 1), torch.cat([across.T, x.T @ x], 1)])
+        moment = torch.cat([self._shared.T @ y, x.T @ y])
+        mean = float(gram.diagonal().mean())
+        tables = []
+        for strength in strengths:
+            held = gram.clone()
+            held.diagonal().add_(strength * mean + 1e-6)
+            tables.append(torch.linalg.solve(held, moment).contiguous().numpy())
+        return tables
+
+
 def low_rank(
     features: Float32Array, targets: Float32Array, strength: float, rank: int
 ) -> tuple[Float32Array, Float32Array, Float32Array]:
@@ -47,11 +77,6 @@ def low_rank(
     up = np.ascontiguousarray(directions[:, -min(rank, table.shape[1]) :].T.numpy())
     down = table @ up.T
     return down, up, offsets - (means @ down) @ up
-
-
-def mean_squared_error(features: Float32Array, table: Float32Array, targets: Float32Array) -> float:
-    """Return the mean over tokens of the squared error's sum."""
-    return float(((features @ table - targets) ** 2).sum(axis=1).mean())
 
 
 def fit_curve(scores: Float32Array, used: Float32Array, top_k: int) -> Curve:

@@ -15,8 +15,9 @@ from moe_offload.cli_fit_predictor import make_fitter, report
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.predictors.evaluate import Evaluation, evaluate
 from moe_offload.predictors.fit_file import PredictorFit, read_fit, write_fit
+from moe_offload.predictors.fit_hybrid import HybridRegression
 from moe_offload.predictors.learned import export_onnx, open_session
-from moe_offload.predictors.regression import fit_curve, low_rank, ridge
+from moe_offload.predictors.regression import SharedRegression, fit_curve, low_rank, ridge
 from moe_offload.predictors.routers import probabilities
 from moe_offload.runtime import fit_recording
 from moe_offload.runtime.predictor_choice import (
@@ -82,6 +83,62 @@ def test_ridge_goes_from_the_prior_to_least_squares():
     targets = features @ truth
     np.testing.assert_allclose(ridge(features, targets, 1e-7, prior), truth, atol=1e-3)
     np.testing.assert_allclose(ridge(features, targets, 1e6, prior), prior, atol=1e-3)
+
+
+def test_regressions_that_share_features_are_ridge_regressions():
+    generator = np.random.default_rng(5)
+    shared, more, targets = (generator.normal(size=(60, n)).astype(np.float32) for n in (4, 2, 3))
+    found = SharedRegression(shared).tables(more, targets, (1e-3, 0.5))
+    for strength, table in zip((1e-3, 0.5), found, strict=True):
+        wanted = ridge(np.concatenate([shared, more], axis=1), targets, strength)
+        np.testing.assert_allclose(table, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_hybrid_finds_each_experts_own_matrix():
+    """Later scores are what the chosen experts' matrices make of the input: no linear function of it."""
+    generator = np.random.default_rng(6)
+    num_experts, hidden_size, num_tokens = 4, 6, 900
+    inputs = generator.normal(size=(num_tokens, hidden_size)).astype(np.float32)
+    choice = np.zeros((num_tokens, num_experts), np.float32)
+    chosen = generator.integers(0, num_experts, num_tokens)
+    choice[np.arange(num_tokens), chosen] = generator.uniform(0.3, 1.0, num_tokens)
+    matrices = generator.normal(size=(num_experts, hidden_size, num_experts)).astype(np.float32)
+    weights = choice[np.arange(num_tokens), chosen]
+    targets = weights[:, None] * np.einsum("th,thj->tj", inputs, matrices[chosen])
+    seen = np.concatenate([inputs, choice, np.ones((num_tokens, 1), np.float32)], axis=1)
+    past = generator.normal(size=(num_tokens, 2 * num_experts)).astype(np.float32)
+    regression = HybridRegression(seen, hidden_size, num_experts, num_fitted=600)
+    (found,) = regression.fits(past, targets, None, (1e-6,))
+    np.testing.assert_allclose(
+        regression.directions @ regression.directions.T, np.eye(hidden_size), atol=1e-5
+    )
+    for expert_id in range(num_experts):
+        answers = regression.directions.T @ found.answers[expert_id]
+        np.testing.assert_allclose(answers, matrices[expert_id], atol=2e-2)
+    np.testing.assert_allclose(regression.scores(found, past)[600:], targets[600:], atol=2e-2)
+
+
+def test_a_fit_made_before_experts_had_matrices_still_loads_and_one_that_contradicts_itself_does_not(
+    fit, folder, tmp_path
+):
+    path = tmp_path / "fit.npz"
+    groups = {name: group for name, group in fit.groups.items() if name not in ("answers", "directions")}
+    older = PredictorFit(
+        fit.checkpoint, fit.layers, fit.num_experts, fit.top_k, fit.hidden_size, fit.depth, groups
+    )
+    write_fit(path, older)
+    chosen = choose_predictor(f"hybrid={path}", open_checkpoint(folder))
+    assert "answers" not in chosen.fit.groups
+    pair, answers = next(iter(fit.groups["answers"].items()))
+    for wrong in (answers[:-1], answers[:, :-1], np.full_like(answers, np.nan)):
+        older.groups = dict(fit.groups, answers={pair: wrong})
+        write_fit(path, older)
+        with pytest.raises(CheckpointError, match="do not fit"):
+            read_fit(path)
+    older.groups = dict(groups, answers=fit.groups["answers"])
+    write_fit(path, older)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        read_fit(path)
 
 
 def test_a_low_rank_map_finds_one_that_exists():

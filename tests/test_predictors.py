@@ -187,6 +187,59 @@ def test_the_hybrid_reads_each_feature_where_the_fit_put_it():
         np.testing.assert_allclose(forecast.probabilities, probabilities(scores, TOP_K)[0], rtol=1e-5)
 
 
+def test_chosen_experts_answer_by_weight_along_directions_natively_and_by_numpy():
+    generator = np.random.default_rng(11)
+    table, first, directions, answers = (
+        generator.normal(size=size).astype(np.float32)
+        for size in (
+            (HIDDEN_SIZE + 3 * NUM_EXPERTS + 1, NUM_EXPERTS),
+            (HIDDEN_SIZE + 2 * NUM_EXPERTS + 1, NUM_EXPERTS),
+            (3, HIDDEN_SIZE),
+            (NUM_EXPERTS, 3, NUM_EXPERTS),
+        )
+    )
+    hybrid = Hybrid(
+        [1, 3], NUM_EXPERTS, HIDDEN_SIZE, {(1, 3): table}, top_k=TOP_K,
+        first_tables={1: first}, directions={1: directions}, answers={(1, 3): answers},
+    )  # fmt: skip
+    hybrid.observe(3, *CHOICE)
+    ids, weights = CHOICE[0][0].tolist(), CHOICE[1][0].tolist()
+    for x in torch.randn(10, 1, HIDDEN_SIZE, generator=torch.Generator().manual_seed(12)):
+        features = np.zeros(len(table), np.float32)
+        features[:HIDDEN_SIZE] = x[0]
+        features[HIDDEN_SIZE + CHOICE[0][0]] = CHOICE[1][0]
+        features[HIDDEN_SIZE + NUM_EXPERTS] = 1.0
+        features[HIDDEN_SIZE + NUM_EXPERTS + 1 :] = hybrid.past_of(3)
+        scores = features @ table
+        for expert_id, weight in zip(ids, weights, strict=True):
+            scores += weight * (directions @ x[0].numpy()) @ answers[expert_id]
+        wanted = probabilities(scores[None], TOP_K)[0]
+        (alone,) = hybrid.predict(1, x, *CHOICE)
+        np.testing.assert_allclose(alone.probabilities, wanted, rtol=1e-3, atol=1e-5)
+        twice = x.repeat(2, 1), np.repeat(CHOICE[0], 2, axis=0), np.repeat(CHOICE[1], 2, axis=0)
+        (both,) = hybrid.predict(1, *twice)
+        np.testing.assert_allclose(both.probabilities, 1.0 - (1.0 - wanted) ** 2, rtol=1e-3, atol=1e-5)
+        natively = hybrid.one_token.likely(1, x.data_ptr(), ids, weights, 0.0)
+        assert len(natively) == NUM_EXPERTS
+        for _, layer_idx, expert_id, chance in natively:
+            assert layer_idx == 3 and chance == pytest.approx(wanted[expert_id], rel=1e-3, abs=1e-5)
+
+
+def test_answers_that_do_not_fit_a_forecast_are_refused():
+    table = np.zeros((HIDDEN_SIZE + 3 * NUM_EXPERTS + 1, NUM_EXPERTS), np.float32)
+    native = Hybrid([1, 3], NUM_EXPERTS, HIDDEN_SIZE, {(1, 3): table}, top_k=TOP_K).one_token.native
+    directions = np.zeros((2, HIDDEN_SIZE), np.float32)
+    answers = np.zeros((NUM_EXPERTS, 2, NUM_EXPERTS), np.float32)
+    native.add_answers(1, 3, directions, answers)
+    with pytest.raises(ValueError, match="no such forecast"):
+        native.add_answers(3, 1, directions, answers)
+    for wrong in (answers[:-1], answers[:, :1], answers[:, :, :-1]):
+        with pytest.raises(ValueError, match="wanted"):
+            native.add_answers(1, 3, directions, np.ascontiguousarray(wrong))
+    with pytest.raises(ValueError, match="wanted"):
+        native.add_answers(1, 3, np.ascontiguousarray(directions[:, 1:]), answers)
+
+
 def test_a_batch_of_one_token_twice_is_that_token():
     """One token goes through a native call, several through numpy."""
     generator = np.random.default_rng(7)

@@ -60,6 +60,21 @@ void add(KeptLookahead& self, int64_t layer_idx, int64_t later, const py::array&
     if (bias) self.kept.push_back(*bias);
 }
 
+void add_answers(KeptLookahead& self, int64_t layer_idx, int64_t later, const Floats& directions,
+                 const Floats& answers) {
+    Lookahead::Target* const target = self.lookahead.target(layer_idx, later);
+    if (target == nullptr) throw py::value_error("Lookahead.add_answers: there is no such forecast");
+    const bool fits = directions.ndim() == 2 && directions.shape(1) == self.hidden_size &&
+                      answers.ndim() == 3 && answers.shape(0) == self.lookahead.history().num_experts &&
+                      answers.shape(1) == directions.shape(0) && answers.shape(2) == target->num_experts;
+    if (!fits) throw py::value_error("Lookahead.add_answers: directions (D, H), answers (E, D, E) wanted");
+    target->directions = directions.data();
+    target->answers = answers.data();
+    target->num_directions = directions.shape(0);
+    self.kept.push_back(directions);
+    self.kept.push_back(answers);
+}
+
 using SlotTable = py::array_t<uint64_t, py::array::c_style>;
 
 void leave_out(KeptLookahead& self, const std::map<int64_t, py::array>& slot_tables) {
@@ -162,6 +177,9 @@ void register_lookahead(py::module_& m) {
         .def("add", &add, py::arg("layer_idx"), py::arg("later"), py::arg("weight"), py::arg("bias"),
              py::arg("top_k"), py::arg("slope"), py::arg("offset"), py::arg("history_row"),
              "Forecast a later layer after layer_idx has routed; nearest first.")
+        .def("add_answers", &add_answers, py::arg("layer_idx"), py::arg("later"),
+             py::arg("directions").noconvert(), py::arg("answers").noconvert(),
+             "Let a forecast count what each chosen expert adds.")
         .def("leave_out", &leave_out, py::arg("slot_tables"),
              "Return no expert that has a slot: whose row of its layer's table does not begin with 0.")
         .def("likely", &likely, py::arg("layer_idx"), py::arg("depth"), py::arg("hidden"),

@@ -47,6 +47,19 @@ MOE_WIDE float dot_bfloat16(const float* a, const uint16_t* b, int64_t count) {
 
 }  // namespace
 
+void products(const float* hidden, const float* rows, int64_t num_rows, int64_t hidden_size, float* out) {
+    for (int64_t i = 0; i < num_rows; ++i) out[i] = dot(hidden, rows + i * hidden_size, hidden_size);
+}
+
+MOE_WIDE void add_product(const float* a, const float* rows, float scale, int64_t num_rows,
+                          int64_t num_columns, float* out) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+        const float factor = scale * a[i];
+        const float* const row = rows + i * num_columns;
+        for (int64_t j = 0; j < num_columns; ++j) out[j] += factor * row[j];
+    }
+}
+
 void gate_chances(const float* hidden, const GateWeight& weight, const float* bias, int64_t num_experts,
                   int64_t hidden_size, int64_t top_k, float slope, float offset, float* out) {
     double sum = 0.0, squares = 0.0;

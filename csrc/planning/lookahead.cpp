@@ -36,6 +36,29 @@ const float* Lookahead::features(const Target& target, const float* hidden,
     return features_.data();
 }
 
+Lookahead::Target* Lookahead::target(int64_t layer_idx, int64_t later) {
+    const auto found = targets_.find(layer_idx);
+    if (found == targets_.end()) return nullptr;
+    for (Target& target : found->second) {
+        if (target.layer_idx == later) return &target;
+    }
+    return nullptr;
+}
+
+// along_ holds the hidden state along the target's directions.
+const float* Lookahead::added(const Target& target, const std::vector<int64_t>& expert_ids,
+                              const std::vector<float>& weights) {
+    if (target.answers == nullptr) return target.bias;
+    added_.assign(static_cast<size_t>(target.num_experts), 0.0f);
+    if (target.bias != nullptr) std::copy(target.bias, target.bias + target.num_experts, added_.begin());
+    const int64_t size = target.num_directions * target.num_experts;
+    for (size_t i = 0; i < expert_ids.size(); ++i) {
+        add_product(along_.data(), target.answers + expert_ids[i] * size, weights[i], target.num_directions,
+                    target.num_experts, added_.data());
+    }
+    return added_.data();
+}
+
 // Appends what a target's chances_ name, the more probable first.
 void Lookahead::find(const Target& target, int64_t windows, bool learns, float threshold,
                      std::vector<Likely>& likely) {
@@ -61,12 +84,18 @@ std::vector<Lookahead::Likely> Lookahead::likely(int64_t layer_idx, int64_t dept
     const auto found = targets_.find(layer_idx);
     if (found == targets_.end()) return likely;
     int64_t windows = 0;
+    const float* directions = nullptr;  // of along_
     for (const Target& target : found->second) {
         if (++windows > depth) break;
+        if (target.directions != nullptr && target.directions != directions) {
+            directions = target.directions;
+            along_.resize(static_cast<size_t>(target.num_directions));
+            products(hidden, directions, target.num_directions, hidden_size_, along_.data());
+        }
         chances_.resize(static_cast<size_t>(target.num_experts));
-        gate_chances(features(target, hidden, expert_ids, weights), target.weight, target.bias,
-                     target.num_experts, target.num_features, target.top_k, target.slope, target.offset,
-                     chances_.data());
+        gate_chances(features(target, hidden, expert_ids, weights), target.weight,
+                     added(target, expert_ids, weights), target.num_experts, target.num_features,
+                     target.top_k, target.slope, target.offset, chances_.data());
         find(target, windows, layer_idx >= 0, threshold, likely);
     }
     return likely;

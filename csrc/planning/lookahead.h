@@ -35,6 +35,11 @@ class Lookahead {
         int64_t num_experts, num_features, top_k;
         float slope, offset;
         int64_t history_row;
+        // What each chosen expert adds to the scores, in proportion to its weight: a matrix from the hidden
+        // state along some directions. Null where nothing is known of that.
+        const float* directions;  // (num_directions, hidden_size)
+        const float* answers;     // (E of the layer that routed, num_directions, num_experts)
+        int64_t num_directions;
     };
     struct Likely {
         int64_t windows;  // layers ahead, from 1
@@ -46,6 +51,9 @@ class Lookahead {
 
     // Targets of a layer are added nearest first; layer_idx -1: before any router has spoken.
     void add(int64_t layer_idx, const Target& target) { targets_[layer_idx].push_back(target); }
+
+    // The target that was added for these two; null where none was.
+    Target* target(int64_t layer_idx, int64_t later);
 
     // Returns the experts of at most ``depth`` layers that are used with at least ``threshold``: nearest
     // layer first, and the more probable first. Chances are those that guesses have had so far (UseRates),
@@ -81,6 +89,10 @@ class Lookahead {
     const float* features(const Target& target, const float* hidden, const std::vector<int64_t>& expert_ids,
                           const std::vector<float>& weights);
 
+    // What is added to the scores whatever the features: the bias, and what the chosen experts answer.
+    const float* added(const Target& target, const std::vector<int64_t>& expert_ids,
+                       const std::vector<float>& weights);
+
     void find(const Target& target, int64_t windows, bool learns, float threshold,
               std::vector<Likely>& likely);
 
@@ -106,7 +118,7 @@ class Lookahead {
     std::map<int64_t, std::vector<Open>> open_;  // by layer
     UseRates rates_;
     std::map<int64_t, Slots> slots_;
-    std::vector<float> features_, chances_;
+    std::vector<float> features_, chances_, along_, added_;
 };
 
 }  // namespace moe

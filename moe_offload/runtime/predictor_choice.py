@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "shared_expert_gate": ("residual_rms", "curve.residual_gate"),
     "mean_output_gate": ("mean_scores", "curve.mean_output_gate"),
     "low_rank_gate": ("low_rank.down", "low_rank.up", "low_rank.shift", "curve.low_rank_gate"),
-    "hybrid": ("hybrid", "first", "curve.hybrid", "curve.first"),
+    "hybrid": ("hybrid", "directions", "answers", "first", "curve.hybrid", "curve.first"),
     "learned": ("network", "first", "curve.learned", "curve.first"),
 }
 FITTED = ("hybrid", "learned")  # of which "fitted" is one

@@ -151,6 +151,8 @@ def _hybrid(choice: PredictorChoice, model: Any, routers: Routers, depth: int) -
         first_tables=fit.by_layer("first"),
         embed=model.get_input_embeddings(),
         curves={**fit.curves("hybrid"), **{(-1, later): c for (_, later), c in fit.curves("first").items()}},
+        directions=fit.by_layer("directions"),
+        answers=fit.by_pair("answers"),
     )
 
 
