@@ -18,8 +18,8 @@ def settings_of(model: Any, run: Callable[[], Any]) -> dict[str, Callable[[], No
     Args:
         run: generates the text that all modes will; what it routes to is what ``perfect`` knows.
     """
-    from moe_offload.planning.gain_switch import LEFT_BY_PREFETCH, GainSwitch
     from moe_offload.planning.prefetch_plan import Threshold
+    from moe_offload.planning.prefetch_switch import PrefetchSwitch
     from moe_offload.predictors.cross_layer_gate import CrossLayerGate
     from moe_offload.runtime import skeleton
     from moe_offload.runtime.predictor_choice import PredictorChoice
@@ -48,9 +48,7 @@ def settings_of(model: Any, run: Callable[[], Any]) -> dict[str, Callable[[], No
         "none": setting(None, switch=None),
         "fate": setting(CrossLayerGate(routers), switch=None, threshold=Fixed()),
         "history": setting(history, switch=None, threshold=Threshold(), link=link),
-        "ours": setting(
-            default, switch=GainSwitch(left_over=LEFT_BY_PREFETCH), threshold=Threshold(), link=link
-        ),
+        "ours": setting(default, switch=PrefetchSwitch(), threshold=Threshold(), link=link),
         "always": setting(default, switch=None, threshold=Threshold(), link=link),
         "perfect": setting(perfect, switch=None, threshold=Fixed(), link=link),
     }

@@ -15,7 +15,6 @@ from moe_offload.planning.gain_switch import (
     BLOCK_STEPS,
     LEAST_PROBES,
     LEAST_STEPS,
-    LEFT_BY_PREFETCH,
     GainSwitch,
 )
 from moe_offload.planning.prefetch_plan import (
@@ -266,21 +265,3 @@ def test_what_is_off_is_not_switched_on_for_next_to_nothing() -> None:
     assert not switch.decision
     run(switch, 12000, 0.95, 1.0, noise=0.1)
     assert switch.decision
-
-
-@pytest.mark.parametrize(
-    ("left_over", "on_s", "expected"),
-    [(0.0, 1.0, False), (LEFT_BY_PREFETCH, 1.0, True), (LEFT_BY_PREFETCH, 1.04, False)],
-)
-def test_steps_that_live_off_those_before_are_not_taken_for_faster(
-    left_over: float, on_s: float, expected: bool
-) -> None:
-    """At half of the experts whole runs took the same time, and blocks without prefetching 2% less."""
-    generator, switch = random.Random(3), GainSwitch(left_over=left_over)
-    num_since = num_on = 0
-    for step in range(4000):
-        num_since = 0 if switch.is_on else num_since + 1
-        num_on += switch.is_on and step >= 400
-        off_s = 0.98 if num_since <= BLOCK_STEPS else 1.0
-        switch.record((on_s if switch.is_on else off_s) * generator.uniform(0.99, 1.01))
-    assert (num_on if expected else 3600 - num_on) > 0.93 * 3600

@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BLOCK_STEPS, LEAST_STEPS = 5, 2  # of a block; the first one does not count
+COUNTED_STEPS = BLOCK_STEPS - 1
 LEAST_PROBES, MOST_PROBES = 4, 12  # before a change; the last MOST_PROBES count
 AGREEING_PROBES = 2  # are enough to go on as before, where each of them says so
 CLEAR, CLEAR_OF_FEW = 2.0, 3.5  # standard errors: with many probes, and more with few (Student's t)
 SWITCH_ON, SWITCH_OFF = 0.015, -0.015  # mean gain where the interval does not decide
 FAR = 0.10  # of a step: what a single probe may show
 FIRST_REST_STEPS, LONGEST_REST_STEPS = 48, 256
-# Steps without prefetching use what those before have read for nothing: a block of them is faster by this
-# share than going on without would be (measured at half of the experts, tiny-qwen3-moe).
-LEFT_BY_PREFETCH = 0.02
 TRIAL_SHARE = 0.02  # of all time: what finding out may cost, as far as a longest rest makes it so
 REMEMBERED_STEPS = 256  # for what a miss costs
 
@@ -46,17 +44,19 @@ class GainSwitch:
 
     Args:
         begins_on: what is done until probes decide; the first block is of this kind.
-        left_over: share of a step's time by which a block without it is faster for coming after one with it.
     """
 
-    def __init__(self, *, begins_on: bool = True, left_over: float = 0.0) -> None:
+    _most_probes = MOST_PROBES
+    _in_favour = 0.0  # share of a step's time without it that is added to every difference
+
+    def __init__(self, *, begins_on: bool = True) -> None:
         self.is_on = self.decision = self._begins_on = begins_on
-        self._left_over = left_over
         self.gain: float | None = None
         self._blocks: dict[bool, list[Timed]] = {True: [], False: []}  # of the probe under way
-        self._probes: deque[tuple[list[Timed], list[Timed]]] = deque(maxlen=MOST_PROBES)  # on, off
+        self._probes: deque[tuple[list[Timed], list[Timed]]] = deque(maxlen=self._most_probes)  # on, off
         self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_STEPS)  # see _miss_s
-        self._step = 0  # of the probe
+        self._step = 0  # of the block
+        self._is_second = False  # block of the probe
         self._num_probes = 0
         self._resting = 0  # steps left before the next probe
         self._rest_steps = FIRST_REST_STEPS
@@ -80,23 +80,34 @@ class GainSwitch:
         if self._resting:
             self._resting -= 1
         else:
-            if self._step % BLOCK_STEPS:
-                self._blocks[self.is_on].append(Timed(seconds, needs))
-            self._step += 1
-            if self._step == 2 * BLOCK_STEPS or self._is_hopeless():
-                self._end_probe()
+            self._record_in_probe(Timed(seconds, needs))
         self.is_on = self.decision if self._resting else self._is_on_in_probe()
+
+    def _record_in_probe(self, step: Timed) -> None:
+        if self._step >= self._num_settling():
+            self._blocks[self.is_on].append(step)
+        self._step += 1
+        ends_block = self._step == self._num_settling() + COUNTED_STEPS
+        if ends_block and not self._is_second:
+            self._step, self._is_second = 0, True
+        elif ends_block or self._is_hopeless():
+            self._end_probe()
+
+    def _num_settling(self) -> int:
+        """Return how many steps of the block under way do not count."""
+        return 1
 
     def revoke(self) -> None:
         """Do it no more: something else showed that it costs. Later probes may show otherwise."""
         self.is_on = self.decision = False
         self._blocks = {True: [], False: []}
         self._probes.clear()
-        self._step, self._resting, self._rest_steps = 0, FIRST_REST_STEPS, FIRST_REST_STEPS
+        self._step, self._is_second = 0, False
+        self._resting = self._rest_steps = FIRST_REST_STEPS
 
     def _is_on_in_probe(self) -> bool:
         first = self._begins_on == (self._num_probes % 2 == 0)
-        return first if self._step < BLOCK_STEPS else not first
+        return first is not self._is_second
 
     def _is_hopeless(self) -> bool:
         """Whether a probe's second block, of what is not done, need not be finished: it is slower again.
@@ -104,7 +115,7 @@ class GainSwitch:
         In a first trial it has to be far slower.
         """
         done, other = self._blocks[self.decision], self._blocks[not self.decision]
-        if len(done) < BLOCK_STEPS - 1 or len(other) < LEAST_STEPS:
+        if len(done) < COUNTED_STEPS or len(other) < LEAST_STEPS:
             return False
         return self._is_faster(done, other, by=FAR if self.gain is None else 0.0)
 
@@ -115,7 +126,7 @@ class GainSwitch:
             self._recent.extend((step.seconds - mean_s, step.needs - mean_needs) for step in block)
         self._probes.append((on, off))
         self._blocks = {True: [], False: []}
-        self._step = 0
+        self._step, self._is_second = 0, False
         self._num_probes += 1
         if len(self._probes) >= LEAST_PROBES:
             self._decide()
@@ -145,9 +156,7 @@ class GainSwitch:
 
     def _decide(self) -> None:
         """Bring decision and gain up to date; rest, unless it takes more probes to change it."""
-        gain, error = self._estimate()
-        num_kept = len(self._probes) - 2 * _num_extremes(len(self._probes))
-        clear = abs(gain) > (CLEAR + CLEAR_OF_FEW / (num_kept - 1)) * error
+        gain, clear = self._estimate()
         decision = gain > (0.0 if clear else SWITCH_OFF if self.decision else SWITCH_ON)
         contradicts = decision != self.decision
         if contradicts and not clear and len(self._probes) < MOST_PROBES:
@@ -157,8 +166,8 @@ class GainSwitch:
             self._probes.clear()
         self.decision = decision
 
-    def _estimate(self) -> tuple[float, float]:
-        """Return the mean gain of the probes as a share of a step without it, and its standard error.
+    def _estimate(self) -> tuple[float, bool]:
+        """Return the mean gain of the probes as a share of a step without it, and whether it is clear of 0.
 
         A trimmed mean, its error from what is left with the extremes drawn in (Yuen, Biometrika 61, 1974): a
         disk that hesitates once shall not decide.
@@ -166,20 +175,22 @@ class GainSwitch:
         differences = self._differences()
         step_s = statistics.median(_means(off)[0] for _, off in self._probes)
         if step_s <= 0.0:
-            return 0.0, 0.0
+            return 0.0, False
         cut, ordered = _num_extremes(len(differences)), sorted(differences)
         kept = ordered[cut : len(ordered) - cut]
         drawn_in = [min(max(value, kept[0]), kept[-1]) for value in differences]
         spread = statistics.stdev(drawn_in) if len(kept) > 1 else 0.0
         error = spread * len(differences) ** 0.5 / len(kept)
-        return statistics.fmean(kept) / step_s, error / step_s
+        mean = statistics.fmean(kept)
+        clear = len(kept) > 1 and abs(mean) > (CLEAR + CLEAR_OF_FEW / (len(kept) - 1)) * error
+        return mean / step_s, clear
 
     def _differences(self) -> list[float]:
         """Return by probe the seconds that a step took longer without it, its misses taken off."""
         miss_s, differences = self._miss_s(), []
         for on, off in self._probes:
             (on_s, on_needs), (off_s, off_needs) = _means(on), _means(off)
-            differences.append((1.0 + self._left_over) * off_s - on_s - miss_s * (off_needs - on_needs))
+            differences.append((1.0 + self._in_favour) * off_s - on_s - miss_s * (off_needs - on_needs))
         return differences
 
     def _miss_s(self) -> float:

@@ -16,9 +16,9 @@ from moe_offload.config import MIB, RuntimeConfig
 from moe_offload.errors import CheckpointError
 from moe_offload.planning.cost_model import state_tokens
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.gain_switch import LEFT_BY_PREFETCH, GainSwitch
 from moe_offload.planning.plans import DevicePlan, PlacementPlan
 from moe_offload.planning.prediction import Predictor
+from moe_offload.planning.prefetch_switch import PrefetchSwitch
 from moe_offload.planning.prompt_chunks import longest_chunk
 from moe_offload.profile_store import ProfileInUse
 from moe_offload.residency.expert_cache import ExpertCache
@@ -141,7 +141,7 @@ def _make_prefetcher(
         cache,
         _make_predictor(decided.choice, model, layers, decided.config.prefetch_depth),
         link=partial(_link_counters, handle.reader),
-        switch=GainSwitch(left_over=LEFT_BY_PREFETCH),
+        switch=PrefetchSwitch(),
         speeds=handle.speeds,
     )
 

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from moe_offload import ops
 from moe_offload.planning.eviction import make_policy
-from moe_offload.planning.gain_switch import LEFT_BY_PREFETCH, GainSwitch
+from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.prediction import Predictor
 from moe_offload.planning.prefetch_plan import Threshold
+from moe_offload.planning.prefetch_switch import PrefetchSwitch
 from moe_offload.planning.time_budget import Clock, TimeBudget
 from moe_offload.planning.tuning import Choice, Predictability
 from moe_offload.predictors.evaluate import evaluate
@@ -156,9 +157,7 @@ class TuningRun:
         state = self._states.get(choice)
         if state is None:
             predictor = self.predictor(choice.predictor, choice.prefetch_depth) if choice.prefetch else None
-            state = self._states[choice] = _State(
-                predictor, GainSwitch(left_over=LEFT_BY_PREFETCH), Threshold()
-            )
+            state = self._states[choice] = _State(predictor, PrefetchSwitch(), Threshold())
         offload = self.model.offload
         ops.set_num_threads(choice.num_threads)
         offload.cache.use_policy(partial(make_policy, self._policy(choice)), state.policy_states)
