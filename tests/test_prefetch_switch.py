@@ -14,6 +14,7 @@ from moe_offload.planning.prefetch_switch import (
     MOST_PROBES,
     SETTLING_STEPS,
     UNCLEAR_REST_STEPS,
+    Findings,
     PrefetchSwitch,
 )
 
@@ -97,3 +98,16 @@ def test_the_steps_in_which_it_begins_anew_do_not_count() -> None:
             switch.record(1.0 if not switch.is_on or num_on > SETTLING_STEPS else first_s)
         gains.append(switch.gain)
     assert gains[0] == gains[1] == pytest.approx(LEFT_BY_PREFETCH)
+
+
+@pytest.mark.parametrize(("pays", "on_s"), [(True, 0.85), (False, 1.2)])
+def test_what_an_earlier_run_found_is_not_tried_at_once(pays: bool, on_s: float) -> None:
+    switch = PrefetchSwitch()
+    assert switch.findings is None
+    switch.begin_with(Findings(pays, 1.0 - on_s))
+    assert run(switch, FIRST_REST_STEPS, on_s, 0.1) == [pays] * FIRST_REST_STEPS
+    assert switch.findings == (pays, 1.0 - on_s)
+    steps = run(switch, 1000, on_s, 0.1)
+    assert switch.decision is pays and 0 < steps.count(not pays) < 100
+    run(switch, 6000, 2.0 - on_s, 0.1)
+    assert switch.decision is not pays, "what is not true any more does not last"

@@ -14,6 +14,7 @@ from simulated_disk import FakeArena, SimulatedDisk, make_layouts, make_pool
 import moe_offload
 from moe_offload.planning.eviction import LruPolicy
 from moe_offload.planning.policies.horizon import RATES, HorizonFit, HorizonPolicy
+from moe_offload.planning.prefetch_switch import Findings
 from moe_offload.residency import warm_start
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.warm_start import WarmState, begin_warm, read_state, state_of, write_state
@@ -135,6 +136,22 @@ def test_steps_and_prompts_take_what_they_need_while_the_start_is_being_read(
     cache.close()
 
 
+def test_what_was_found_of_prefetching_comes_back(tmp_path) -> None:
+    found = "25% of the experts, hybrid", Findings(pays=False, gain=-0.07)
+    write_state(tmp_path / "m.npz", "m", state_of(used_cache(), "horizon", found))
+    back = read_state(tmp_path / "m.npz", "m", NUM_EXPERTS_OF)
+    assert back is not None and back.prefetching == found
+    write_state(tmp_path / "m.npz", "m", state_of(used_cache(), "horizon"))
+    back = read_state(tmp_path / "m.npz", "m", NUM_EXPERTS_OF)
+    assert back is not None and back.prefetching is None
+
+
+def with_findings(path, gain: float) -> None:
+    write_state(
+        path, "m", state_of(used_cache(), "horizon", ("25% of the experts, hybrid", Findings(True, gain)))
+    )
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -145,6 +162,7 @@ def test_steps_and_prompts_take_what_they_need_while_the_start_is_being_read(
         lambda path: write_state(path, "other", state_of(used_cache(), "horizon")),
         lambda path: np.savez(path, notes=np.str_("{}")),
         lambda path: write_state(path, "m", WarmState({0: np.ones(3)}, "lru")),
+        lambda path: with_findings(path, float("nan")),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_line_and_a_cold_start(tmp_path, capsys, damage) -> None:
@@ -231,3 +249,23 @@ def test_a_second_run_of_a_model_starts_warm_and_says_the_same(tmp_path, monkeyp
     assert [started for _, _, started in runs] == [False, True, False]
     assert runs[1][1] > 0 and runs[0][1] == runs[2][1] == 0
     assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "warm", "begins_on"), [("25%", True, False), ("50%", True, True), ("25%", False, True)]
+)
+def test_whether_prefetching_pays_is_known_from_the_start_under_the_same_setting(
+    tmp_path, monkeypatch, experts: str, warm: bool, begins_on: bool
+) -> None:
+    monkeypatch.setattr(warm_start, "enabled", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompt = moe_offload.load_tokenizer(None)("The old bridge over the", return_tensors="pt")
+    model = moe_offload.from_pretrained(experts="25%", ram="8GiB", context=64)
+    model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    model.offload.prefetcher.switch.begin_with(Findings(pays=False, gain=-0.3))
+    model.offload.close()
+    model = moe_offload.from_pretrained(experts=experts, ram="8GiB", context=64, warm_start=warm)
+    switch = model.offload.prefetcher.switch
+    assert switch.is_on is begins_on
+    assert switch.findings == (None if begins_on else (False, -0.3))
+    model.offload.close()

@@ -7,6 +7,8 @@ clear or to stay over many probes, and where nothing speaks against it probes be
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from moe_offload.planning.gain_switch import (
     BLOCK_STEPS,
     FIRST_REST_STEPS,
@@ -26,11 +28,29 @@ UNCLEAR_REST_STEPS = 32  # between probes that speak against it and are not clea
 LONGEST_REST_ON_STEPS = 2048
 
 
+class Findings(NamedTuple):
+    """Whether prefetching pays, and what share of a step's time it saves."""
+
+    pays: bool
+    gain: float
+
+
 class PrefetchSwitch(GainSwitch):
     """On until probes show a loss of more than ALLOWED_LOSS; on again as soon as their mean shows none."""
 
     _most_probes = MOST_PROBES
     _in_favour = LEFT_BY_PREFETCH + ALLOWED_LOSS
+
+    @property
+    def findings(self) -> Findings | None:
+        """What probes have shown so far; None before they have."""
+        return None if self.gain is None else Findings(self.decision, self.gain)
+
+    def begin_with(self, findings: Findings) -> None:
+        """Go on from what an earlier run found, before any step: its trial need not be made again."""
+        self.is_on = self.decision = findings.pays
+        self.gain = findings.gain
+        self._resting = FIRST_REST_STEPS
 
     def _num_settling(self) -> int:
         return SETTLING_STEPS if self.is_on else 1

@@ -1,4 +1,4 @@
-"""What a run learned of its text, kept for the next one: every expert's heat, and the policies' scores.
+"""What a run learned, kept for the next: every expert's heat, the policies' scores, whether prefetching pays.
 
 A file a checkpoint in the user's cache, written whole and renamed. What is damaged, foreign or from another
 version costs a line on stderr and a cold start, nothing else. Knows no torch.
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.npz import open_npz
+from moe_offload.planning.prefetch_switch import Findings
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -33,11 +34,16 @@ enabled = True  # tests switch it off: what one leaves behind is not the next on
 
 @dataclass(frozen=True)
 class WarmState:
-    """Heat (E,) by layer, and the arrays of each pool's policy, where it has any."""
+    """Heat (E,) by layer, and the arrays of each pool's policy, where it has any.
+
+    Attributes:
+        prefetching: under which setting what was found of prefetching; None: nothing was.
+    """
 
     heat: Mapping[int, NDArray[Any]]
     policy: str
     policy_states: tuple[Mapping[str, NDArray[Any]], ...] = field(default=())
+    prefetching: tuple[str, Findings] | None = None
 
     def hottest(self) -> list[ExpertKey]:
         """Return every expert that was ever used, the hottest first.
@@ -53,10 +59,10 @@ class WarmState:
         return [ExpertKey(layer_idx, expert_id) for _, layer_idx, expert_id in sorted(keys)]
 
 
-def state_of(cache: ExpertCache, policy: str) -> WarmState:
-    """Return what the cache has learned."""
+def state_of(cache: ExpertCache, policy: str, prefetching: tuple[str, Findings] | None = None) -> WarmState:
+    """Return what the cache has learned, and what was found of prefetching."""
     cache.log.pack()
-    return WarmState(cache.log.heat, policy, tuple(cache.policy_states()))
+    return WarmState(cache.log.heat, policy, tuple(cache.policy_states()), prefetching)
 
 
 def write_state(path: Path, checkpoint: str, state: WarmState) -> None:
@@ -70,7 +76,10 @@ def write_state(path: Path, checkpoint: str, state: WarmState) -> None:
         arrays |= {f"policy.{number}.{name}": array for name, array in policy_state.items()}
     if sum(array.nbytes for array in arrays.values()) > MOST_FILE_BYTES:
         arrays = {name: array for name, array in arrays.items() if name.startswith("heat.")}
-    notes = {"version": VERSION, "checkpoint": checkpoint, "policy": state.policy}
+    notes: dict[str, Any] = {"version": VERSION, "checkpoint": checkpoint, "policy": state.policy}
+    if state.prefetching is not None:
+        setting, findings = state.prefetching
+        notes["prefetching"] = {"setting": setting, **findings._asdict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, {**arrays, "notes": np.str_(json.dumps(notes))})
@@ -131,7 +140,17 @@ def _checked(arrays: dict[str, Any], checkpoint: str, num_experts: Mapping[int, 
     for name, array in arrays.items():
         _, number, key = name.split(".")
         states.setdefault(int(number), {})[key] = array
-    return WarmState(heat, str(notes["policy"]), tuple(states[number] for number in sorted(states)))
+    policy_states = tuple(states[number] for number in sorted(states))
+    return WarmState(heat, str(notes["policy"]), policy_states, _checked_findings(notes))
+
+
+def _checked_findings(notes: Mapping[str, Any]) -> tuple[str, Findings] | None:
+    if (kept := notes.get("prefetching")) is None:
+        return None
+    findings = Findings(bool(kept["pays"]), float(kept["gain"]))
+    if not abs(findings.gain) < 1e3:
+        raise ValueError(f"prefetching cannot save {findings.gain}")
+    return str(kept["setting"]), findings
 
 
 def begin_warm(cache: ExpertCache, state: WarmState, policy: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from moe_offload.planning.prefetch_switch import PrefetchSwitch
 from moe_offload.residency import warm_start
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime.offload import OffloadHandle
@@ -23,10 +24,31 @@ def start_warm(handle: OffloadHandle, cache: ExpertCache, checkpoint: Checkpoint
     if state is not None:
         warm_start.begin_warm(cache, state, policy)
         handle.started_warm = True
-    handle.before_close = partial(_keep, cache, policy, path, key)
+    switch = None if handle.prefetcher is None else handle.prefetcher.switch
+    if not isinstance(switch, PrefetchSwitch):
+        handle.before_close = partial(_keep, cache, policy, path, key)
+        return
+    setting = _setting(handle, sum(num_experts.values()))
+    if state is not None and state.prefetching is not None and state.prefetching[0] == setting:
+        switch.begin_with(state.prefetching[1])
+    handle.before_close = partial(_keep, cache, policy, path, key, switch, setting)
 
 
-def _keep(cache: ExpertCache, policy: str, path: Path, key: str) -> None:
-    state = warm_start.state_of(cache, policy)
+def _setting(handle: OffloadHandle, num_experts: int) -> str:
+    """Return what decides whether prefetching pays: the share of experts in memory, and who predicts."""
+    share = sum(pool.num_slots for pool in handle.plan.pools) / num_experts
+    return f"{5 * round(20 * share)}% of the experts, {handle.predictor}"
+
+
+def _keep(
+    cache: ExpertCache,
+    policy: str,
+    path: Path,
+    key: str,
+    switch: PrefetchSwitch | None = None,
+    setting: str = "",
+) -> None:
+    found = None if switch is None else switch.findings
+    state = warm_start.state_of(cache, policy, None if found is None else (setting, found))
     if any(heat.any() for heat in state.heat.values()):  # a model that never ran has learned nothing
         warm_start.write_state(path, key, state)
