@@ -85,6 +85,30 @@ def test_the_forecast_kept_up_to_date_is_the_formulas(tmp_path):
         assert policy.scores()[row] == pytest.approx(expected, abs=tolerance(fit))
 
 
+@pytest.mark.parametrize("fitted", [True, False])
+def test_steps_shown_together_count_as_one_by_one(tmp_path, fitted):
+    random_fit().write(tmp_path / "fit.npz")
+    path = str(tmp_path / "fit.npz") if fitted else None
+    events = [(layer, expert_ids, None) for layer, expert_ids in random_events(9, (1, 2, 5, 6))]
+
+    class Watching(HorizonPolicy):
+        def on_route(self, *event):
+            seen.append(event)
+            super().on_route(*event)
+
+    seen = []
+    single, together, watching = HorizonPolicy(path), HorizonPolicy(path), Watching(path)
+    for event in events:
+        single.on_route(*event)
+    for start in range(0, len(events), 5):
+        together.on_routes(events[start : start + 5])
+        watching.on_routes(events[start : start + 5])
+    assert np.array_equal(single.scores(), together.scores())
+    assert np.array_equal(single.scores(), watching.scores()) and seen == events
+    with pytest.raises(ValueError, match="wanted"):
+        together.on_routes([(1,)])
+
+
 def test_without_a_fit_an_experts_own_frequencies_count():
     policy = HorizonPolicy()
     events = random_events(2, (0, 3))

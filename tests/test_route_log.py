@@ -58,6 +58,19 @@ def test_each_chunk_knows_where_the_tier_above_stood() -> None:
     ]
 
 
+def test_steps_noted_together_are_noted_as_one_by_one_and_only_where_no_chunk_ends() -> None:
+    log, residents, counters = make_log()
+    residents[:], counters[:] = [ExpertKey(3, 1)], [5, 9]
+    assert log.add_steps([(0, [2, 5], [0.5, 0.5]), (3, [1], None)])
+    events, (before,) = log.events()
+    assert events == [(0, [2, 5], None, []), (3, [1], None, [])]
+    assert (before.keys(), before.hits, before.needs) == ([ExpertKey(3, 1)], 5, 9)
+    for number in range(CHUNK_EVENTS - 2):
+        log.add(0, [number % 8])
+    assert not log.add_steps([(0, [1], None), (3, [4], None)])
+    assert len(log.events()[0]) == CHUNK_EVENTS
+
+
 def test_old_chunks_are_dropped_and_the_rest_starts_at_its_own_chunk() -> None:
     log, residents, counters = make_log(max_bytes=3 * 2 * 4 * CHUNK_EVENTS)
     for number in range(5 * CHUNK_EVENTS):

@@ -153,7 +153,7 @@ py::list choices(const DecodeStep& step, int64_t first, int64_t end) {
     py::list list;
     for (int64_t layer = first; layer < end; ++layer) {
         const Choice& choice = step.choices()[layer];
-        list.append(py::make_tuple(choice.ids, choice.weights));
+        if (!choice.ids.empty()) list.append(py::make_tuple(layer, choice.ids, choice.weights));
     }
     return list;
 }
@@ -258,7 +258,7 @@ void register_decode(py::module_& m) {
              py::arg("tables"), py::arg("watch") = nullptr,
              "The layers from one on, up to one that chose what is not in memory")
         .def("choices", choices, py::arg("first"), py::arg("end"),
-             "What run() chose in some layers, (ids, weights)")
+             "What run() chose in those of some layers that have experts, (layer, ids, weights)")
         .def("logits", logits, "The token's logits")
         .def("expect_next", expect_next, py::arg("logits"), py::arg("watch") = nullptr,
              "The most likely next token by the logits; who watches hears of it as if its layers began");

@@ -72,6 +72,18 @@ void observe_layer(HorizonTable& table, int64_t layer_idx, const py::object& exp
     table.observe(layer_idx, ids);
 }
 
+// steps: (layer_idx, expert_ids, weights), in their order.
+void observe_steps(HorizonTable& table, const py::list& steps) {
+    for (const py::handle step : steps) {
+        if (!PyTuple_Check(step.ptr()) || PyTuple_GET_SIZE(step.ptr()) < 2)
+            throw py::value_error("HorizonTable.observe_steps: (layer_idx, expert_ids, ...) wanted");
+        const int64_t layer_idx = PyLong_AsLongLong(PyTuple_GET_ITEM(step.ptr(), 0));
+        if (layer_idx == -1 && PyErr_Occurred()) throw py::error_already_set();
+        observe_layer(table, layer_idx,
+                      py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(step.ptr(), 1)));
+    }
+}
+
 // expert_ids: (L, K), a row for each of the table's layers.
 void observe_layers(HorizonTable& table, const py::array_t<int64_t, py::array::c_style>& expert_ids) {
     const std::vector<int64_t> layers = table.layers();
@@ -197,6 +209,7 @@ void register_horizon(py::module_& m) {
         .def("use_fit", &use_fit, py::arg("fit"), py::arg("layers"))
         .def("reach", &reach, py::arg("layer_idx"), py::arg("expert_id"))
         .def("observe", &observe_layer, py::arg("layer_idx"), py::arg("expert_ids"))
+        .def("observe_steps", &observe_steps, py::arg("steps"))
         .def("observe_layers", &observe_layers, py::arg("expert_ids"))
         .def("lowest", &lowest, py::arg("evicted"), py::arg("inserted"), py::arg("count"),
              py::arg("num_candidates"), py::arg("key_class"))

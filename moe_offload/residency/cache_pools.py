@@ -222,26 +222,6 @@ class CachePools:
         """Return ``resident_table`` of all layers, to see who has a slot: their first column is not 0."""
         return {i: pool.resident_table[i] for i, pool in self._pool_of.items()}
 
-    def used_residents(
-        self,
-        layer_idx: int,
-        expert_ids: Sequence[int],
-        weights: Sequence[float],
-        num_hits: int | None = None,
-        above: Sequence[int] = (),
-    ) -> None:
-        """Count a step that ran on ``resident_table`` as ``begin`` and ``end`` would have.
-
-        Args:
-            num_hits: how many of what the router chose were used here; the others in another tier. None: all.
-            above: those of them that the tier above served.
-        """
-        pool = self._pool_of[layer_idx]
-        if self.keeps_log and not (pool.is_full_size and (pool.above is None or pool.above.is_full_size)):
-            self.log.add(layer_idx, expert_ids, None, above)
-        self._stats.hits += len(expert_ids) if num_hits is None else num_hits
-        pool.routed(layer_idx, expert_ids, weights)
-
     def expert_bytes(self, layer_idx: int) -> int:
         """Return the bytes of an expert of a layer in the file."""
         return self._pool_of[layer_idx].store.expert_bytes(ExpertKey(layer_idx, 0))

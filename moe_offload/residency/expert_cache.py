@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 
+from moe_offload.residency.cache_books import CacheBooks
 from moe_offload.residency.cache_hints import CacheHints
 from moe_offload.residency.cache_pools import Step as Step
 from moe_offload.residency.cache_upkeep import CacheUpkeep
@@ -32,7 +33,7 @@ from moe_offload.residency.slot_pool import SlotPool
 from moe_offload.storage.expert_format import ExpertKey
 
 
-class ExpertCache(CacheHints, CacheUpkeep):
+class ExpertCache(CacheHints, CacheUpkeep, CacheBooks):
     """Experts in the slots of an arena, read from ``store`` as steps and prefetches ask for them.
 
     Args:

@@ -98,6 +98,18 @@ class RouteLog:
         if len(pending) >= CHUNK_EVENTS:
             self.pack()
 
+    def add_steps(self, steps: Sequence[tuple[int, Sequence[int], Sequence[float] | None]]) -> bool:
+        """Note steps (layer, expert ids, weights) that nobody came or left between, where they fit.
+
+        False: nothing was noted, because a chunk ends among them; it has to say where the tiers stood then.
+        """
+        if len(self._pending) + len(steps) > CHUNK_EVENTS - 1:
+            return False
+        if steps and not self._pending:
+            self._start = self._marks()
+        self._pending += [(layer_idx, expert_ids, None, ()) for layer_idx, expert_ids, _ in steps]
+        return True
+
     def pack(self) -> None:
         """Turn the pending events into a chunk, warm what they used, and drop what is too old."""
         if not self._pending:

@@ -14,6 +14,8 @@ from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
 UNTOLD_PASSES = 64  # that a policy learns of late
 
+RoutedStep = tuple[int, Sequence[int], Sequence[float] | None]  # layer_idx, expert_ids, weights
+
 
 class SlotPool(SlotReads):
     """A pool with a policy for its residents, and an order in which everything else gives way."""
@@ -29,7 +31,7 @@ class SlotPool(SlotReads):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(plan, layouts, store, policy, stats, first_address, clock)
-        self._untold: deque[tuple[int, Sequence[int], Sequence[float] | None]]
+        self._untold: deque[RoutedStep]
         self._untold = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # steps, see routed
         self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
         self.held: dict[ExpertKey, int] = {}  # copies to there that are under way, by expert
@@ -43,6 +45,18 @@ class SlotPool(SlotReads):
             self._untold.append((layer_idx, expert_ids, weights))
         else:
             self.policy.on_route(layer_idx, expert_ids, weights)
+
+    def routed_steps(self, steps: list[RoutedStep]) -> None:
+        """``routed`` of several steps that nothing came between."""
+        if self.is_full_size:
+            self._untold.extend(steps)
+            return
+        on_routes = getattr(self.policy, "on_routes", None)
+        if on_routes is not None:
+            on_routes(steps)
+            return
+        for step in steps:
+            self.policy.on_route(*step)
 
     def tell_policy(self) -> None:
         """Show the policy what was put off, the last ``UNTOLD_PASSES`` passes of it."""

@@ -209,14 +209,13 @@ class NativeStep:
 
     def _count_residents(self, first: int, end: int) -> None:
         """Tell cache and handle of layers that were computed in one go."""
-        if not self._moe_executors:
+        if not self._moe_executors or first == end:
             return
-        choices = self._step.choices(first, end)
-        for layer_idx, choice in zip(range(first, end), choices, strict=True):
-            executor = self._executors[layer_idx]
-            if executor is not None:
-                executor.cache.used_residents(layer_idx, *choice)
-                executor.on_layer_done(layer_idx)
+        steps = self._step.choices(first, end)
+        if steps:
+            executor = self._moe_executors[0]
+            executor.cache.used_in_run(steps)
+            executor.on_layer_done(steps[-1][0])
 
     def _run_layers(
         self, cached: list[tuple[int, int]], capacity: int, num_tokens: int, first: int = 0

@@ -167,6 +167,14 @@ class HorizonPolicy(TablePolicy):
     ) -> None:
         self._table.observe(layer_idx, expert_ids)
 
+    def on_routes(self, steps: list[tuple[int, Sequence[int], Sequence[float] | None]]) -> None:
+        """``on_route`` of several steps in one crossing."""
+        if type(self).on_route is HorizonPolicy.on_route:
+            self._table.observe_steps(steps)
+        else:  # a class made of this one sees them, too
+            for step in steps:
+                self.on_route(*step)
+
     def on_insert(self, key: ExpertKey) -> None:
         self._inserted.append(key)
 

@@ -1,0 +1,48 @@
+"""What native code computed from the cache's slots, booked afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_offload.residency.cache_pools import CachePools
+from moe_offload.residency.slot_pool import RoutedStep, SlotPool
+
+
+class CacheBooks(CachePools):
+    """Log, counters and policies learn of steps that ran on ``resident_table``."""
+
+    def used_residents(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float] | None,
+        num_hits: int | None = None,
+        above: Sequence[int] = (),
+    ) -> None:
+        """Count a step that ran on ``resident_table`` as ``begin`` and ``end`` would have.
+
+        Args:
+            num_hits: how many of what the router chose were used here; the others in another tier. None: all.
+            above: those of them that the tier above served.
+        """
+        pool = self._pool_of[layer_idx]
+        if self._keeps_log_of(pool):
+            self.log.add(layer_idx, expert_ids, None, above)
+        self._stats.hits += len(expert_ids) if num_hits is None else num_hits
+        pool.routed(layer_idx, expert_ids, weights)
+
+    def used_in_run(self, steps: list[RoutedStep]) -> None:
+        """``used_residents`` of steps that ran one after the other: nobody came or left between them.
+
+        The books are as if each had been told alone. A token's steps told alone cost as much as a layer does.
+        """
+        if len(self._pools) == 1 and (not self._keeps_log_of(self._pools[0]) or self.log.add_steps(steps)):
+            self._stats.hits += sum([len(expert_ids) for _, expert_ids, _ in steps])
+            self._pools[0].routed_steps(steps)
+            return
+        for step in steps:
+            self.used_residents(*step)
+
+    def _keeps_log_of(self, pool: SlotPool) -> bool:
+        """Whether somebody may ever leave, here or in the tier above: else the log has nothing to say."""
+        return self.keeps_log and not (pool.is_full_size and (pool.above is None or pool.above.is_full_size))
