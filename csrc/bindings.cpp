@@ -12,6 +12,7 @@ void register_lookahead(pybind11::module_& m);  // csrc/planning/bindings_lookah
 void register_early_reads(pybind11::module_& m);  // csrc/decode/bindings_early_reads.cpp: and reads it
 void register_device(pybind11::module_& m);       // csrc/device/bindings_device.cpp: the emulated accelerator
 void register_hybrid(pybind11::module_& m);       // csrc/hybrid/bindings_hybrid.cpp: layers on both at once
+void register_registries(pybind11::module_& m);   // csrc/common/bindings_registries.cpp: modules as they were
 
 PYBIND11_MODULE(_native, m) {
     m.doc() =
@@ -28,4 +29,5 @@ PYBIND11_MODULE(_native, m) {
     register_early_reads(m);
     register_device(m);
     register_hybrid(m);
+    register_registries(m);
 }

@@ -10,6 +10,7 @@ import torch
 import toy_models
 from toy_models import plain_model, save_model, save_toy_model
 from transformers import CONFIG_MAPPING, AttentionInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe_offload
@@ -18,6 +19,7 @@ from moe_offload.config import DEMO_MODEL
 from moe_offload.planning.policies.horizon import HorizonPolicy
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.native_families import native_step_reason
+from moe_offload.runtime.native_step import maker_of
 from moe_offload.runtime.packed_kv import pack, unpack
 from moe_offload.storage.checkpoint import open_checkpoint
 
@@ -570,6 +572,41 @@ def test_hooks_and_replaced_modules_are_seen(demo):
     assert not step.serves(inputs)
     attention.q_proj = projection
     assert step.serves(inputs)
+
+
+def test_a_setting_that_changes_in_the_middle_of_a_text_is_seen(demo):
+    step, inputs, config = demo.offload.native_step, step_inputs(demo), demo.config
+    for name, value in (("use_cache", False), ("output_router_logits", True), ("output_hidden_states", True)):
+        asked = {key: given for key, given in inputs.items() if key != "use_cache"}
+        before = getattr(config, name)
+        setattr(config, name, value)
+        assert not step.serves(asked), name
+        setattr(config, name, before)
+        assert step.serves(asked), name
+
+
+def test_outputs_are_those_of_transformers_own_constructors():
+    logits, cache = torch.ones(1, 1, VOCAB), object()
+    for output_class in (CausalLMOutputWithPast, MoeCausalLMOutputWithPast):
+        made, expected = (
+            maker_of(output_class)(logits, cache),
+            output_class(logits=logits, past_key_values=cache),
+        )
+        assert type(made) is output_class
+        assert list(vars(made).items()) == list(vars(expected).items())
+        assert list(made.items()) == list(expected.items()) and made.to_tuple() == expected.to_tuple()
+
+
+def test_what_was_noted_of_dicts_is_compared_by_identity():
+    held = {"a": 1000, "b": None}
+    assert _native.are_empty([{}, {}]) and not _native.are_empty([{}, held])
+    assert _native.are_as_noted([held] * 3, ["a", "b", "c"], [held["a"], None, None])
+    assert not _native.are_as_noted([held], ["a"], [float(1000)])
+    assert not _native.are_as_noted([held], ["b"], [held["a"]])
+    with pytest.raises(ConfigError, match="one length"):
+        _native.are_as_noted([held], [], [])
+    with pytest.raises(TypeError, match="dicts"):
+        _native.are_empty([[]])
 
 
 def test_one_look_at_hidden_states_does_not_end_native_steps(demo):

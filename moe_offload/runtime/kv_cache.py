@@ -269,10 +269,10 @@ class KVCache(Cache):  # type: ignore[misc]
     def has_room_for(self, num_new: int, dtype: torch.dtype) -> bool:
         """Whether every layer holds the same tokens of one sequence and can take ``num_new`` more."""
         num_tokens = self.get_seq_length()
-        return all(
-            isinstance(layer, KVCacheLayer) and layer.has_room_for(num_new, num_tokens, dtype)
-            for layer in self.layers
-        )
+        for layer in self.layers:
+            if not (isinstance(layer, KVCacheLayer) and layer.has_room_for(num_new, num_tokens, dtype)):
+                return False
+        return True
 
     def is_of(self, num_layers: int, row_shape: tuple[int, int]) -> bool:
         """Whether it is empty or holds what so many layers with such rows have made; all rows are alike."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from moe_offload._native import are_as_noted, are_empty
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.packed_kv import layer_class
 from moe_offload.runtime.transformers_code import LayerCode
@@ -37,7 +38,7 @@ class ServedForwards:
 
     def __init__(self, model: Any, kv: str | None) -> None:
         self._cache_layer = layer_class(kv)
-        self._config, self._dtype = model.config, model.config.dtype
+        self._config, self._dtype = _Config(model.config), model.config.dtype
         layers = model.get_decoder().layers
         rows = model.config.num_key_value_heads, layers[0].self_attn.head_dim
         self._cache_shape = len(layers), rows
@@ -55,7 +56,7 @@ class ServedForwards:
             and isinstance(cache, KVCache)
             and cache.make_layer is self._cache_layer
             and cache.is_of(*self._cache_shape)
-            and self._config._attn_implementation in PLAIN_ATTENTION
+            and self._config.brought_up_to_date().has_plain_attention
             and self._wants_only_logits(inputs)
             and cache.has_room_for(num_tokens, self._dtype)
             and _sees_all(inputs.get("attention_mask"), cache.get_seq_length() + num_tokens)
@@ -72,16 +73,43 @@ class ServedForwards:
         return self._began_as_loaded
 
     def _wants_only_logits(self, inputs: dict[str, Any]) -> bool:
-        asked = {key for key, value in inputs.items() if value is not None and value is not False}
+        for key, value in inputs.items():
+            if key not in SERVED_KEYS and value is not None and value is not False:
+                return False
         use_cache, kept = inputs.get("use_cache"), inputs.get("logits_to_keep", 0)
         return (
-            asked <= SERVED_KEYS
-            and (self._config.use_cache if use_cache is None else use_cache)
+            bool(self._config.uses_cache if use_cache is None else use_cache)
             and inputs.get("return_dict") is not False
             and isinstance(kept, int)
             and kept >= 0  # of a negative number transformers leaves out the first ones
-            and not any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
+            and not self._config.wants_more
         )
+
+
+class _Config:
+    """What of a model's configuration decides here; to ask for an attribute takes transformers microseconds.
+
+    Attributes:
+        has_plain_attention: no other one was chosen by name.
+        uses_cache: unless a forward says otherwise.
+        wants_more: than logits.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._values = config, vars(config)
+        self._look()
+
+    def brought_up_to_date(self) -> _Config:
+        """Look again where any of its values was changed since; returns itself."""
+        if self._values != self._seen:
+            self._look()
+        return self
+
+    def _look(self) -> None:
+        self._seen = dict(self._values)
+        self.has_plain_attention: bool = self._config._attn_implementation in PLAIN_ATTENTION
+        self.uses_cache: bool = self._config.use_cache
+        self.wants_more = any(getattr(self._config, flag, False) for flag in OUTPUT_FLAGS)
 
 
 class _Parts:
@@ -91,8 +119,9 @@ class _Parts:
         modules: list[nn.Module] = [module for module in model.modules() if module is not model]
         registries: list[dict[str, Any]] = [model._modules]
         registries += [registry for m in modules for registry in (m._modules, m._parameters)]
-        self._places = [(registry.get, name) for registry in registries for name in registry]
-        self._contents = self._current()
+        places = [(registry, name) for registry in registries for name in registry]
+        self._registries, self._names = [registry for registry, _ in places], [name for _, name in places]
+        self._contents = [registry[name] for registry, name in places]
         self._weights = [part for part in self._contents if isinstance(part, Tensor)]
         self._attributes = [vars(module) for module in modules]
         self._addresses, self._settings = self._current_addresses(), self._current_settings()
@@ -100,9 +129,9 @@ class _Parts:
 
     def are_untouched(self) -> bool:
         """Whether no module or parameter was replaced and no hook waits for a forward."""
-        if any(self._hooks) and not self._hooks_sleep():
+        if not are_empty(self._hooks) and not self._hooks_sleep():
             return False
-        return all(map(operator.is_, self._current(), self._contents))
+        return are_as_noted(self._registries, self._names, self._contents)
 
     def _hooks_sleep(self) -> bool:
         """Whether all hooks are transformers' own, which wake where more than logits is asked for."""
@@ -122,9 +151,6 @@ class _Parts:
 
     def _current_settings(self) -> list[Any]:
         return [value for names in self._attributes for name, value in names.items() if name[0] != "_"]
-
-    def _current(self) -> list[Any]:
-        return [get(name) for get, name in self._places]
 
 
 def _sees_all(mask: Any, num_tokens: int) -> bool:

@@ -6,13 +6,16 @@ prefetch see the same calls on both ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.errors import DeviceError
@@ -59,7 +62,7 @@ class NativeStep:
         self._hybrid_run: HybridRun | None = None  # made when a device is first there
         self._needs_seen, self._tokens_without_need = -1, 0
         self._dtype = model.config.dtype
-        self._output_class = MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast
+        self._output = maker_of(MoeCausalLMOutputWithPast if executors else CausalLMOutputWithPast)
         self._served = ServedForwards(model, kv)
         self._prompt = NativePrompt(self._decoder, self._executors)
         self._run_experts = OneTokenExperts(self._decoder).run
@@ -107,7 +110,7 @@ class NativeStep:
         num_tokens = inputs["input_ids"].shape[1]
         logits = self._one_token(inputs, cache) if num_tokens == 1 else self._prompt.run(inputs, cache)
         cache.grew_by(num_tokens)
-        return self._output_class(logits=logits.to(self._dtype), past_key_values=cache)
+        return self._output(logits.to(self._dtype), cache)
 
     def _one_token(self, inputs: dict[str, Any], cache: KVCache) -> Tensor:
         shape = self._decoder.shape
@@ -226,3 +229,21 @@ class NativeStep:
             self._step.attend(layer_idx, *cached[layer_idx], capacity, num_tokens)
             if executor is not None:
                 self._run_experts(executor)
+
+
+def maker_of(output_class: type[ModelOutput]) -> Callable[[Tensor, KVCache], Any]:
+    """Return what makes an output of logits and cache as its constructor would, which takes microseconds.
+
+    An output is an OrderedDict of what is not None, and has all its fields as attributes.
+    """
+    attributes = dict.fromkeys(field.name for field in fields(output_class))
+    put = OrderedDict.__setitem__  # a class of outputs has its own, which looks all fields up
+
+    def make(logits: Tensor, cache: KVCache) -> Any:
+        output: Any = OrderedDict.__new__(output_class)
+        put(output, "logits", logits)
+        put(output, "past_key_values", cache)
+        vars(output).update(attributes, logits=logits, past_key_values=cache)
+        return output
+
+    return make

@@ -23,6 +23,7 @@ from moe_offload.runtime.chunked_prefill import (
 from moe_offload.runtime.footprint import weight_bytes
 from moe_offload.runtime.offload import OffloadHandle
 
+CPU = torch.device("cpu")
 # transformers' caches that could not hold what they promise, and what to do instead.
 NO_CARD = "keys and values are in the budget of ram=, and there is no card to move them from"
 OTHER_CACHES = {
@@ -48,12 +49,15 @@ def offloaded_class(model_class: Any) -> Any:
 def _make_forward(model_class: type[PreTrainedModel]) -> Any:
     """Wrap the family's forward; ``wraps`` keeps the signature that generate() inspects."""
     signature = inspect.signature(model_class.forward)
+    names = signature.parameters.keys() - {"self", "kwargs"}
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind_partial(self, *args, **kwargs).arguments
-        arguments.pop("self")
-        others = arguments.pop("kwargs", {})
-        inputs = {**arguments, **others}
+        inputs = kwargs
+        if args or not kwargs.keys() <= names:
+            arguments = signature.bind_partial(self, *args, **kwargs).arguments
+            arguments.pop("self")
+            others = arguments.pop("kwargs", {})
+            inputs = {**arguments, **others}
         with self.offload.exclusive():
             return _run_forward(self, functools.partial(model_class.forward, self), inputs)
 
@@ -183,6 +187,11 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         if dtype is not None and dtype != self.config.dtype:
             _refuse(f"converting to {dtype}", f"call from_pretrained(..., dtype={dtype})")
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; transformers looks for the first parameter, at each token."""
+        return CPU
 
     def cpu(self) -> Any:
         return self
