@@ -185,7 +185,7 @@ def test_a_beginning_that_was_expected_is_looked_at_once() -> None:
 
     def read_of(hidden: torch.Tensor, num_slots: int) -> int:
         early.native.lend(cache.lend_for_guesses(num_slots, -1, 1))
-        early._has_lent = True
+        early.has_lent = True
         early.native.begins(hidden.data_ptr())
         count = len(early.native.events())
         early.end()

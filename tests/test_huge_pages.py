@@ -57,7 +57,7 @@ def test_no_share_is_saved_up_for_a_long_halt() -> None:
     for _ in range(100):
         pages.step_done(1.0)
     slots += EVERYWHERE
-    pages.step_done(0.0)
+    pages.step_done(0.02)
     assert len(memory.asked) == 2
 
 
@@ -125,3 +125,15 @@ def test_pages_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (pages.num_made > 0) == with_pages
         model.offload.close()
     assert texts[0] == texts[1]
+
+
+def test_free_slots_without_a_place_are_not_looked_through_at_each_token() -> None:
+    memory, looked, slots = Memory(), [], []
+    pages = HugePages(memory, lambda: looked.append(1) or slots, lambda: memory.now)
+    for _ in range(100):
+        pages.step_done(0.001)  # 20 us of it
+    assert 4 <= len(looked) <= 6
+    slots += EVERYWHERE
+    for _ in range(21):
+        pages.step_done(0.001)
+    assert memory.asked[:2] == PLACES[:2], "two milliseconds were saved meanwhile"

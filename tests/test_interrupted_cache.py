@@ -74,11 +74,11 @@ class Door(EarlyReads):
 
     def __init__(self, cache: ExpertCache, disk: ForgetfulDisk) -> None:
         self._cache, self._store, self.native = cache, disk, NativeRun()  # type: ignore[assignment]
-        self._has_lent = False
+        self.has_lent = False
 
     def run(self, after_layer: int) -> None:
         """Guess what is not in memory, as many as there are slots for, in place of older guesses, too."""
-        self._has_lent = True
+        self.has_lent = True
         (addresses,) = self._cache.lend_for_guesses(NUM_EXPERTS, after_layer, 0)
         (pool,), disk = self._cache._pools, self._store
         keys = [ExpertKey(0, expert_id) for expert_id in range(NUM_EXPERTS)]

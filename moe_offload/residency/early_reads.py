@@ -23,11 +23,14 @@ class EarlyReads:
 
     Args:
         one_token: of the predictor, made natively (predictors/one_token.py).
+
+    Attributes:
+        has_lent: between ``begin`` and ``end``.
     """
 
     def __init__(self, cache: ExpertCache, store: ExpertStore, one_token: Any, pace: Pace) -> None:
         self._cache, self._store, self._pace = cache, store, pace
-        self._has_lent = False
+        self.has_lent = False
         self.native = _native.EarlyReads(store.reader, one_token.native, pace.layers)
         for layer_idx, pool in cache.pool_numbers().items():
             segments = store.segments(layer_idx)
@@ -54,18 +57,21 @@ class EarlyReads:
             free_bytes: of reads under way that hold up nobody.
             after_layer: the layer that has just routed; -1: none has.
         """
-        stall_s = self._cache.stats.stall_s
-        if self._has_lent:
-            self.native.set_stall_s(stall_s)
-            return self.native
-        self._has_lent = True
-        self.native.set(threshold, depth, self._pace.bytes_per_s, free_bytes, stall_s)
+        if self.has_lent:
+            return self.go_on()
+        self.has_lent = True
+        self.native.set(threshold, depth, self._pace.bytes_per_s, free_bytes, self._cache.stats.stall_s)
         self.native.lend(self._cache.lend_for_guesses(LENT_SLOTS, after_layer, depth))
+        return self.native
+
+    def go_on(self) -> _native.EarlyReads:
+        """Tell what was waited for since ``begin``; what was lent then still is."""
+        self.native.set_stall_s(self._cache.stats.stall_s)
         return self.native
 
     def end(self) -> None:
         """Book what was read and cancelled, and take the other slots back."""
-        if not self._has_lent:
+        if not self.has_lent:
             return
         self.native.lend([])
         events = self.native.events()
@@ -79,4 +85,4 @@ class EarlyReads:
         if events:
             self.native.clear_events()
         self._cache.take_back()
-        self._has_lent = False
+        self.has_lent = False

@@ -20,6 +20,7 @@ from moe_offload.storage.io import HUGE_PAGE_BYTES, NOT_FILLED, Arena
 
 TIME_SHARE = 0.02  # of decoding
 MOST_SAVED_S = 0.01  # of that share, for later
+LOOK_EVERY_S = 4e-4  # of that share, where the last look at the free slots found no place
 MOST_TRIES = 8  # at one place
 MOST_REFUSALS = 8  # one after the other
 
@@ -58,6 +59,7 @@ class HugePages:
     ) -> None:
         self._arena, self._next_slots, self._clock = arena, next_slots, clock
         self._allowed_s = 0.0  # negative: the last one took longer
+        self._rest_s = 0.0  # of that share, before the next look
         self._tries: dict[int, int] = {}  # by place: what is left of them; 0: made, or given up
         self._refusals = 0
         self.num_made, self.why_not = 0, ""
@@ -65,10 +67,13 @@ class HugePages:
     def step_done(self, seconds: float) -> float:
         """Make some after ``seconds`` of decoding, while their share lasts; return the seconds it took."""
         self._allowed_s = min(self._allowed_s + TIME_SHARE * seconds, MOST_SAVED_S)
-        if self._allowed_s <= 0 or self.why_not:
+        self._rest_s -= TIME_SHARE * seconds
+        if self._allowed_s <= 0 or self._rest_s > 0 or self.why_not:
             return 0.0
         started = now = self._clock()
+        self._rest_s = LOOK_EVERY_S  # unless there is a place
         for place in self._places():
+            self._rest_s = 0.0
             self._make(place)
             now = self._clock()
             if now - started >= self._allowed_s or self.why_not:

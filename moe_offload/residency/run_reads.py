@@ -44,7 +44,11 @@ class RunReads(GuessedReads):
 
         None where nothing is prefetched. Every run is followed by ``end_run``, also when it failed.
         """
-        if self._early is None or not self.is_on or self._cache.has_every_expert:
+        if self._early is None:
+            return None
+        if self._early.has_lent:  # a look-ahead from the layer that stopped the last run has asked all this
+            return self._early.go_on()
+        if not self.is_on or self._cache.has_every_expert:
             return None
         if after_layer == FIRST:  # the next token's first layers are looked at there, too
             self._begins_in_run = True

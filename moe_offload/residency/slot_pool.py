@@ -31,8 +31,7 @@ class SlotPool(SlotReads):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(plan, layouts, store, policy, stats, first_address, clock)
-        self._untold: deque[RoutedStep]
-        self._untold = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # steps, see routed
+        self._untold: deque[RoutedStep] = deque(maxlen=UNTOLD_PASSES * len(plan.layers))  # see routed
         self.above: SlotPool | None = None  # of a faster tier, filled from here: what it has may leave first
         self.held: dict[ExpertKey, int] = {}  # copies to there that are under way, by expert
         self.exclusive = True
@@ -50,13 +49,11 @@ class SlotPool(SlotReads):
         """``routed`` of several steps that nothing came between."""
         if self.is_full_size:
             self._untold.extend(steps)
-            return
-        on_routes = getattr(self.policy, "on_routes", None)
-        if on_routes is not None:
+        elif (on_routes := getattr(self.policy, "on_routes", None)) is not None:
             on_routes(steps)
-            return
-        for step in steps:
-            self.policy.on_route(*step)
+        else:
+            for step in steps:
+                self.policy.on_route(*step)
 
     def tell_policy(self) -> None:
         """Show the policy what was put off, the last ``UNTOLD_PASSES`` passes of it."""
@@ -156,7 +153,8 @@ class SlotPool(SlotReads):
         ones, and those of finished guesses, which give way where a read is booked there. The loan ends with
         ``take_back``; nobody else may look for a slot before.
         """
-        first = len(self.free) - max(0, min(self._room_for_guesses(), len(self.free), most))
+        room = self._room_for_guesses()  # first: it may free some
+        first = len(self.free) - max(0, min(room, most))
         self.lent = self.free[first:][::-1]
         del self.free[first:]  # last: an interrupt leaves them in both lists rather than in none
         if len(self.lent) < most:
@@ -178,7 +176,11 @@ class SlotPool(SlotReads):
         found = []
         for entry in self.unclaimed():
             entry_distance = self._layers_until(entry.key.layer_idx, after_layer)
-            if entry_distance > distance and self.settle(entry) and entry.state is SlotState.STAGED:
+            if entry_distance <= distance:
+                continue
+            if entry.state is SlotState.IN_FLIGHT:
+                self.settle(entry)
+            if entry.state is SlotState.STAGED:
                 found.append((entry_distance, entry))
         found.sort(key=lambda pair: -pair[0])
         return [entry for _, entry in found]
