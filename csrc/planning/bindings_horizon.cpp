@@ -79,8 +79,7 @@ void observe_steps(HorizonTable& table, const py::list& steps) {
             throw py::value_error("HorizonTable.observe_steps: (layer_idx, expert_ids, ...) wanted");
         const int64_t layer_idx = PyLong_AsLongLong(PyTuple_GET_ITEM(step.ptr(), 0));
         if (layer_idx == -1 && PyErr_Occurred()) throw py::error_already_set();
-        observe_layer(table, layer_idx,
-                      py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(step.ptr(), 1)));
+        observe_layer(table, layer_idx, py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(step.ptr(), 1)));
     }
 }
 
