@@ -11,7 +11,7 @@ from card import commit, cpu_name
 from end_to_end_figures import Row, place_result, prompt_tokens_of
 
 from moe_offload.config import gib
-from moe_offload.header_costs import bytes_per_token
+from moe_offload.header_sizes import bytes_per_token
 from moe_offload.storage.checkpoint import open_checkpoint
 
 

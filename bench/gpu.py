@@ -141,7 +141,7 @@ def make_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def shape_of(path: Path, context: int) -> dict[str, int]:
     """Return what vram_bytes needs of the model; bytes of experts as they lie in slots."""
-    from moe_offload.header_costs import dense_sizes, element_bytes
+    from moe_offload.header_sizes import dense_sizes, element_bytes
     from moe_offload.planning.cost_model import device_workspace_bytes
     from moe_offload.planning.dense_placement import place_dense
     from moe_offload.storage.checkpoint import open_checkpoint

@@ -11,7 +11,8 @@ from typing import Any
 from moe_offload import _native
 from moe_offload.config import DEMO_MODEL, GIB, MIB, gib
 from moe_offload.errors import ConfigError
-from moe_offload.header_costs import context_bytes, fixed_costs, resolve_context
+from moe_offload.header_costs import fixed_costs, resolve_context
+from moe_offload.header_sizes import context_bytes
 from moe_offload.planning.kv_format import KV_PRICE, check_kv
 from moe_offload.planning.placement import BudgetRow, FixedCosts, budgets_table
 from moe_offload.runtime.native_families import native_step_reason

@@ -18,7 +18,8 @@ from moe_offload.cli_session import check_output
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig, gib, parse_bytes
 from moe_offload.device import DeviceProfile
 from moe_offload.errors import ConfigError
-from moe_offload.header_costs import context_bytes, resolve_context
+from moe_offload.header_costs import resolve_context
+from moe_offload.header_sizes import context_bytes
 from moe_offload.outlook import Outlook, Planner
 from moe_offload.planning.kv_format import KV_PRICE
 from moe_offload.planning.roofline import Speed

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_offload.cli_session import check_output, import_libraries
 from moe_offload.config import DEMO_MODEL, DeviceChoice, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
-from moe_offload.header_costs import element_bytes
+from moe_offload.header_sizes import element_bytes
 from moe_offload.planning.plans import DevicePlan
 from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import DeviceProfile, Figure

@@ -19,13 +19,8 @@ from moe_offload import ops
 from moe_offload._native import attend_prompt
 from moe_offload.config import PREFILL_CHUNK_TOKENS
 from moe_offload.expert_bench import expert_bench
-from moe_offload.header_costs import (
-    EAGER_FAMILIES,
-    bytes_per_token,
-    element_bytes,
-    multiplied_bytes_by_type,
-    prompt_type,
-)
+from moe_offload.header_costs import EAGER_FAMILIES
+from moe_offload.header_sizes import bytes_per_token, element_bytes, multiplied_bytes_by_type, prompt_type
 from moe_offload.measure import COLS, WEIGHTS_BYTES, kernel_bytes_per_s, random_weights
 from moe_offload.measure_experts import LayerExperts
 from moe_offload.planning.machine_speed import Curve, MachineSpeed, PromptSpeed, medians

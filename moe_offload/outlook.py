@@ -12,15 +12,8 @@ from functools import lru_cache
 
 from moe_offload.config import PREFILL_CHUNK_TOKENS, DeviceChoice, RuntimeConfig
 from moe_offload.errors import BudgetError
-from moe_offload.header_costs import (
-    Process,
-    attention_heads,
-    bytes_per_token,
-    fixed_costs,
-    fresh_process,
-    place,
-    resolve_context,
-)
+from moe_offload.header_costs import Process, fixed_costs, fresh_process, place, resolve_context
+from moe_offload.header_sizes import attention_heads, bytes_per_token
 from moe_offload.hit_outlook import Hits, first_tokens, replayed_hits
 from moe_offload.planning.hit_curves import expected_hit_rate
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed

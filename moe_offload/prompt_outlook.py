@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from moe_offload.config import ModelSpec
-from moe_offload.header_costs import head_bytes, prompt_weights, skipped_weights
+from moe_offload.header_sizes import head_bytes, prompt_weights, skipped_weights
 from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.hit_curves import expected_used
 from moe_offload.planning.plans import PoolPlan

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from moe_offload.header_costs import bytes_per_token
+from moe_offload.header_sizes import bytes_per_token
 from moe_offload.planning.eviction import EvictionPolicy, make_policy
 from moe_offload.planning.plans import PoolPlan
 from moe_offload.planning.slots import with_staging

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import against_llama_cpp as bench  # noqa: E402
 from demo_model.dequantize_gguf import dequantize_gguf  # noqa: E402
+from greedy_programs import Program, open_llama, open_ours, open_reference  # noqa: E402
 
 PROMPTS = bench.read_prompts(bench.BENCH / "data" / "greedy_prompts.txt")
 
@@ -58,7 +59,7 @@ def test_it_has_learned_english():
 def open_programs(path):
     """(ours with half of the experts, llama.cpp, float64 logits)"""
     args = argparse.Namespace(model=path, ram="auto", experts="50%")
-    return bench.open_ours(args), bench.open_llama(path, 512), bench.open_reference(path)
+    return open_ours(args), open_llama(path, 512), open_reference(path)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def constant_logits(logits):
 def fixed_program(logits, continuation):
     """A program that chose ``continuation`` from the same ``logits`` at every step."""
     chosen_from = np.tile(logits, (len(continuation), 1))
-    return bench.Program(constant_logits(logits), lambda token_ids, num_tokens: (continuation, chosen_from))
+    return Program(constant_logits(logits), lambda token_ids, num_tokens: (continuation, chosen_from))
 
 
 def judge(ours, llama):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_hybrid import loaded
 from toy_models import decode, save_toy_model
 
-from moe_offload.header_costs import dense_sizes
+from moe_offload.header_sizes import dense_sizes
 from moe_offload.planning.dense_placement import DenseCosts, DenseSizes, place_dense
 from moe_offload.planning.placement import plan_device
 from moe_offload.runtime import device_dense

@@ -15,7 +15,8 @@ from moe_offload.cli import main
 from moe_offload.cli_inspect import open_measured
 from moe_offload.config import DEMO_MODEL, GIB, RuntimeConfig
 from moe_offload.errors import BudgetError
-from moe_offload.header_costs import EAGER_FAMILIES, element_bytes, fixed_costs, place
+from moe_offload.header_costs import EAGER_FAMILIES, fixed_costs, place
+from moe_offload.header_sizes import element_bytes
 from moe_offload.planning.cost_model import state_bytes
 from moe_offload.planning.placement import smallest_ram_bytes
 from moe_offload.runtime import skeleton

@@ -23,7 +23,8 @@ from moe_offload import cli, profile_store, rehearsals
 from moe_offload.config import DEMO_MODEL, GIB, MIB, DeviceChoice, RuntimeConfig
 from moe_offload.device import load_profile
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
-from moe_offload.header_costs import Process, dense_read_bytes, element_bytes, head_bytes, prompt_weights
+from moe_offload.header_costs import Process
+from moe_offload.header_sizes import dense_read_bytes, element_bytes, head_bytes, prompt_weights
 from moe_offload.hit_outlook import replayed_hits
 from moe_offload.outlook import DRIVER_BYTES, Planner
 from moe_offload.plan_plot import wall_limits

@@ -15,7 +15,7 @@ from toy_models import save_toy_model
 import moe_offload
 from moe_offload import CheckpointError, ConfigError
 from moe_offload.config import DEMO_MODEL
-from moe_offload.header_costs import dense_resident_bytes
+from moe_offload.header_sizes import dense_resident_bytes
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.runtime import skeleton
 from moe_offload.runtime.executor import ExpertExecutor

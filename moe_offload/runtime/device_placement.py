@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 from moe_offload.config import DeviceChoice, RuntimeConfig
-from moe_offload.header_costs import dense_sizes, resolve_context
+from moe_offload.header_costs import resolve_context
+from moe_offload.header_sizes import dense_sizes
 from moe_offload.planning.dense_placement import no_dense, place_dense
 from moe_offload.planning.placement import plan_device
 from moe_offload.planning.plans import DensePlan, DevicePlan

@@ -10,7 +10,7 @@ from moe_offload import ops, profile_store
 from moe_offload.config import MIB, DeviceChoice, RuntimeConfig
 from moe_offload.device import load_profile
 from moe_offload.errors import CheckpointError
-from moe_offload.header_costs import bytes_per_token
+from moe_offload.header_sizes import bytes_per_token
 from moe_offload.measure import WEIGHTS_BYTES, measure_machine
 from moe_offload.planning.correction import RunningCorrection
 from moe_offload.planning.plans import PlacementPlan

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_offload.config import DEMO_MODEL, MIB, PREFILL_CHUNK_TOKENS
-from moe_offload.header_costs import attention_heads, bytes_per_token, head_bytes
+from moe_offload.header_sizes import attention_heads, bytes_per_token, head_bytes
 from moe_offload.measure_steps import measure_steps
 from moe_offload.planning.machine_speed import DecoderShape, MachineSpeed, Overheads, medians
 from moe_offload.planning.prompt_roofline import prefill_speed
