@@ -129,8 +129,12 @@ def _talk(
 
 def _read_line() -> str | None:
     """Return the next line, "" after Ctrl-C at the prompt, None at the end of input."""
+    prompt = PROMPT if sys.stdin.isatty() else ""
+    if prompt and not sys.stdout.isatty():  # where answers go into a file, input() would put it there, too
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
-        return input(PROMPT if sys.stdin.isatty() else "").strip()
+        return input(prompt).strip()
     except EOFError:
         if sys.stdin.isatty():
             print(file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_offload import cli, cli_session
+from moe_offload import cli, cli_chat, cli_session
 from moe_offload.cli_chat import Conversation
 from moe_offload.config import gib
 from moe_offload.terminal import Progress, seconds
@@ -350,6 +351,16 @@ def test_a_full_context_is_told_and_leaves_the_conversation_as_it_was(tiny_moe, 
     assert first == again and first
     assert "leaves no room for an answer in the context of 300" in err and "/reset" in err
     assert "commands are /reset and /exit" in err and r"no UTF-8 text near 'caf\\udce9'" in err
+
+
+def test_the_prompt_is_no_part_of_answers_that_go_to_a_file(monkeypatch, capsys):
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Typed("hello\n"))
+    assert cli_chat._read_line() == "hello"
+    assert capsys.readouterr() == ("", "> ")
 
 
 def test_chat_without_a_template_names_the_way_out(tmp_path, capsys):
