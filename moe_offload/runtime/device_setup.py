@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from moe_offload.config import DeviceChoice, RuntimeConfig, gib
 from moe_offload.errors import ConfigError
@@ -67,39 +69,18 @@ def attach_device(
         ConfigError: the device has a kernel for no layer.
     """
     assert config.device is not None
-    device = open_device(config.device, aligned(plan.expert_bytes) + plan.dense_bytes + DEVICE_ALIGNMENT)
+    device, plan, lacking = _open(config.device, plan, executors, checkpoint)
     try:
-        lacking = _formats_without_kernel(device, executors)
-        if lacking:
-            plan = _plan_without(lacking, checkpoint, plan)
-            device.close()
-            device = open_device(config.device, plan.expert_bytes)
         _pin(device, arena)
         ram.unpin = device.unpin
         served = {i: executor for i, executor in executors.items() if i not in lacking}
         kernels = {i: device.make_kernel(executor.kernel.native) for i, executor in served.items()}
-        tier = DeviceTier(
-            device,
-            plan,
-            checkpoint.experts.layouts,
-            ram,
-            store,
-            lambda: make_policy(config.policy),
-            top_k=checkpoint.spec.top_k,
-        )
-        costs: dict[int, RunningCosts] = {}
-        ram_slots, vram_address = _first_slots(ram, arena.address), device.address
-        for pool in plan.pools:
-            layer_idx = pool.layers[0]
-            ram_address, ram_pool = ram_slots[layer_idx]
-            slots = _slots(store, ram_address, vram_address, layer_idx, ram_pool, pool)
-            kernel = executors[layer_idx].kernel
-            size = f" of {pool.slot_bytes} bytes" if len(plan.pools) > 1 else ""
-            shared = RunningCosts(measure_costs(device, kernel, kernels[layer_idx], slots), speeds, size)
-            costs |= dict.fromkeys(pool.layers, shared)
-            vram_address += pool.num_bytes
+        top_k, layouts = checkpoint.spec.top_k, checkpoint.experts.layouts
+        tier = DeviceTier(device, plan, layouts, ram, store, lambda: make_policy(config.policy), top_k=top_k)
+        slots = _slots_to_measure(plan, ram, store, arena, device)
+        costs = _measured_costs(device, plan, served, kernels, slots, speeds)
         tier.start_counting()
-        layers = HybridLayers(tier, ram, config.scheduler, costs, checkpoint.spec.top_k)
+        layers = HybridLayers(tier, ram, config.scheduler, costs, top_k)
         layers.left_to_cpu = _say_left_to_cpu(device.name, lacking)
         for layer_idx, executor in served.items():
             executor.hybrid = HybridLayer(layers, layer_idx, executor.kernel, kernels[layer_idx])
@@ -112,6 +93,41 @@ def attach_device(
         device.close()
         raise
     return layers
+
+
+def _open(
+    choice: DeviceChoice, plan: DevicePlan, executors: Mapping[int, ExpertExecutor], checkpoint: Checkpoint
+) -> tuple[Device, DevicePlan, dict[int, str]]:
+    """Return the device, the plan for what it has kernels for, and the layers left out with their formats."""
+    device = open_device(choice, aligned(plan.expert_bytes) + plan.dense_bytes + DEVICE_ALIGNMENT)
+    try:
+        lacking = _formats_without_kernel(device, executors)
+        if not lacking:
+            return device, plan, lacking
+        plan = _plan_without(lacking, checkpoint, plan)
+    except BaseException:
+        device.close()
+        raise
+    device.close()
+    return open_device(choice, plan.expert_bytes), plan, lacking
+
+
+def _measured_costs(
+    device: Device,
+    plan: DevicePlan,
+    served: Mapping[int, ExpertExecutor],
+    kernels: Mapping[int, Any],
+    slots: Mapping[int, SlotsToMeasure],
+    speeds: RunningCorrection,
+) -> dict[int, RunningCosts]:
+    """Return what an expert costs on either side, by layer; layers of one pool share it."""
+    costs: dict[int, RunningCosts] = {}
+    for pool in plan.pools:
+        layer_idx = pool.layers[0]
+        size = f" of {pool.slot_bytes} bytes" if len(plan.pools) > 1 else ""
+        measured = measure_costs(device, served[layer_idx].kernel, kernels[layer_idx], slots[layer_idx])
+        costs |= dict.fromkeys(pool.layers, RunningCosts(measured, speeds, size))
+    return costs
 
 
 def _prompt_costs(
@@ -164,6 +180,22 @@ def _say_left_to_cpu(device_name: str, lacking: Mapping[int, str]) -> str:
     return said
 
 
+def _slots_to_measure(
+    plan: DevicePlan, ram: ExpertCache, store: ExpertStore, arena: Arena, device: Device
+) -> dict[int, SlotsToMeasure]:
+    """Return where each pool's slots begin on both sides, by the pool's first layer."""
+    found: dict[int, SlotsToMeasure] = {}
+    ram_slots, vram_address = _first_slots(ram, arena.address), device.address
+    for pool in plan.pools:
+        layer_idx = pool.layers[0]
+        ram_address, ram_pool = ram_slots[layer_idx]
+        num_slots = min(ram_pool.num_slots, pool.num_slots)
+        addresses = partial(store.addresses, ExpertKey(layer_idx, 0))
+        found[layer_idx] = SlotsToMeasure(ram_address, vram_address, pool.slot_bytes, num_slots, addresses)
+        vram_address += pool.num_bytes
+    return found
+
+
 def _first_slots(ram: ExpertCache, address: int) -> dict[int, tuple[int, PoolPlan]]:
     """Return for each layer the address of its pool in RAM, and the pool."""
     found: dict[int, tuple[int, PoolPlan]] = {}
@@ -181,13 +213,3 @@ def _pin(device: Device, arena: Arena) -> None:
             "slots; copies from the rest are slower",
             file=sys.stderr,
         )
-
-
-def _slots(
-    store: ExpertStore, ram: int, vram: int, layer_idx: int, ram_pool: PoolPlan, pool: PoolPlan
-) -> SlotsToMeasure:
-    def addresses(slot: int) -> tuple[int, ...]:
-        return store.addresses(ExpertKey(layer_idx, 0), slot)
-
-    num_slots = min(ram_pool.num_slots, pool.num_slots)
-    return SlotsToMeasure(ram, vram, pool.slot_bytes, num_slots, addresses)

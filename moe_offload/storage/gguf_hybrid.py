@@ -73,26 +73,13 @@ def _lfm2_made(config: Config, layer_idx: int, is_moe: bool) -> Sequence[Made]:
 def _gemma4(view: MetadataView) -> dict[str, Any]:
     """Windows in most layers; full attention has larger heads, and turns only a part of them."""
     config = decoder_config(view)
-    layers = config["num_hidden_layers"]
-    windowed = _window_pattern(view, layers)
-    counts = view.counts("attention.head_count_kv", layers)
-    wide, narrow = view.count("attention.key_length"), view.count("attention.key_length_swa")
-    for name in ("attention.value_length", "attention.value_length_swa", "rope.dimension_count",
-                 "rope.dimension_count_swa"):  # fmt: skip
-        view.maybe(name)
     if view.maybe("embedding_length_per_layer_input", low=0):
         raise view.fail("embedding_length_per_layer_input", "is set: embeddings for each layer are not read")
-    full_heads = {count for count, window in zip(counts, windowed, strict=True) if not window}
-    window_heads = {count for count, window in zip(counts, windowed, strict=True) if window}
-    if len(full_heads) > 1 or len(window_heads) != 1:
-        raise view.fail("attention.head_count_kv", f"differs among layers of a kind: {counts}")
     softcap = view.key("final_logit_softcapping")
-    shares_keys = not all(
-        view.has(f"blk.{i}.attn_v.weight") for i, window in enumerate(windowed) if not window
-    )
     return (
         config
         | experts_config(view)
+        | _gemma4_attention(view, config["num_hidden_layers"])
         | {
             "model_type": "gemma4_text",
             "architectures": ["Gemma4ForCausalLM"],
@@ -100,13 +87,6 @@ def _gemma4(view: MetadataView) -> dict[str, Any]:
             "top_k_experts": view.count("expert_used_count"),
             "moe_intermediate_size": view.count("expert_feed_forward_length"),
             "intermediate_size": view.count("feed_forward_length"),
-            "num_key_value_heads": window_heads.pop(),
-            "num_global_key_value_heads": full_heads.pop() if full_heads else None,
-            "head_dim": narrow,
-            "global_head_dim": wide,
-            "attention_k_eq_v": shares_keys,
-            "layer_types": ["sliding_attention" if window else _FULL for window in windowed],
-            "sliding_window": view.count("attention.sliding_window"),
             "num_kv_shared_layers": view.maybe("attention.shared_kv_layers", low=0) or 0,
             "hidden_size_per_layer_input": 0,
             "use_double_wide_mlp": False,
@@ -115,19 +95,45 @@ def _gemma4(view: MetadataView) -> dict[str, Any]:
             "final_logit_softcapping": view.number("final_logit_softcapping")
             if softcap in view.config
             else None,
-            "rope_parameters": {
-                _FULL: {
-                    "rope_type": "proportional",
-                    "rope_theta": view.number("rope.freq_base"),
-                    "partial_rotary_factor": _turned_share(view, wide),
-                },
-                "sliding_attention": {
-                    "rope_type": "default",
-                    "rope_theta": view.number("rope.freq_base_swa", 10000.0),
-                },
-            },
         }
     )
+
+
+def _gemma4_attention(view: MetadataView, layers: int) -> dict[str, Any]:
+    """Heads, windows and rotary positions: of either kind of layer its own."""
+    windowed = _window_pattern(view, layers)
+    counts = view.counts("attention.head_count_kv", layers)
+    wide, narrow = view.count("attention.key_length"), view.count("attention.key_length_swa")
+    for name in ("attention.value_length", "attention.value_length_swa", "rope.dimension_count",
+                 "rope.dimension_count_swa"):  # fmt: skip
+        view.maybe(name)
+    full_heads = {count for count, window in zip(counts, windowed, strict=True) if not window}
+    window_heads = {count for count, window in zip(counts, windowed, strict=True) if window}
+    if len(full_heads) > 1 or len(window_heads) != 1:
+        raise view.fail("attention.head_count_kv", f"differs among layers of a kind: {counts}")
+    shares_keys = not all(
+        view.has(f"blk.{i}.attn_v.weight") for i, window in enumerate(windowed) if not window
+    )
+    return {
+        "num_key_value_heads": window_heads.pop(),
+        "num_global_key_value_heads": full_heads.pop() if full_heads else None,
+        "head_dim": narrow,
+        "global_head_dim": wide,
+        "attention_k_eq_v": shares_keys,
+        "layer_types": ["sliding_attention" if window else _FULL for window in windowed],
+        "sliding_window": view.count("attention.sliding_window"),
+        "rope_parameters": {
+            _FULL: {
+                "rope_type": "proportional",
+                "rope_theta": view.number("rope.freq_base"),
+                "partial_rotary_factor": _turned_share(view, wide),
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": view.number("rope.freq_base_swa", 10000.0),
+            },
+        },
+    }
 
 
 def _window_pattern(view: MetadataView, layers: int) -> list[bool]:
