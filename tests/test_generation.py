@@ -13,7 +13,7 @@ from toy_models import plain_model, save_toy_model
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 import moe_offload
-from moe_offload import BudgetError
+from moe_offload import BudgetError, ConfigError
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7]])
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
@@ -88,6 +88,29 @@ def test_prompt_lookup_gives_the_greedy_tokens(models_pair):
     _, offloaded = models_pair
     expected = offloaded.generate(PROMPT, **GREEDY)
     assert torch.equal(offloaded.generate(PROMPT, prompt_lookup_num_tokens=3, **GREEDY), expected)
+
+
+def test_prompt_lookup_fills_a_context_to_its_end(folder):
+    """Its guesses go beyond what may still come; there is no room for them in the cache."""
+    model = moe_offload.from_pretrained(folder, experts="50%", ram="8GiB", context=64)
+    prompt = PROMPT.repeat(1, 6)
+    expected = model.generate(prompt, **GREEDY)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=10, **GREEDY), expected)
+    model.offload.close()
+
+
+def test_ids_of_32_bits_are_the_same_text(models_pair):
+    """Native code was given their address as if they had 64, and read beyond their end."""
+    _, offloaded = models_pair
+    expected = offloaded.generate(PROMPT, **GREEDY)
+    assert torch.equal(offloaded.generate(PROMPT.int(), **GREEDY), expected)
+    cache = offloaded.offload.new_cache(16)
+    offloaded(PROMPT.int(), past_key_values=cache)
+    actual = offloaded(torch.tensor([[3]], dtype=torch.int32), past_key_values=cache).logits
+    whole = offloaded(torch.cat([PROMPT, torch.tensor([[3]])], 1)).logits[:, -1:]
+    torch.testing.assert_close(actual, whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"must be of torch\.int64 or torch\.int32, got torch\.float32"):
+        offloaded(PROMPT.float())
 
 
 def test_past_key_values_go_on_where_they_stopped(models_pair):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -48,7 +49,7 @@ class ServedForwards:
     def accepts(self, inputs: dict[str, Any]) -> bool:
         """Whether native code computes this forward."""
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
+        if not isinstance(ids, Tensor) or ids.dtype is not torch.int64 or ids.ndim != 2 or len(ids) != 1:
             return False
         num_tokens = ids.shape[1]
         return (

@@ -11,6 +11,7 @@ import inspect
 from typing import Any, NoReturn
 
 import torch
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_utils import PreTrainedModel
 
 from moe_offload.errors import ConfigError
@@ -76,6 +77,7 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         return forward(**inputs)  # transformers raises its own error
     handle: OffloadHandle = model.offload
+    _make_ids_long(inputs)
     wants_tuple = inputs.pop("return_dict", None) is False
     batch_size, num_tokens = sequence_shape(inputs)
     cache = inputs.get("past_key_values")
@@ -98,6 +100,15 @@ def _run_forward(model: Any, forward: Any, inputs: dict[str, Any]) -> Any:
     if in_chunks and not keep_cache:
         output = type(output)(**{**output, "past_key_values": None})
     return output.to_tuple() if wants_tuple else output
+
+
+def _make_ids_long(inputs: dict[str, Any]) -> None:
+    """Widen 32-bit ids, which transformers takes as well; ids go to native code by address."""
+    ids = inputs.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.dtype is torch.int32:
+        inputs["input_ids"] = ids.long()
+    elif isinstance(ids, torch.Tensor) and ids.dtype is not torch.int64:
+        raise ConfigError(f"input_ids must be of torch.int64 or torch.int32, got {ids.dtype}")
 
 
 def _chunk_sizes(handle: OffloadHandle, inputs: dict[str, Any]) -> list[int]:
@@ -161,6 +172,18 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep prompt lookup's guesses within the length asked for: the cache has no room beyond."""
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            guess, end = generator.get_candidates, generation_config.max_length - 1
+
+            def guess_within(input_ids: torch.Tensor, **how: Any) -> tuple[torch.Tensor, None]:
+                return guess(input_ids, **how)[0][:, : max(end, input_ids.shape[1])], None
+
+            generator.get_candidates = guess_within
+        return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse what ``generate_batch`` and transformers' server begin with."""
