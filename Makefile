@@ -24,8 +24,8 @@ CPU_FLAGS := $(shell grep -m1 ^flags /proc/cpuinfo)
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=OFF $(foreach pair,$(GGML_FLAGS),\
 	-DGGML_$(word 2,$(subst :, ,$(pair)))=$(if $(filter $(word 1,$(subst :, ,$(pair))),$(CPU_FLAGS)),ON,OFF))
 
-# Most tests keep one core busy. A file stays with one process, whose fixtures it shares.
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+# Most tests keep one core busy. A file stays with one process, whose fixtures it shares; the order is conftest.py's.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-quick llama check format fuzz sanitize bench wheel clean
 

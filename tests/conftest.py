@@ -39,6 +39,13 @@ settings.register_profile("fuzz", deadline=None, max_examples=5_000)  # make fuz
 settings.load_profile("default")
 
 
+@pytest.hookimpl(trylast=True)  # after what -m leaves out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests: one that is begun last keeps one core while the others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
     """csrc/cuda over stand-ins for runtime and grid, as a library; compiled once for all workers."""
