@@ -10,6 +10,8 @@ namespace moe {
 
 namespace {
 
+// Of functions of this file only: what chooses among clones that others can see runs while the library is
+// being loaded, before the thread sanitizer's functions can be called.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MOE_WIDE __attribute__((target_clones("avx2", "default")))
 #else
@@ -44,6 +46,14 @@ MOE_WIDE float dot(const float* a, const float* b, int64_t count) {
 MOE_WIDE float dot_bfloat16(const float* a, const uint16_t* b, int64_t count) {
     return dot_of(a, b, count);
 }
+MOE_WIDE void add_rows(const float* a, const float* rows, float scale, int64_t num_rows, int64_t num_columns,
+                       float* out) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+        const float factor = scale * a[i];
+        const float* const row = rows + i * num_columns;
+        for (int64_t j = 0; j < num_columns; ++j) out[j] += factor * row[j];
+    }
+}
 
 }  // namespace
 
@@ -51,13 +61,9 @@ void products(const float* hidden, const float* rows, int64_t num_rows, int64_t 
     for (int64_t i = 0; i < num_rows; ++i) out[i] = dot(hidden, rows + i * hidden_size, hidden_size);
 }
 
-MOE_WIDE void add_product(const float* a, const float* rows, float scale, int64_t num_rows,
-                          int64_t num_columns, float* out) {
-    for (int64_t i = 0; i < num_rows; ++i) {
-        const float factor = scale * a[i];
-        const float* const row = rows + i * num_columns;
-        for (int64_t j = 0; j < num_columns; ++j) out[j] += factor * row[j];
-    }
+void add_product(const float* a, const float* rows, float scale, int64_t num_rows, int64_t num_columns,
+                 float* out) {
+    add_rows(a, rows, scale, num_rows, num_columns, out);
 }
 
 void gate_chances(const float* hidden, const GateWeight& weight, const float* bias, int64_t num_experts,
