@@ -10,8 +10,7 @@ namespace moe {
 
 namespace {
 
-// Of functions of this file only: what chooses among clones that others can see runs while the library is
-// being loaded, before the thread sanitizer's functions can be called.
+// For functions of this file alone, as planning/wide.h says.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MOE_WIDE __attribute__((target_clones("avx2", "default")))
 #else
