@@ -18,6 +18,7 @@ from moe_offload.config import DEMO_MODEL, gib
 from moe_offload.errors import ConfigError
 from moe_offload.planning.placement import cold_cache_warning
 from moe_offload.terminal import Progress, last_line
+from moe_offload.whole_file import why_not
 
 if TYPE_CHECKING:
     from moe_offload.runtime.generate import GenerationResult, Sampling
@@ -54,12 +55,8 @@ def check_output(flag: str, path: Path | None, suffix: str = "") -> None:
         return
     if not path.name.endswith(suffix):
         raise ConfigError(f"{flag} {path}: give a name that ends in {suffix}")
-    if path.is_dir():
-        raise ConfigError(f"{flag} {path} is a folder; give a file in it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{flag} {path} cannot be written; give another place")
+    if reason := why_not(path):
+        raise ConfigError(f"{flag} {path} {reason}")
 
 
 def make_sampling(args: argparse.Namespace) -> Sampling:

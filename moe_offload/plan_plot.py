@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_offload.config import GIB
 from moe_offload.errors import ConfigError
 from moe_offload.planning.roofline import Speed
+from moe_offload.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moe_offload.outlook import Planner
@@ -48,7 +49,8 @@ def draw(planner: Planner, ram_bytes: int, path: Path) -> None:
         axes.set_title(f"{name}: {words}", fontsize=8, wrap=True)
         axes.set(xlabel="--ram, GiB", ylabel="tokens/s (modelled)")
         axes.legend()
-    figure.savefig(path, dpi=120, format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _draw_part(axes: Any, gibs: Sequence[float], speeds: Sequence[Speed]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from moe_offload.profile_schema import (
     Figure,
     Units,
 )
+from moe_offload.whole_file import whole_file
 
 # The units to write, largest first: the first that leaves at least one, or else the last.
 WRITTEN: list[tuple[Units, tuple[str, ...]]] = [
@@ -38,20 +37,13 @@ DIGITS = 4
 
 
 def write_profile(path: Path, profile: DeviceProfile) -> None:
-    """Write ``profile`` to ``path``: a file beside it first, which takes its place when it is whole.
+    """Write ``profile`` to ``path``.
 
     Raises:
         OSError: the folder cannot be written to; nothing is left behind.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(as_toml(profile))
-        os.chmod(name, 0o644)  # mkstemp's own mode would keep it from other users
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path, "w") as file:
+        file.write(as_toml(profile))
 
 
 def as_toml(profile: DeviceProfile) -> str:

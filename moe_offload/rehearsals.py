@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ import moe_offload
 from moe_offload.planning.machine_speed import MachineSpeed, Overheads, PromptSpeed, medians
 from moe_offload.residency.machine_state import machine_key
 from moe_offload.storage.checkpoint_key import cache_folder
+from moe_offload.whole_file import whole_file
 
 OVERHEADS_S, STEPS_S = 24 * 3600.0, 3600.0  # that they need not be measured again
 MOST_KEPT = 9  # rehearsals of one name
@@ -59,15 +59,14 @@ def keep(name: str, measured: Overheads | MachineSpeed, *, afresh: bool = False)
         afresh: what was measured before is to count no more.
     """
     path = _path(name)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     earlier = [] if afresh else _entries(name)[1 - MOST_KEPT :]
     entries = [*earlier, {"taken": time.time(), "values": asdict(measured)}]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"version": moe_offload.__version__, "rehearsals": entries}))
-        os.replace(partial, path)
+        with whole_file(path, "w") as file:
+            json.dump({"version": moe_offload.__version__, "rehearsals": entries}, file)
     except OSError:
-        partial.unlink(missing_ok=True)
+        pass  # it is measured again
 
 
 def _path(name: str) -> Any:

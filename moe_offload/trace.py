@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.trace_formats import READERS, expect
+from moe_offload.whole_file import whole_file
 
 PREFILL, DECODE = 0, 1
 MAX_EXPERTS = 1 << 16
@@ -202,7 +203,7 @@ def write_trace(path: str | Path, trace: RoutingTrace) -> None:
         if getattr(trace, name) is not None:
             arrays[name] = getattr(trace, name)
     try:
-        with Path(path).open("wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(file, **arrays)
     except OSError as error:
         raise ConfigError(f"the trace cannot be written to {path}: {error.strerror or error}") from error

@@ -6,10 +6,8 @@ Names in the file are GROUP/LAYER or GROUP/LAYER/LATER, so that a run reads only
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.npz import open_npz
 from moe_offload.predictors.routers import Curve
+from moe_offload.whole_file import whole_file
 
 FORMAT = 1
 Pair = tuple[int, int]
@@ -67,7 +66,7 @@ class PredictorFit:
 
 
 def write_fit(path: Path, fit: PredictorFit) -> None:
-    """Write to a partial file beside ``path``, then rename.
+    """Write to ``path``, whole or not at all.
 
     Raises:
         ConfigError: it cannot be written there.
@@ -86,15 +85,11 @@ def write_fit(path: Path, fit: PredictorFit) -> None:
     for group, members in fit.groups.items():
         for key, array in members.items():
             arrays["/".join([group, *map(str, key)])] = array
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, **arrays)
-        partial.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise ConfigError(
             f"the fitted predictor cannot be written to {path}: {error.strerror}; set XDG_CACHE_HOME to "
             "another folder or pass -o"

@@ -16,7 +16,7 @@ REPOSITORY = PACKAGE.parent
 
 # Each part may import itself and what stands above it.
 READING_ORDER = [
-    ("errors", "config", "npz"),
+    ("errors", "config", "npz", "whole_file"),
     ("storage.expert_format",),
     ("profile_schema",),
     ("profile_parse", "profile_write"),
@@ -64,6 +64,7 @@ WITHOUT_TORCH = {
     "errors",
     "config",
     "npz",
+    "whole_file",
     "device",
     "profile_schema",
     "profile_parse",

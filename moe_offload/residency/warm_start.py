@@ -7,12 +7,9 @@ version costs a line on stderr and a cold start, nothing else. Knows no torch.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from moe_offload.npz import open_npz
 from moe_offload.planning.prefetch_switch import Findings
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.storage.expert_format import ExpertKey
+from moe_offload.whole_file import whole_file
 
 VERSION = 1
 MOST_FILE_BYTES = 8 << 20
@@ -71,7 +69,9 @@ def write_state(path: Path, checkpoint: str, state: WarmState) -> None:
     Args:
         checkpoint: its key (storage/checkpoint_key.py).
     """
-    arrays = {f"heat.{layer_idx}": heat.astype(np.float32) for layer_idx, heat in state.heat.items()}
+    arrays: dict[str, Any] = {
+        f"heat.{layer_idx}": heat.astype(np.float32) for layer_idx, heat in state.heat.items()
+    }
     for number, policy_state in enumerate(state.policy_states):
         arrays |= {f"policy.{number}.{name}": array for name, array in policy_state.items()}
     if sum(array.nbytes for array in arrays.values()) > MOST_FILE_BYTES:
@@ -82,22 +82,11 @@ def write_state(path: Path, checkpoint: str, state: WarmState) -> None:
         notes["prefetching"] = {"setting": setting, **findings._asdict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, {**arrays, "notes": np.str_(json.dumps(notes))})
+        with whole_file(path) as file:
+            np.savez(file, **arrays, notes=np.str_(json.dumps(notes)))
         _trim(path.parent, path)
     except OSError as error:
         _say(f"what this run learned is not kept: {path}: {error.strerror}")
-
-
-def _replace(path: Path, arrays: Mapping[str, Any]) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _trim(folder: Path, newest: Path) -> None:

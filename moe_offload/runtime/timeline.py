@@ -11,6 +11,7 @@ from typing import Any
 from moe_offload.errors import ConfigError
 from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.storage.expert_format import ExpertKey
+from moe_offload.whole_file import whole_file, why_not
 
 MOST_EVENTS = 1_000_000  # of the device; what comes later is left out
 CPU, DEVICE, RETURN, LINK = 1, 2, 3, 4  # rows; copies that overlap take the rows from LINK on
@@ -26,16 +27,21 @@ def recorded_timeline(layers: HybridLayers, path: Path) -> Iterator[None]:
     Raises:
         ConfigError: the file cannot be written.
     """
+    if reason := why_not(path):
+        raise ConfigError(f"timeline {path} {reason}")
+    recorder = Recorder(layers)
     try:
-        file = path.open("w", encoding="utf-8")
+        yield
+    finally:
+        _write(path, recorder.stop())
+
+
+def _write(path: Path, events: Sequence[Event]) -> None:
+    try:
+        with whole_file(path, "w") as file:
+            json.dump(as_chrome_trace(events), file)
     except OSError as error:
         raise ConfigError(f"timeline {path}: {error.strerror}; give a file that can be written") from error
-    with file:
-        recorder = Recorder(layers)
-        try:
-            yield
-        finally:
-            json.dump(as_chrome_trace(recorder.stop()), file)
 
 
 class Recorder:

@@ -34,6 +34,7 @@ from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.npz import open_npz
 from moe_offload.planning.policies.table import FloatArray, Ids, Rows, TablePolicy, Weights
 from moe_offload.storage.expert_format import ExpertKey
+from moe_offload.whole_file import whole_file
 
 Float32Array = NDArray[np.float32]
 
@@ -66,7 +67,7 @@ class HorizonFit:
     def write(self, path: str | Path) -> None:
         """Write an npz of float16 coefficients."""
         notes = {"rates": RATES, "trained_on": self.trained_on, "model": self.model}
-        with Path(path).open("wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(
                 file,
                 layers=np.array(self.layers, np.int32),
