@@ -22,7 +22,7 @@ from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile
 from moe_offload.residency.machine_state import cpu_name, machine_key, machine_state
 from moe_offload.residency.memory import total_bytes
-from moe_offload.storage.checkpoint_key import cache_folder
+from moe_offload.storage.checkpoint_key import cache_folder, is_kept
 
 TUNED_MODEL, TUNED_MACHINE = "tuned for this model", "tuned on this machine"
 CPU = "cpu"  # the device of a profile that knows none
@@ -78,7 +78,7 @@ def stored_profile(checkpoint: str | None, device: str = CPU) -> ProfileInUse | 
     keys = (checkpoint, None) if checkpoint is not None else (None,)
     for with_device, key in itertools.product(dict.fromkeys((device, CPU)), keys):
         path = stored_path(key, with_device)
-        if not path.is_file():
+        if not is_kept(path):
             continue
         try:
             profile = load_profile(path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from pathlib import Path
 
+from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.planning.policies.horizon import read_fit
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key
+from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key, is_kept
 
 AUTO, FITTED = "auto", "horizon"
 
@@ -19,9 +23,22 @@ def automatic_policy(name: str, checkpoint: Checkpoint) -> str:
     """Return the policy that a name nobody insisted on stands for, as ``make_policy`` takes it.
 
     "auto", and "horizon" where it was tuned and not asked for, are horizon with this checkpoint's fit, or
-    without one where there is none; another name is itself.
+    without one where there is none, or none that can be read; another name is itself.
     """
     if name not in (AUTO, FITTED):
         return name
     path = policy_fit_path(checkpoint)
-    return f"{FITTED}={path}" if path.is_file() else FITTED
+    if not is_kept(path) or not _is_sound(path, path.stat().st_mtime_ns):
+        return FITTED
+    return f"{FITTED}={path}"
+
+
+@lru_cache
+def _is_sound(path: Path, written_ns: int) -> bool:
+    """Whether the fit can be read; says so once where it cannot: nobody asked for it, so nothing fails."""
+    try:
+        read_fit(path)
+    except (OSError, CheckpointError, ConfigError) as error:
+        print(f"moe-offload: note: the policy goes without its fit: {error}", file=sys.stderr)
+        return False
+    return True

@@ -145,7 +145,7 @@ def _path(
         return None
     if not str(path):
         raise ConfigError("the model's path is empty; None is the bundled demo model")
-    if os.path.exists(Path(path).expanduser()):  # False of a name that no file can have
+    if os.path.exists(os.path.expanduser(path)):  # False of a name that no file can have
         if revision not in (None, "main"):
             note(f"revision={revision!r:.80} changes nothing: {path} is on this disk")
         return Path(path, *filter(None, (subfolder, gguf_file)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 from moe_offload import ops, profile_store
 from moe_offload.config import MIB, DeviceChoice, RuntimeConfig
 from moe_offload.device import load_profile
-from moe_offload.errors import CheckpointError
+from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.header_sizes import bytes_per_token
 from moe_offload.measure import WEIGHTS_BYTES, measure_machine
 from moe_offload.planning.correction import RunningCorrection
+from moe_offload.planning.eviction import make_policy
 from moe_offload.planning.plans import PlacementPlan
 from moe_offload.planning.profile_speed import profile_speed
 from moe_offload.planning.scheduler import check_scheduler
@@ -25,6 +27,7 @@ LAYER = "layer_s"  # a name in a RunningCorrection
 LEAST_WEIGHTS_BYTES = 4 * MIB
 PREDICTION = ("predictor", "prefetch", "prefetch_depth")  # one question in three parts
 DIVISION = ("ram_staging", "vram_staging", "exclusive")
+CHECKS: dict[str, Callable[[str], object]] = {"policy": make_policy, "scheduler": check_scheduler}
 SETTINGS = ("num_threads", "policy", "scheduler", *DIVISION, *PREDICTION)
 
 
@@ -57,7 +60,7 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
         given: names of the arguments that the caller chose.
 
     Raises:
-        ConfigError: the profile names a scheduler that nobody knows.
+        ConfigError: a profile that was asked for names a policy or scheduler that nobody knows.
     """
     if found is None:
         return config
@@ -66,9 +69,17 @@ def with_settings(config: RuntimeConfig, found: ProfileInUse | None, given: Coll
     tuned = {name: value for name, value in found.profile.settings.items() if name in SETTINGS}
     if "predictor" in given or "prefetch" in given:
         tuned = {name: value for name, value in tuned.items() if name not in PREDICTION}
-    config = replace(config, **{name: value for name, value in tuned.items() if name not in given})
-    check_scheduler(config.scheduler)  # of a profile, it may be any word
-    return config
+    tuned = {name: value for name, value in tuned.items() if name not in given}
+    for name in CHECKS.keys() & tuned.keys():
+        try:
+            CHECKS[name](str(tuned[name]))
+        except (ConfigError, CheckpointError) as error:
+            if found.kind == GIVEN:
+                raise
+            note = f"what was tuned is not known here, its default is taken: {error} ({found.path})"
+            print(f"moe-offload: note: {note}", file=sys.stderr)
+            del tuned[name]
+    return replace(config, **tuned)
 
 
 def measure_once(checkpoint: Checkpoint, plan: PlacementPlan, say: Callable[[str], None]) -> ProfileInUse:

@@ -144,7 +144,8 @@ def from_pretrained(
     if policy in (None, AUTO):
         config = replace(config, policy=automatic_policy(config.policy, checkpoint))
     make_policy(config.policy)  # a wrong name is an error before anything is read
-    choice = choose_predictor(config.predictor if config.prefetch else "none", checkpoint)
+    wanted = config.predictor if config.prefetch else "none"
+    choice = choose_predictor(wanted, checkpoint, insist="predictor" in given)
     model = _build(checkpoint, config, arguments)
     checkpoint = skeleton.measure_cache(model, checkpoint)
     if quant is not None:

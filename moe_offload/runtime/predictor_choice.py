@@ -10,12 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_offload.errors import ConfigError
+from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.predictor_worth import best_predictor
 from moe_offload.predictors import fit_file, learned
 from moe_offload.predictors.fit_file import PredictorFit
 from moe_offload.storage.checkpoint import Checkpoint
-from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key
+from moe_offload.storage.checkpoint_key import cache_folder, checkpoint_key, is_kept
 
 GATE_DEPTH = 2  # at most: the prefetcher looks as far as reading takes
 
@@ -54,16 +54,30 @@ def fit_path(checkpoint: Checkpoint) -> Path:
     return cache_folder("predictors") / f"{checkpoint_key(checkpoint)}.npz"
 
 
-def choose_predictor(name: str, checkpoint: Checkpoint) -> PredictorChoice:
+def choose_predictor(name: str, checkpoint: Checkpoint, *, insist: bool = True) -> PredictorChoice:
     """Resolve "auto", "fitted" and "NAME=FILE"; read what the predictor needs of a fit.
 
     "auto" is what saves most by the report of this checkpoint's fit, its own cost taken off (the gate
-    may be that), and the cross-layer gate where there is no fit. "fitted" insists on a fitted one.
+    may be that), and the cross-layer gate where there is no fit, or none that can be read. "fitted" insists
+    on a fitted one.
+
+    Args:
+        insist: False where the name was tuned and not given: one that cannot be had is then "auto".
 
     Raises:
         ConfigError: no such predictor, or it needs a fit and there is none.
-        CheckpointError: the fit is damaged.
+        CheckpointError: the fit that it needs is damaged.
     """
+    try:
+        return _chosen(name, checkpoint)
+    except (CheckpointError, ConfigError) as error:
+        if insist:
+            raise
+        _say(f"predictor {name!r} was tuned and cannot be had: {error}")
+        return _chosen("auto", checkpoint)
+
+
+def _chosen(name: str, checkpoint: Checkpoint) -> PredictorChoice:
     base, _, file = name.partition("=")
     if ":" in base or base == "none":
         return PredictorChoice(name)
@@ -71,29 +85,41 @@ def choose_predictor(name: str, checkpoint: Checkpoint) -> PredictorChoice:
         known = ", ".join(NAMES)
         raise ConfigError(f'predictor={name!r} is unknown; known are {known}, or "package.module:Class"')
     path = Path(file) if file else fit_path(checkpoint)
+    if file or base == "fitted" or base in NEEDS_FIT:
+        return _with_fit(base, path, checkpoint, required=True)
+    without = "cross_layer_gate" if base == "auto" else base
+    if not is_kept(path):
+        return PredictorChoice(without)
+    try:
+        return _with_fit(base, path, checkpoint, required=False)
+    except (OSError, CheckpointError, ConfigError) as error:  # nobody asked for this file
+        _say(f"predicting goes without its fit: {error}")
+        return PredictorChoice(without)
+
+
+def _with_fit(base: str, path: Path, checkpoint: Checkpoint, *, required: bool) -> PredictorChoice:
+    """Return the predictor with what it needs of the fit at ``path``."""
     if base in ("auto", "fitted"):
-        base = _best(path, required=base == "fitted" or bool(file))
-    groups = GROUPS[base]
-    if base not in NEEDS_FIT and not path.is_file():
-        return PredictorChoice(base)
-    fit = fit_file.read_fit(path, {*groups, f"curve.{base}", "stay"})
+        base = _best(path, required=required)
+    fit = fit_file.read_fit(path, {*GROUPS[base], f"curve.{base}", "stay"})
     if fit.checkpoint != checkpoint_key(checkpoint):
         raise ConfigError(f"{path} was fitted to {fit.checkpoint}, not to {checkpoint.path}")
     return PredictorChoice(base, fit)
 
 
 def _best(path: Path, *, required: bool) -> str:
-    """Return what saves most by the fit's report; without a fit the gate, unless one is required."""
-    if not path.is_file() and not required:
-        return "cross_layer_gate"
+    """Return what saves most by the fit's report; the gate may be that, unless a fitted one is required."""
     fit = fit_file.read_fit(path, ())
     names = FITTED if required else (*FITTED, "cross_layer_gate")
     best = best_predictor(fit.report.get("held_out", {}), fit.top_k, names) or "hybrid"
     if best == "learned" and not learned.is_available():
-        print(
-            "moe-offload: note: onnxruntime is not installed, so the fit's linear predictor is used; "
-            "pip install 'moe_offload[learned]' for its network",
-            file=sys.stderr,
+        _say(
+            "onnxruntime is not installed, so the fit's linear predictor is used; "
+            "pip install 'moe_offload[learned]' for its network"
         )
         return "hybrid"
     return best
+
+
+def _say(line: str) -> None:
+    print(f"moe-offload: note: {line}", file=sys.stderr)

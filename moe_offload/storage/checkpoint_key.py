@@ -31,10 +31,18 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the folder for one kind of kept things: below XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    """Return the folder for one kind of kept things: below XDG_CACHE_HOME, or ~/.cache.
+
+    A user without a home (of a container) has it below /, as with HOME=/; most cannot write there.
+    """
+    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    root = Path(base) if os.path.isabs(base) else Path(home if os.path.isabs(home) else "/") / ".cache"
     return root / "moe_offload" / kind
+
+
+def is_kept(path: Path) -> bool:
+    """Whether there is such a file; False, too, where this user may not look (Path.is_file raises)."""
+    return os.path.isfile(path)
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:

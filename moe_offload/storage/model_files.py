@@ -133,9 +133,9 @@ def choose_models(names: Sequence[str], part: str | None) -> list[str]:
 def hub_cache() -> Path:
     """Return the folder where Hugging Face's tools keep what they fetched."""
     if cache := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache).expanduser()
+        return Path(os.path.expanduser(cache))
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{base}/huggingface").expanduser() / "hub"
+    return Path(os.path.expanduser(os.environ.get("HF_HOME") or f"{base}/huggingface")) / "hub"
 
 
 def _cached_snapshot(name: RepoName) -> Path | None:
@@ -162,7 +162,7 @@ def _snapshot_in(folder: Path) -> Path:
 
 def _lm_studio_folder(name: RepoName) -> Path | None:
     homes = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
-    folders = (Path(home).expanduser() / name.repo for home in homes)
+    folders = (Path(os.path.expanduser(home)) / name.repo for home in homes)
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
