@@ -500,6 +500,11 @@ class TokenRun:
     def done(
         self,
     ) -> list[tuple[int, list[int], list[float], list[int], list[tuple[int, int]], float, bool]]: ...
+    def together(
+        self,
+    ) -> tuple[
+        list[tuple[int, Sequence[int], Sequence[float] | None]], list[list[int]], int, int, int, float
+    ]: ...
     @property
     def device_s(self) -> float: ...
     @property

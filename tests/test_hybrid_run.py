@@ -12,6 +12,7 @@ from test_hybrid import steady_costs as steady_costs  # for every test here, too
 
 from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
+from moe_offload.residency.route_log import CHUNK_EVENTS
 from moe_offload.residency.slot_pool import SlotPool
 from moe_offload.runtime.hybrid_run import CPU_TOKENS
 from moe_offload.storage.expert_format import ExpertKey
@@ -100,3 +101,59 @@ def test_memory_is_looked_at_after_a_run() -> None:
             executor.on_layer_done = done.append
         one_token(model, cache)
         assert done == [11]
+
+
+@pytest.mark.parametrize("policy", ["horizon", "lru"])
+@pytest.mark.parametrize("scheduler", ["static_split", "every_second", "none"])
+def test_a_token_told_in_one_go_leaves_what_its_layers_leave_one_by_one(
+    scheduler: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log, counters and policies of both tiers, and what may be copied; over an end of the log's chunks."""
+    monkeypatch.setitem(
+        SCHEDULERS, "every_second", lambda work: Schedule(work.on_gpu & (np.cumsum(work.on_gpu) % 2 == 0), 0)
+    )
+    monkeypatch.setitem(SCHEDULERS, "none", lambda work: Schedule(np.zeros_like(work.on_gpu), 0))
+    books = []
+    for in_one_go in (False, True):
+        with loaded(scheduler=scheduler, policy=policy, prefetch=False) as model:
+            fill_ram(model)
+            hybrid, cache, missed = model.offload.hybrid, model.offload.cache, list[Any]()
+            hybrid.tier.hold_only(
+                [ExpertKey(i, expert_id) for i in range(12) for expert_id in range(0, 32, 4)]
+            )
+            monkeypatch.setattr(hybrid.tier, "ran_on_cpu", missed.extend)
+            kv = model.offload.new_cache()
+            model(PROMPT, past_key_values=kv)
+            one_token(model, kv)
+            run = model.offload.native_step._hybrid_run
+            run._are_alike = in_one_go
+            told = ways_of_booking(run, monkeypatch)
+            for i in range(NUM_BOOKED):
+                one_token(model, kv, 5 + 7 * i)
+            assert told["alone"] == (1 if in_one_go else NUM_BOOKED), "a chunk of the log ends in one token"
+            states = [{name: value.tolist() for name, value in s.items()} for s in policy_states(model)]
+            counts = hybrid.tier.stats.hits, hybrid.tier.stats.misses, cache.stats.hits, cache.stats.misses
+            experts = hybrid.counters.device_experts, hybrid.counters.cpu_experts
+            books.append((cache.log.events(), counts, experts, missed, states))
+    assert books[0] == books[1]
+    assert books[0][1][0] > 0 or scheduler == "none"
+    assert len(books[0][3]) > 100 or scheduler == "static_split", "nothing missed"
+
+
+NUM_BOOKED = 1 + CHUNK_EVENTS // 12
+
+
+def ways_of_booking(run: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """From now on, how many tokens were told layer by layer."""
+    told, by_layer = {"alone": 0}, run._booked_by_layer
+
+    def counted() -> int:
+        told["alone"] += 1
+        return int(by_layer())
+
+    monkeypatch.setattr(run, "_booked_by_layer", counted)
+    return told
+
+
+def policy_states(model: Any) -> list[dict[str, Any]]:
+    return [*model.offload.cache.policy_states(), *model.offload.hybrid.tier.cache.policy_states()]

@@ -41,6 +41,22 @@ py::list done(const TokenRun& run) {
     return list;
 }
 
+// The same of all layers at once: what of it differs by layer, and sums.
+py::tuple together(const TokenRun& run) {
+    py::list steps, on_device;
+    size_t num_there = 0, num_copied = 0, num_stayed = 0;
+    double cpu_s = 0;
+    for (const SharedLayerDone& layer : run.done()) {
+        steps.append(py::make_tuple(layer.layer, layer.choice.ids, layer.choice.weights));
+        num_there += layer.on_device.size(), num_copied += layer.copied.size();
+        num_stayed += layer.stayed ? layer.on_device.size() : 0;
+        cpu_s += layer.cpu_s;
+    }
+    if (num_there)
+        for (const SharedLayerDone& layer : run.done()) on_device.append(py::cast(layer.on_device));
+    return py::make_tuple(steps, on_device, num_there, num_there - num_stayed, num_copied, cpu_s);
+}
+
 }  // namespace
 
 void register_hybrid(py::module_& m) {
@@ -58,6 +74,9 @@ void register_hybrid(py::module_& m) {
              "Of the last run, by layer: (layer, ids, weights, ids on the device, (id, slot) copied there, "
              "CPU seconds, whether rows "
              "stayed there)")
+        .def("together", together,
+             "The same of all layers: [(layer, ids, weights)], ids on the device by layer (none where it had "
+             "no share), how many those are, how many of them came home and were copied, CPU seconds")
         .def_property_readonly("wait_s", &TokenRun::wait_s)
         .def_property_readonly("device_s", &TokenRun::device_s)
         .def_property_readonly("link_s", &TokenRun::link_s)

@@ -36,12 +36,24 @@ class CacheBooks(CachePools):
 
         The books are as if each had been told alone. A token's steps told alone cost as much as a layer does.
         """
-        if len(self._pools) == 1 and (not self._keeps_log_of(self._pools[0]) or self.log.add_steps(steps)):
-            self._stats.hits += sum([len(expert_ids) for _, expert_ids, _ in steps])
-            self._pools[0].routed_steps(steps)
-            return
-        for step in steps:
-            self.used_residents(*step)
+        if not self.booked_in_one(steps):
+            for step in steps:
+                self.used_residents(*step)
+
+    def booked_in_one(self, steps: list[RoutedStep], above: Sequence[Sequence[int]] = ()) -> bool:
+        """``used_in_run`` in one go; False: nothing was booked, since each step has to be told alone.
+
+        Args:
+            above: by step, which experts the tier above served; nothing: it served none.
+        """
+        if len(self._pools) != 1 or (
+            self._keeps_log_of(self._pools[0]) and not self.log.add_steps(steps, above)
+        ):
+            return False
+        used = sum([len(expert_ids) for _, expert_ids, _ in steps])
+        self._stats.hits += used - sum(map(len, above))
+        self._pools[0].routed_steps(steps)
+        return True
 
     def _keeps_log_of(self, pool: SlotPool) -> bool:
         """Whether somebody may ever leave, here or in the tier above: else the log has nothing to say."""

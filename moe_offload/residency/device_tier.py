@@ -18,6 +18,7 @@ from moe_offload.residency.accelerator import Device, DeviceFault
 from moe_offload.residency.device_source import DeviceSource
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
+from moe_offload.residency.slot_pool import RoutedStep
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
@@ -48,10 +49,6 @@ class DeviceCache(ExpertCache):
         self._num_shown = sum(pool.show_arrived(shown=shown) for pool in self._pools)
         self._staged = staged if shown and self._num_shown == len(staged) else []
 
-    def policy_told(self, layer_idx: int) -> Callable[[int, Sequence[int], Sequence[float]], None]:
-        """Return what ``used_natively`` comes to where nothing ran here: the policy learns of a layer."""
-        return self._pool_of[layer_idx].routed
-
     def used_natively(
         self,
         layer_idx: int,
@@ -74,6 +71,24 @@ class DeviceCache(ExpertCache):
         self.used(layer_idx, expert_ids, weights, len(here) - len(copied) - arrived, copied)
         if arrived:
             self._evict_excess(pool)
+
+    def books_in_one(self, steps: Sequence[RoutedStep], here: Sequence[Sequence[int]]) -> bool:
+        """Whether ``used_in_one`` may be called: nothing that arrived becomes a resident by these layers.
+
+        Args:
+            here: by step, the experts that ran on the device; nothing where none did.
+        """
+        if len(self._pools) != 1:
+            return False
+        if not here or not self._num_shown:
+            return True
+        by_layer = {layer_idx: ids for (layer_idx, _, _), ids in zip(steps, here, strict=True)}
+        return not any(key.expert_id in by_layer.get(key.layer_idx, ()) for key in self._pools[0].staged)
+
+    def used_in_one(self, steps: list[RoutedStep], num_here: int) -> None:
+        """Count layers that nobody came or left between, ``num_here`` of whose experts ran on the device."""
+        self.stats.hits += num_here
+        self._pools[0].routed_steps(steps)
 
     def num_under_way(self, layer_idx: int) -> int:
         """Return how many copies are queued or under way, for the pool of a layer."""

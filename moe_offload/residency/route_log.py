@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import numpy as np
@@ -98,16 +98,26 @@ class RouteLog:
         if len(pending) >= CHUNK_EVENTS:
             self.pack()
 
-    def add_steps(self, steps: Sequence[tuple[int, Sequence[int], Sequence[float] | None]]) -> bool:
+    def add_steps(
+        self,
+        steps: Sequence[tuple[int, Sequence[int], Sequence[float] | None]],
+        above: Sequence[Sequence[int]] = (),
+    ) -> bool:
         """Note steps (layer, expert ids, weights) that nobody came or left between, where they fit.
 
         False: nothing was noted, because a chunk ends among them; it has to say where the tiers stood then.
+
+        Args:
+            above: by step, which experts the tier above served; nothing: it served none.
         """
         if len(self._pending) + len(steps) > CHUNK_EVENTS - 1:
             return False
         if steps and not self._pending:
             self._start = self._marks()
-        self._pending += [(layer_idx, expert_ids, None, ()) for layer_idx, expert_ids, _ in steps]
+        self._pending += [
+            (layer_idx, expert_ids, None, there)
+            for (layer_idx, expert_ids, _), there in zip(steps, above or repeat(()), strict=False)
+        ]
         return True
 
     def pack(self) -> None:

@@ -125,8 +125,9 @@ class HybridLayers:
         needs = 0 if self._ahead is None else self._ahead.take_needs()
         if not self.tier.is_on or not self.tier.is_filled:
             return
-        self._may_gain = self._can_gain()
         ahead = None if self._ahead is None else self._ahead.switch
+        if ahead is not None and (self.switch is None or self.switch.decision):  # else nobody asks
+            self._may_gain = self._can_gain()
         self._trials.record(self.switch, ahead, seconds, needs, self._may_gain)
         if self.switch is not None:
             self.tier.replaces = self.switch.is_on

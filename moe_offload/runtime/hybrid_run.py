@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from moe_offload import _native
 from moe_offload._native import DecodeStep
@@ -54,12 +55,14 @@ class HybridRun:
         self._tokens_seen = 0  # by the CPU alone, since costs were corrected
         self._copies: dict[int, bool] = {}  # alike: whether they may ask for a copy
         self._worth: dict[int, list[bool]] = {}  # by layer: HybridLayers.are_worth
-        self._tell_policy = {i: self._tier.cache.policy_told(i) for i in self._hybrid}
+        self._missed: list[ExpertKey] = []  # of the layers that are being told of
         by_costs = {id(self._layers.costs[i]): _Sum(self._layers.costs[i]) for i in self._hybrid}
         self._sums, self._sum_of = (
             list(by_costs.values()),
             {i: by_costs[id(self._layers.costs[i])] for i in self._hybrid},
         )
+        with_experts = [executor for executor in executors if executor is not None]
+        self._are_alike = len(self._sums) == 1 and len(with_experts) == len(self._hybrid)
         for layer_idx, executor in enumerate(executors):
             if executor is not None:
                 self._describe(layer_idx, executor, self._hybrid.get(layer_idx))
@@ -119,39 +122,72 @@ class HybridRun:
 
     def _account(self) -> int:
         """Tell caches, counters and costs of the layers that were computed; returns how many were copied."""
-        done = self._native.done()
-        if not done:
-            return 0
-        missed = list[ExpertKey]()
+        self._missed = []
         for each in self._sums:
             each.clear()
-        has_room, cache, sum_of = self._tier.has_room, self._tier.cache, self._sum_of
-        wants_misses, tell_policy = has_room or self._tier.replaces, self._tell_policy
-        for layer_idx, ids, weights, on_device, copied, cpu_s, stayed in done:
+        last = self._booked_in_one()
+        if last is None:
+            last = self._booked_by_layer()
+        if last < 0:
+            return 0
+        executor = self._executors[last]
+        assert executor is not None
+        executor.on_layer_done(last)  # of the last one: all were done before anybody could be told
+        num_copied = self._count()
+        self._tier.ran_on_cpu(self._missed)
+        return num_copied
+
+    def _booked_in_one(self) -> int | None:
+        """Tell both caches of all layers at once, which costs as much as telling them of one.
+
+        Returns:
+            The last layer, -1 where there was none; None: each has to be told alone, and nothing was.
+        """
+        tier, ram = self._tier, self._ram
+        if not self._are_alike:
+            return None
+        steps, on_device, num_there, num_home, num_copied, cpu_s = self._native.together()
+        if not steps:
+            return -1
+        if num_copied or not tier.cache.books_in_one(steps, on_device):
+            return None
+        if not ram.booked_in_one(steps, on_device):
+            return None
+        tier.cache.used_in_one(steps, num_there)
+        part = self._sums[0]
+        part.cpu_s, part.on_device, part.at_home = cpu_s, num_there, num_home
+        part.on_cpu = sum([len(ids) for _, ids, _ in steps]) - num_there
+        if part.on_cpu and tier.wants_misses:
+            has_room = tier.has_room
+            for (layer_idx, ids, _), there in zip(steps, on_device or repeat(()), strict=False):
+                self._note_missed(layer_idx, ids, there, has_room)
+        return steps[-1][0]
+
+    def _booked_by_layer(self) -> int:
+        """Tell both caches of one layer after the other; returns the last, -1 where there was none."""
+        cache, last = self._tier.cache, -1
+        wants_misses, has_room = self._tier.wants_misses, self._tier.has_room
+        for last, ids, weights, on_device, copied, cpu_s, stayed in self._native.done():
             num_there = len(on_device)
-            self._ram.used_residents(layer_idx, ids, weights, len(ids) - num_there, on_device)
-            part = sum_of.get(layer_idx)
+            self._ram.used_residents(last, ids, weights, len(ids) - num_there, on_device)
+            part = self._sum_of.get(last)
             if part is None:
                 self._layers.counters.cpu_s += cpu_s
                 continue
-            if num_there:
-                cache.used_natively(layer_idx, ids, weights, on_device, copied)
-            else:
-                tell_policy[layer_idx](layer_idx, ids, weights)
-            if wants_misses and (has_room or self._worth[layer_idx][num_there]):
-                missed += [ExpertKey(layer_idx, i) for i in ids if i not in on_device]
+            cache.used_natively(last, ids, weights, on_device, copied)
+            if wants_misses:
+                self._note_missed(last, ids, on_device, has_room)
             part.on_cpu += len(ids) - num_there
             part.cpu_s += cpu_s
-            if num_there:
-                part.on_device += num_there
-                part.at_home += 0 if stayed else num_there
-                part.copied += len(copied)
-        executor = self._executors[done[-1][0]]
-        assert executor is not None
-        executor.on_layer_done(done[-1][0])  # of the last one: all were done before anybody could be told
-        num_copied = self._count()
-        self._tier.ran_on_cpu(missed)
-        return num_copied
+            part.on_device += num_there
+            part.at_home += 0 if stayed else num_there
+            part.copied += len(copied)
+        return last
+
+    def _note_missed(self, layer_idx: int, ids: Sequence[int], there: Sequence[int], has_room: bool) -> None:
+        """Remember what of a layer was not on the device, where one more there would have paid."""
+        if has_room or self._worth[layer_idx][len(there)]:
+            self._missed += [ExpertKey(layer_idx, i) for i in ids if i not in there]
 
     def _count(self) -> int:
         """Bring counters and costs up to date; returns how many were copied."""
