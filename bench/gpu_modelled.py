@@ -5,15 +5,22 @@ under test judges each layer with a data sheet's bandwidths times what programs 
 experts are counted: the dense part is the same for all. Decayed frequency stands for every method's cache
 but the static ones: the hottest experts of the whole trace, seen in advance, or whole layers. Copies that
 admit an expert without serving the step use the link while it idles, and only then happen. No GPU's result.
+
+    python bench/gpu_modelled.py [--traces FILE.npz ...] [--tokens 1500] [--expert-bytes N]
+
+replays other recordings than the demo model's (any file that trace.read_trace reads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from card import commit
 
 from moe_offload.device import load_profile
 from moe_offload.planning.scheduler import SCHEDULERS, LayerWork, Schedule
@@ -26,16 +33,49 @@ COPY_LATENCY_S, LAUNCH_S = 10e-6, 5e-6
 DECAY = 0.98
 NUM_TRACES = 3  # seconds of replay each
 NO_ENERGY = "no energy: no machine ran, and data sheets give limits of power, not what a token draws"
+SHARES = (0.12, 0.25, 0.5)
 METHODS = ("hybrid", "on_demand", "static_split", "static_layers", "hybrimoe_greedy")
 
 
-def rows(traces: Path = Path(__file__).parent / "data" / "traces") -> Iterator[dict[str, Any]]:
+def main() -> None:
+    args = parse_args()
+    found = []
+    for row in rows(args.traces, args.tokens, args.expert_bytes):
+        ratios = ", ".join(f"{method} {ratio:.2f}" for method, ratio in row["others_over_ours"].items())
+        print(f"{row['profile']} {row['vram_percent']}%: {ratios}", flush=True)
+        found.append(row)
+    said = {"tokens": args.tokens, "expert_bytes": args.expert_bytes, "commit": commit()}
+    print(json.dumps({"bench": "gpu_modelled", "label": "modelled", **said, "rows": found}))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--traces", type=Path, nargs="+", default=demo_traces())
+    parser.add_argument("--tokens", type=int, help="of each trace, from its beginning; default: all")
+    parser.add_argument("--expert-bytes", type=int, default=EXPERT_BYTES)
+    return parser.parse_args()
+
+
+def demo_traces() -> list[Path]:
+    """Return recordings of the demo model."""
+    return sorted((Path(__file__).parent / "data" / "traces").glob("*.npz"))[:NUM_TRACES]
+
+
+def rows(
+    traces: Sequence[Path] = (), tokens: int | None = None, expert_bytes: int = EXPERT_BYTES
+) -> Iterator[dict[str, Any]]:
     """Yield seconds per token for experts, by machine, share in VRAM and method; medians over the traces."""
-    loaded = [read_trace(path).decode_only() for path in sorted(traces.glob("*.npz"))[:NUM_TRACES]]
+    paths = traces or demo_traces()
+    loaded = [read_trace(path).decode_only() for path in paths]
+    loaded = [trace if tokens is None else trace.head(tokens) for trace in loaded]
     for name in PROFILES:
-        for share in (0.12, 0.25, 0.5):
+        for share in SHARES:
             seconds = {
-                method: float(np.median([token_s(trace, name, share, method) for trace in loaded]))
+                method: float(
+                    np.median([token_s(trace, name, share, method, expert_bytes) for trace in loaded])
+                )
                 for method in METHODS
             }
             ours = seconds["hybrid"]
@@ -43,19 +83,22 @@ def rows(traces: Path = Path(__file__).parent / "data" / "traces") -> Iterator[d
                 "label": "modelled",
                 "profile": name,
                 "vram_percent": round(100 * share),
+                "traces": [path.name for path in paths],
                 "expert_s_per_token": seconds,
                 "energy": NO_ENERGY,
                 "others_over_ours": {method: value / ours for method, value in seconds.items()},
             }
 
 
-def token_s(trace: RoutingTrace, profile_name: str, share: float, method: str) -> float:
+def token_s(
+    trace: RoutingTrace, profile_name: str, share: float, method: str, expert_bytes: int = EXPERT_BYTES
+) -> float:
     """Return the seconds of a token's experts over all layers, the second half of the trace."""
     profile = load_profile(profile_name)
-    cpu_s = EXPERT_BYTES / (profile.value("ram", "read_bandwidth") * REACHED["ram"])
-    gpu_s = EXPERT_BYTES / (profile.value("gpu", "read_bandwidth") * REACHED["vram"])
+    cpu_s = expert_bytes / (profile.value("ram", "read_bandwidth") * REACHED["ram"])
+    gpu_s = expert_bytes / (profile.value("gpu", "read_bandwidth") * REACHED["vram"])
     link = profile.value("link", "to_device_bandwidth") * REACHED["link"]
-    copy_s = EXPERT_BYTES / link + COPY_LATENCY_S
+    copy_s = expert_bytes / link + COPY_LATENCY_S
     slots = max(trace.top_k, int(share * trace.num_experts))
     num_layers = len(trace.layers)
     layers = [_Layer(trace, i, slots, is_static=method.startswith("static")) for i in range(num_layers)]
@@ -119,3 +162,7 @@ class _Layer:
     def _admit(self, expert_id: int) -> None:
         self.resident[self._coldest()[0]] = False
         self.resident[expert_id] = True
+
+
+if __name__ == "__main__":
+    main()

@@ -202,6 +202,24 @@ def test_modelled_rows_are_labelled_and_a_cache_is_never_more_than_its_slots() -
     assert everything < quarter, "copies cost nothing"
 
 
+def test_other_recordings_can_be_modelled(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import gpu_modelled
+
+    monkeypatch.setattr(gpu_modelled, "PROFILES", ("rtx-4060-laptop",))
+    monkeypatch.setattr(gpu_modelled, "SHARES", (0.25, 0.5))
+    trace = ROOT / "bench" / "data" / "traces" / "fr_man.npz"
+    arguments = ["--traces", str(trace), "--tokens", "40", "--expert-bytes", "13219200"]
+    monkeypatch.setattr(sys, "argv", ["gpu_modelled.py", *arguments])
+    gpu_modelled.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    quarter, half = said["rows"]
+    assert said["label"] == quarter["label"] == half["label"] == "modelled"
+    assert quarter["traces"] == ["fr_man.npz"] and said["tokens"] == 40
+    assert half["expert_s_per_token"]["hybrid"] < quarter["expert_s_per_token"]["hybrid"]
+    larger = quarter["expert_s_per_token"]["static_layers"] / half["expert_s_per_token"]["static_layers"]
+    assert larger > 1 and min(quarter["others_over_ours"].values()) >= 0.9
+
+
 def test_without_a_card_everything_reads_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_machine, "build", lambda: iter([{"built": False}]))
     off = {"on": False, "reason": "no NVIDIA driver was found", "devices": []}
