@@ -18,7 +18,7 @@ int moe_offload_cuda_info(char* out, int size);
 moe::Device* moe_offload_cuda_open(int index, int64_t vram_bytes, char* error, int size);
 
 // A launch of `num_experts` matrices of rows x cols (twice as many rows for gate and up), `pairs_per_expert`
-// tokens each, over `num_sets` sets of weights in turn; the median of `times`.
+// tokens each, one behind the other over `num_sets` sets of weights; the median of `times`.
 struct MatrixMeasurement {
     int32_t ggml_type, is_gate_up, num_experts, pairs_per_expert, num_sets, times;
     int64_t rows, cols, row_bytes;
