@@ -1,4 +1,5 @@
 // Kernels of formats whose scales belong to 32 weights.
+#include "cuda/block_formats.h"
 #include "cuda/packed_kernels.h"
 
 namespace moe::cuda {

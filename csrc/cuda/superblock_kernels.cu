@@ -1,5 +1,6 @@
 // Kernels of formats of 256 weights with scales of scales.
 #include "cuda/packed_kernels.h"
+#include "cuda/superblock_formats.h"
 
 namespace moe::cuda {
 

@@ -5,8 +5,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/block_formats.h"
 #include "cuda/elementwise.h"
-#include "cuda/formats.h"
+#include "cuda/superblock_formats.h"
 
 using namespace moe::cuda;
 
