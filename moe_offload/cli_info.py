@@ -128,7 +128,8 @@ def _tiers_line(report: dict[str, Any]) -> str:
     """Return the memories that experts may be in, fastest first, and how fast each is read."""
     figures = report["profile"].get("figures", {})
     rates = {name: f" at {value / 1e9:.2f} GB/s" for name, value in figures.items() if value}
-    cards = [f"VRAM {gib(card['memory_bytes'])}" for card in report["cuda"].get("devices", [])]
+    devices = report["cuda"].get("devices", [])
+    cards = [f"VRAM {gib(card['memory_bytes'])}" for card in devices if not card.get("unusable")]
     ram = report["memory"].get("total_bytes")
     parts = cards if report["cuda"].get("on") else ["no VRAM"]
     parts.append(f"RAM {gib(ram) if ram else 'unknown'}{rates.get('ram_bytes_per_s', '')}")
@@ -160,7 +161,10 @@ def _cuda_line(report: dict[str, Any]) -> str:
     if not report["on"]:
         return f"off: {report['reason']}"
     cards = ", ".join(
-        f"{card['name']} ({gib(card['memory_bytes'])}, sm_{card['sm']})" for card in report["devices"]
+        f"not usable: {card['unusable']}"
+        if card.get("unusable")
+        else f"{card['name']} ({gib(card['memory_bytes'])}, sm_{card['sm']})"
+        for card in report["devices"]
     )
     versions = f"built with CUDA {report['built_with']}, driver runs {report['driver']}"
     return f"on: {cards}; {versions}; {report['pinned']}"

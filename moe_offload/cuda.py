@@ -17,6 +17,9 @@ RECORD = Path(__file__).parent / "_cuda_build.json"
 OLDEST_DRIVERS = {12: 525, 13: 580}  # the first driver of a CUDA release's minor versions
 REMEDY = "install nvcc (a CUDA toolkit, or moe_offload[cuda-build]) and build again with MOE_OFFLOAD_CUDA=on"
 
+BUILD_FOR_IT = (
+    "sm_75 is the oldest there are kernels for; MOE_OFFLOAD_CUDA_ARCHS=native builds for this machine"
+)
 PINNED = "host memory is pinned at load as far as the system grants; the rest is copied through 1 MiB buffers"
 PINNED_WSL2 = "; WSL2 often pins half of the memory or less"
 
@@ -38,6 +41,8 @@ def describe(library: Path | None = None, record: Path | None = None) -> dict[st
     except OSError as error:
         return report | {"reason": f"built, but does not load: {error}"}
     runtime, driver = found["runtime"], found["driver"]
+    for card in found["devices"]:
+        card["unusable"] = _why_unusable(card, built)
     report |= {
         "built_with": _dotted(runtime),
         "required_driver": _required(runtime),
@@ -58,7 +63,38 @@ def _reason(runtime: int, driver: int, found: dict[str, Any]) -> str:
         return f"the driver is too old: it runs CUDA up to {_dotted(driver)}; {needs}"
     if found["error"]:
         return f"the driver answers: {found['error']}; {needs}"
-    return "" if found["devices"] else "the driver shows no GPU (is CUDA_VISIBLE_DEVICES empty?)"
+    if not found["devices"]:
+        return "the driver shows no GPU (is CUDA_VISIBLE_DEVICES empty?)"
+    reasons = [card["unusable"] for card in found["devices"]]
+    return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""
+
+
+def reason_for(index: int, report: dict[str, Any]) -> str:
+    """Return why one card cannot be used, or nothing; ``report``: what ``describe`` said."""
+    if report["reason"]:
+        return str(report["reason"])
+    cards = report["devices"]
+    if index >= len(cards):
+        return f"there is no GPU {index}: the driver shows {len(cards)}, counted from 0"
+    return str(cards[index]["unusable"])
+
+
+def _why_unusable(card: dict[str, Any], built: dict[str, Any]) -> str:
+    """Return why a card runs none of the kernels that were built, or nothing.
+
+    Machine code runs on cards of its own generation, its own number and later, PTX on every card that is no
+    older.
+    """
+    if "error" in card:
+        return f"a GPU does not say what it is: {card['error']}"
+    if not built.get("ptx"):
+        return ""  # nobody knows
+    machine, sm = set(built.get("sm", [])), card["sm"]
+    ptx = {built["ptx"]} | (machine & {90})  # csrc/cuda/nvcc.py: codes
+    if any(number // 10 == sm // 10 and number <= sm for number in machine) or min(ptx) <= sm:
+        return ""
+    served = ", ".join(f"sm_{number}" for number in sorted(machine | ptx))
+    return f"{card['name']} is sm_{sm}, and kernels were built for {served}; {BUILD_FOR_IT}"
 
 
 def _built(record: Path) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from types import ModuleType
 
 import pytest
 
-from moe_offload import cli, cli_info, cuda
+from moe_offload import ConfigError, cli, cli_info, cuda
+from moe_offload.config import DeviceChoice
+from moe_offload.residency.accelerator import check_device
 
 ROOT = Path(__file__).parents[1]
 LIBRARY_OF_ONE_ANSWER = """
@@ -143,15 +145,20 @@ def test_cards_between_the_families_have_code(monkeypatch: pytest.MonkeyPatch) -
     assert sum("code=compute" in code for code in nvcc.codes([90], 90)) == 1
 
 
-def answering(tmp_path: Path, answer: dict[str, object]) -> dict[str, object]:
-    """Return what is said of a library that answers so."""
+def answering(
+    tmp_path: Path, answer: dict[str, object], built: dict[str, object] | None = None
+) -> dict[str, object]:
+    """Return what is said of a library that answers so, and was ``built`` so."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc")
     text = json.dumps(json.dumps(answer))
     source, library = tmp_path / "fake.c", tmp_path / "fake.so"
     source.write_text(LIBRARY_OF_ONE_ANSWER.format(text=text))
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    return cuda.describe(library, tmp_path / "no record")
+    record = tmp_path / "record"
+    if built is not None:
+        record.write_text(json.dumps({"built": True, **built}))
+    return cuda.describe(library, record)
 
 
 CARD = {"name": "NVIDIA RTX", "sm": 89, "memory_bytes": 8 << 30}
@@ -173,6 +180,47 @@ def test_drivers(tmp_path: Path, driver: int, error: str, devices: list[object],
     report = answering(tmp_path, {"runtime": 13000, "driver": driver, "error": error, "devices": devices})
     assert report["on"] == (reason is None) and report["built_with"] == "13.0"
     assert re.search(reason or "^$", str(report["reason"]))
+
+
+@pytest.mark.parametrize(
+    ("sm", "built", "reason"),
+    [
+        (61, {"sm": [75], "ptx": 75}, "GTX is sm_61, and kernels were built for sm_75; sm_75 is the oldest"),
+        (70, {"sm": [75, 80, 86, 87, 89, 90, 120], "ptx": 120}, "GTX is sm_70"),
+        (75, {"sm": [86], "ptx": 86}, "GTX is sm_75, and kernels were built for sm_86"),
+        (80, {"sm": [86], "ptx": 86}, "GTX is sm_80"),
+        (75, {"sm": [], "ptx": 75}, ""),
+        (89, {"sm": [86], "ptx": 120}, ""),
+        (100, {"sm": [90, 120], "ptx": 120}, ""),
+        (100, {"sm": [89, 120], "ptx": 120}, "GTX is sm_100"),
+        (121, {"sm": [75, 90, 120], "ptx": 120}, ""),
+        (61, {}, ""),
+    ],
+)
+def test_a_card_that_nothing_was_built_for_is_refused_before_it_is_used(
+    tmp_path: Path, sm: int, built: dict[str, object], reason: str
+) -> None:
+    old = {"name": "GTX", "sm": sm, "memory_bytes": 8 << 30}
+    answer = {"runtime": 13000, "driver": 13010, "error": "", "devices": [old]}
+    alone = answering(tmp_path, answer, built)
+    assert alone["on"] == (not reason) and str(alone["reason"]).startswith(reason)
+    assert bool(reason) == bool(alone["reason"])
+
+
+def test_each_card_has_its_own_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old, mute = {"name": "GTX", "sm": 61, "memory_bytes": 4 << 30}, {"error": "unknown error"}
+    answer = {"runtime": 13000, "driver": 13010, "error": "", "devices": [CARD, old, mute]}
+    report = answering(tmp_path, answer, {"sm": [75, 89], "ptx": 89})
+    assert report["on"] and cuda.reason_for(0, report) == ""
+    assert cuda.reason_for(1, report).startswith("GTX is sm_61")
+    assert cuda.reason_for(2, report) == "a GPU does not say what it is: unknown error"
+    assert cuda.reason_for(3, report) == "there is no GPU 3: the driver shows 3, counted from 0"
+    monkeypatch.setattr(cuda, "describe", lambda: report)
+    shown = cli_info.as_text(cli_info.describe())
+    assert "on: NVIDIA RTX (8.00 GiB, sm_89), not usable: GTX is sm_61" in shown
+    assert "VRAM 8.00 GiB, RAM" in shown
+    with pytest.raises(ConfigError, match="device='cuda:1' is not possible: GTX is sm_61"):
+        check_device(DeviceChoice("cuda:1"))
 
 
 def test_info_shows_cards_and_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def check_device(choice: DeviceChoice) -> None:
     """
     if choice.kind == "emulated":
         return
-    reason = cuda.describe()["reason"]
+    reason = cuda.reason_for(_index(choice), cuda.describe())
     if reason:
         raise ConfigError(
             f"device={choice.kind!r} is not possible: {reason}; without a GPU there is {DEVICE_FORM!r}"
