@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--ridge", type=float, default=RIDGE)
     parser.add_argument("--layers-before", type=int, default=LAYERS_BEFORE)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         traces = [read_trace(path, args.num_experts) for path in args.trace]
         with Progress("fitting", sys.stderr, lambda count: f"{count:.0f} layers") as progress:

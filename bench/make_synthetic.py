@@ -204,6 +204,7 @@ def list_tensors(shape: Shape, mix: str) -> list[Tensor]:
 
 def write(out: Path, shape: Shape, tensors: list[Tensor], experts: routing.Experts, seed: int) -> None:
     """Write a temporary file beside ``out`` and rename it when it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     writer = gguf.GGUFWriter(partial, "qwen3moe")
     add_metadata(writer, shape)

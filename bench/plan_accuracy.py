@@ -44,6 +44,7 @@ PHASES = ("prefill", "cold", "warm")
 def main() -> None:
     args = parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     record, rehearsals = load_record(args), Rehearsals()
     for number in range(args.rounds):
         for name, path in models(args):

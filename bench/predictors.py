@@ -50,6 +50,8 @@ def main() -> None:
     from moe_offload.runtime import fit_recording
     from moe_offload.storage.checkpoint import open_checkpoint
 
+    if args.json_out is not None:
+        args.json_out.parent.mkdir(parents=True, exist_ok=True)
     fitted, held_out = fit_recording.split_documents(documents(args), 0.25, args.seed)
     tokenizer = moe_offload.load_tokenizer(args.model)
     model = moe_offload.from_pretrained(args.model, experts="all", predictor="none", context=512)

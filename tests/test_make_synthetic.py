@@ -21,7 +21,7 @@ MIXES = sorted(make_synthetic.MIXES)
 
 @pytest.fixture(scope="module", params=MIXES)
 def toy(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("synthetic") / f"{request.param}.gguf"
+    out = tmp_path_factory.mktemp("synthetic") / "made" / "by it" / f"{request.param}.gguf"
     command = [sys.executable, str(BENCH / "make_synthetic.py"), "--like", "toy", "--mix", request.param]
     subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=60)
     return out

@@ -33,6 +33,7 @@ def main() -> None:
 def dequantize_gguf(source: Path, out: Path) -> Path:
     """Copy metadata, write every tensor as F32, return ``out``; one tensor at a time is in memory."""
     reader = GGUFReader(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".unfinished")
     writer = GGUFWriter(unfinished, reader.fields["general.architecture"].contents())
     copy_metadata(reader, writer)
