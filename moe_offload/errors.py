@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return "; did you mean 'lru'?" where a known name is near to ``name``, else nothing."""
+    names = {candidate.lower(): candidate for candidate in known}
+    near = get_close_matches(str(name).strip().lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
 
 class ConfigError(ValueError):
     """An argument or a use of the model object that cannot work; the message says what would."""

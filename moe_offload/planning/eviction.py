@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.errors import CheckpointError, ConfigError, nearest
 from moe_offload.storage.expert_format import ExpertKey
 
 
@@ -189,7 +189,7 @@ def make_policy(name: str, *, oracles: bool = False) -> EvictionPolicy:
         raise ConfigError(f"policy {base!r} knows the future: it exists in replays of a trace only")
     path = base if ":" in base else {**POLICIES, **ORACLES}.get(base)
     if path is None:
-        raise ConfigError(_unknown_policy(name, "is unknown"))
+        raise ConfigError(_unknown_policy(name, f"is unknown{nearest(base, POLICIES)}"))
     module_name, _, class_name = path.partition(":")
     try:
         policy = getattr(import_module(module_name), class_name)(*([argument] if equals else []))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload import _native
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, nearest
 
 Choice = NDArray[np.bool_]  # (n,) True: on the GPU, after a copy unless resident there
 
@@ -130,7 +130,8 @@ def check_scheduler(name: str) -> None:
         ConfigError: with the names that are.
     """
     if name not in SCHEDULERS:
-        raise ConfigError(f"scheduler={name!r} is unknown; known are {', '.join(SCHEDULERS)}")
+        known = ", ".join(SCHEDULERS)
+        raise ConfigError(f"scheduler={name!r} is unknown{nearest(name, SCHEDULERS)}; known are {known}")
 
 
 def _judged(work: LayerWork, on_gpu: Choice) -> Schedule:

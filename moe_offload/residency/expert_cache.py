@@ -160,6 +160,11 @@ class ExpertCache(CacheHints, CacheUpkeep, CacheBooks):
         if self._open is step:
             self._open = None
 
+    @property
+    def is_midway(self) -> bool:
+        """Whether a step or stream is open."""
+        return self._open is not None
+
     def recover(self) -> None:
         """Give up what was under way when an interrupt came, wherever it came; never blocks.
 
@@ -255,8 +260,8 @@ class ExpertCache(CacheHints, CacheUpkeep, CacheBooks):
         """
         assert self._open is None, "end or abort the open step, or close the open stream, first"
         self._open = layer_idx
-        self.log.add(layer_idx, expert_ids, num_tokens or [1] * len(expert_ids))
         try:
+            self.log.add(layer_idx, expert_ids, num_tokens or [1] * len(expert_ids))
             pool = self._pool_of[layer_idx]
             yield from stream_experts(pool, layer_idx, expert_ids, num_tokens, copies)
         finally:

@@ -180,7 +180,7 @@ def _ram(ram: str | int, kwargs: Mapping[str, Any], note: Callable[[str], None])
     if unused:
         note(f"max_memory of {', '.join(unused)} changes nothing: the model runs on the CPU")
     wanted: str | int = limits.get("cpu", ram)
-    if ram != "auto" and wanted != ram:
+    if "cpu" in limits and ram != "auto" and wanted != ram:
         raise ConfigError(
             f'ram={ram!r} and max_memory={{"cpu": {wanted!r}}} are names of one setting; give one'
         )

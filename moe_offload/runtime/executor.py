@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_offload.config import DECODE_STEP_MAX_TOKENS
+from moe_offload.errors import ConfigError
 from moe_offload.expert_ops import ExpertKernel, weighted_sum
 from moe_offload.planning.prompt_chunks import first_needed
 from moe_offload.residency.expert_cache import ExpertCache, Step
@@ -102,11 +103,32 @@ class ExpertExecutor:
         self.hybrid: HybridLayer | None = None  # the layer's share on a device
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end."""
+        """(T, H), (T, K), (T, K) -> (T, H) in the input's dtype: one rounding at the end.
+
+        Raises:
+            ConfigError: gradients are asked for, or ids or shapes are not those of the layer.
+        """
+        self._check(hidden_states, top_k_index, top_k_weights)
         hidden = hidden_states.float().contiguous()
         out = torch.zeros_like(hidden)
         self._add(hidden_states, hidden, top_k_index, top_k_weights, out)
         return out.to(hidden_states.dtype)
+
+    def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Refuse what only code from outside can ask for: a router or a call of one's own."""
+        if hidden_states.requires_grad or top_k_weights.requires_grad:
+            raise ConfigError(
+                "gradients are not possible on an offloaded model, whose experts torch does not compute; "
+                "call it under torch.no_grad()"
+            )
+        shapes = [tuple(tensor.shape) for tensor in (hidden_states, top_k_index, top_k_weights)]
+        if shapes[1] != shapes[2] or shapes[0][0] != shapes[1][0]:
+            raise ConfigError(f"layer {self.layer_idx}: shapes {shapes} are not (T, H), (T, K) and (T, K)")
+        low, high = (int(end) for end in top_k_index.aminmax()) if top_k_index.numel() else (0, 0)
+        num_experts = self.kernel.layout.num_experts
+        if low < 0 or high >= num_experts:
+            wrong = low if low < 0 else high
+            raise ConfigError(f"layer {self.layer_idx} has {num_experts} experts and no expert {wrong}")
 
     def add_experts(
         self,

@@ -43,6 +43,8 @@ def find_profile(
     Raises:
         ConfigError: no such profile, or it is damaged.
     """
+    if not isinstance(asked, str | Path):
+        raise ConfigError(f"profile must be a name or a file, got {asked!r:.80} ({type(asked).__name__})")
     if str(asked) == "none" or not checkpoint.experts.layouts:
         return None
     if str(asked) == "auto":

@@ -204,7 +204,9 @@ class OffloadHandle:
 
         Raises:
             BudgetError: together with the caches still alive it would pass the budgeted context.
+            ConfigError: the model was closed, or crossed a fork.
         """
+        self.check_usable()
         return self.room.new_cache(max_tokens, batch_size)
 
     @contextmanager
@@ -234,13 +236,8 @@ class OffloadHandle:
         try:
             with float32_on_cpu():
                 yield
-        except KeyboardInterrupt:
-            if self.prefetcher is not None:
-                self.prefetcher.end_run()
-            if self.hybrid is not None:
-                self.hybrid.tier.recover()
-            if self.cache is not None:
-                self.cache.recover()
+        except BaseException as error:
+            self._recover_from(error)
             raise
         finally:
             self._stepping = None
@@ -249,6 +246,22 @@ class OffloadHandle:
             if not decoding:
                 self._stats.prefill_stall_s += self._stats.stall_s - stall_s
             self._count(decoding, num_tokens, time.perf_counter() - started)
+
+    def _recover_from(self, error: BaseException) -> None:
+        """Leave the caches so that the next forward runs; most errors have done so on their way up.
+
+        An interrupt comes between any two instructions; a policy may raise in the middle of the books.
+        """
+        caches = [self.cache, None if self.hybrid is None else self.hybrid.tier.cache]
+        midway = any(cache is not None and cache.is_midway for cache in caches)
+        if not (midway or isinstance(error, KeyboardInterrupt)):
+            return
+        if self.prefetcher is not None:
+            self.prefetcher.end_run()
+        if self.hybrid is not None:
+            self.hybrid.tier.recover()
+        if self.cache is not None:
+            self.cache.recover()
 
     def _count(self, decoding: bool, num_tokens: int, seconds: float) -> None:
         if decoding:

@@ -245,6 +245,14 @@ class OffloadedModel(PreTrainedModel):  # type: ignore[misc]
             _refuse("train()", "train with transformers, then load the result here")
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            _refuse("requires_grad_()", "train with transformers, then load the result here")
+        return super().requires_grad_(False)
+
+    def enable_input_require_grads(self) -> None:
+        _refuse("enable_input_require_grads()", "train with transformers, then load the result here")
+
     def compile(self, *args: Any, **kwargs: Any) -> Any:
         _refuse("compile()", "run it as it is; a compiled graph cannot wait for experts")
 

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_offload.errors import CheckpointError, ConfigError
+from moe_offload.errors import CheckpointError, ConfigError, nearest
 from moe_offload.planning.predictor_worth import best_predictor
 from moe_offload.predictors import fit_file, learned
 from moe_offload.predictors.fit_file import PredictorFit
@@ -83,7 +83,10 @@ def _chosen(name: str, checkpoint: Checkpoint) -> PredictorChoice:
         return PredictorChoice(name)
     if base not in NAMES:
         known = ", ".join(NAMES)
-        raise ConfigError(f'predictor={name!r} is unknown; known are {known}, or "package.module:Class"')
+        near = nearest(base, NAMES)
+        raise ConfigError(
+            f'predictor={name!r} is unknown{near}; known are {known}, or "package.module:Class"'
+        )
     path = Path(file) if file else fit_path(checkpoint)
     if file or base == "fitted" or base in NEEDS_FIT:
         return _with_fit(base, path, checkpoint, required=True)
