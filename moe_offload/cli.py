@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import FrameType
+from typing import Any
 
 from moe_offload.cli_parser import build_parser
 from moe_offload.errors import BudgetError, CheckpointError, ConfigError
@@ -68,18 +69,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written, a device that fails
         _drop_stdout()
-        print(f"moe-offload: error: {error}", file=sys.stderr)
+        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"moe-offload: error: {what}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
 def _mend_streams() -> None:
     """Let a command run where a stream was closed before it began (`>&-`), or cannot show a character."""
+    for name, raw in (("stdout", _Answer), ("stderr", _Notes)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            buffer = io.BufferedWriter(raw(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, line_buffering=lines))
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Answer(io.FileIO):
+    """Standard output, which says so when it cannot be written to; the system names open files by nothing."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+class _Notes(io.FileIO):
+    """Standard error, where it can be written to: a log on a full disk must not cost the answer."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
 
 
 def _drop_stdout() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_offload import cli_session
-from moe_offload.config import DEMO_MODEL, gib
+from moe_offload.config import gib
 from moe_offload.errors import ConfigError
 from moe_offload.terminal import Progress
+from moe_offload.whole_file import why_not
 
 if TYPE_CHECKING:
     from moe_offload.predictors.fit import Fitter, Recording
@@ -29,14 +30,15 @@ def run(args: argparse.Namespace) -> int:
     from moe_offload.residency.policy_fit import policy_fit_path
     from moe_offload.runtime import fit_recording
     from moe_offload.runtime.predictor_choice import fit_path
-    from moe_offload.storage.checkpoint import open_checkpoint
     from moe_offload.storage.checkpoint_key import checkpoint_key
 
     documents = fit_recording.read_documents(args.text)
     fitted, held_out = fit_recording.split_documents(documents, HELD_OUT_SHARE, args.seed)
-    checkpoint = open_checkpoint(args.model or DEMO_MODEL)
+    checkpoint = cli_session.open_with_experts(args, "fit")
     output = args.output or fit_path(checkpoint)
     policy_output = args.output.with_suffix(".horizon.npz") if args.output else policy_fit_path(checkpoint)
+    for place in (output, policy_output):
+        _make_room(place)
     args.prefetch, args.no_warm_start, args.context = False, True, fit_recording.WINDOW_TOKENS
     tokenizer = cli_session.load_tokenizer(args)
     with cli_session.loaded_model(args, tokenizer) as loaded:
@@ -121,6 +123,17 @@ def _check(args: argparse.Namespace) -> None:
     if args.tokens < 1000:
         raise ConfigError(f"--tokens {args.tokens}: at least 1000 are needed; 30000 is a good number")
     cli_session.check_output("-o", args.output, ".npz")
+
+
+def _make_room(place: Path) -> None:
+    """Refuse a place that cannot be written to, before minutes of work and not after."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        reason = why_not(place)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+    if reason:
+        raise ConfigError(f"{place} {reason}; set XDG_CACHE_HOME to another folder or pass -o")
 
 
 def _affordable(model: Any, tokens: int) -> int:

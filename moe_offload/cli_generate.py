@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from moe_offload import cli_session
 from moe_offload.cli import EXIT_INTERRUPTED
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe_offload.runtime.generate import GenerationResult
 
 DEMO_PROMPT = "Once upon a time"
+MOST_PROMPT_BYTES = 64 << 20  # /dev/zero has no end
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +66,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def _read_text(args: argparse.Namespace) -> str:
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8-sig")).removesuffix("\n")
+        with args.prompt_file.open("rb") as file:
+            return _text_of(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--prompt-file {args.prompt_file}: {error}; a UTF-8 text file is wanted"
@@ -76,9 +78,18 @@ def _read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+        return _text_of(sys.stdin.buffer)
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: {error}; UTF-8 text is wanted") from error
+
+
+def _text_of(file: BinaryIO) -> str:
+    """Return a prompt, its line ends as in files that Python opens as text; one without an end has an end."""
+    content = file.read(MOST_PROMPT_BYTES + 1)
+    if len(content) > MOST_PROMPT_BYTES:
+        raise ConfigError(f"the prompt has more than {MOST_PROMPT_BYTES >> 20} MiB, which no context holds")
+    text = content.decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def _as_json(loaded: cli_session.Loaded, result: GenerationResult) -> dict[str, Any]:

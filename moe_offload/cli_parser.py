@@ -71,10 +71,17 @@ verify the best and its neighbours against the plain defaults in real runs. What
 the defaults, is kept for this machine and model and used from then on; it changes the time, never a token."""
 
 
+def _model_path(text: str) -> Path:
+    """Return a path; an empty one is a variable that was not set, and would be the folder one is in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; leave it out for the bundled demo model")
+    return Path(text)
+
+
 def _add_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        type=Path,
+        type=_model_path,
         default=None,
         metavar="PATH",
         help="Hugging Face folder (safetensors), GGUF file, or the name org/name[:PART] of a model in the "
@@ -183,7 +190,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        type=Path,
+        type=_model_path,
         action="append",
         dest="models",
         metavar="PATH",

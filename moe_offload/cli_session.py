@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_offload.cli import exit_at_once_on_interrupt
 from moe_offload.config import DEMO_MODEL, gib
-from moe_offload.errors import ConfigError
+from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.planning.placement import cold_cache_warning
+from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
 from moe_offload.terminal import Progress, last_line
 from moe_offload.whole_file import why_not
 
@@ -57,6 +58,21 @@ def check_output(flag: str, path: Path | None, suffix: str = "") -> None:
         raise ConfigError(f"{flag} {path}: give a name that ends in {suffix}")
     if reason := why_not(path):
         raise ConfigError(f"{flag} {path} {reason}")
+
+
+def open_with_experts(args: argparse.Namespace, what: str) -> Checkpoint:
+    """Open --model for a command that is about experts; --allow-dense gives a dense model none.
+
+    Raises:
+        CheckpointError: as open_checkpoint, or it has none.
+    """
+    checkpoint = open_checkpoint(args.model or DEMO_MODEL, allow_dense=True)
+    if not checkpoint.spec.moe_layers:
+        raise CheckpointError(
+            f"{checkpoint.path}: this {checkpoint.spec.model_type} model has no experts, so there is nothing "
+            f"to {what}; generate and chat run it with --allow-dense"
+        )
+    return checkpoint
 
 
 def make_sampling(args: argparse.Namespace) -> Sampling:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_offload.cli_session import check_output, import_libraries
+from moe_offload.cli_session import check_output, import_libraries, open_with_experts
 from moe_offload.config import DEMO_MODEL, DeviceChoice, RuntimeConfig, parse_device
 from moe_offload.errors import ConfigError
 from moe_offload.header_sizes import element_bytes
@@ -21,7 +21,7 @@ from moe_offload.planning.time_budget import TimeBudget
 from moe_offload.profile_schema import DeviceProfile, Figure
 from moe_offload.profile_write import write_profile
 from moe_offload.residency.accelerator import Device, check_device, open_device
-from moe_offload.storage.checkpoint import Checkpoint, open_checkpoint
+from moe_offload.storage.checkpoint import Checkpoint
 from moe_offload.storage.checkpoint_key import checkpoint_key
 from moe_offload.terminal import Progress, seconds
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune, keep the profile, and print what was chosen and why."""
     budget = TimeBudget(_seconds(args), time.perf_counter)
     check_output("-o", args.output)
-    checkpoint = open_checkpoint(args.model or DEMO_MODEL)
+    checkpoint = open_with_experts(args, "tune")
     import_libraries()
     from moe_offload import tune_profile
     from moe_offload.residency.machine_state import machine_state

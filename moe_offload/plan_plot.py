@@ -24,7 +24,7 @@ def draw(planner: Planner, ram_bytes: int, path: Path) -> None:
     What binds there stands in words above each part.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -49,8 +49,11 @@ def draw(planner: Planner, ram_bytes: int, path: Path) -> None:
         axes.set_title(f"{name}: {words}", fontsize=8, wrap=True)
         axes.set(xlabel="--ram, GiB", ylabel="tokens/s (modelled)")
         axes.legend()
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=120, format="png")
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error.strerror}; give a file that can be written") from error
 
 
 def _draw_part(axes: Any, gibs: Sequence[float], speeds: Sequence[Speed]) -> None:

@@ -16,7 +16,7 @@ def why_not(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; give a file in it"
     if not path.parent.is_dir():
-        return f"cannot be: there is no folder {path.parent}"
+        return f"cannot be written: there is no folder {path.parent}"
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         return "cannot be written; give another place"
     return None

@@ -68,6 +68,11 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], *, thinking: boo
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
     except TemplateError as error:
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
+    except Exception as error:  # it is a program that came with the model
+        raise ConfigError(
+            f"the model's chat template fails with this conversation ({type(error).__name__}: {error}); "
+            "generate --raw continues a text without it"
+        ) from error
     input_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return input_ids
 

@@ -79,7 +79,7 @@ def open_checkpoint(path: str | Path, *, allow_dense: bool = False) -> Checkpoin
     if not checkpoint.spec.moe_layers and not allow_dense:
         raise CheckpointError(
             f"{path}: this {checkpoint.spec.model_type} model is dense: no experts to offload are found in "
-            "it; pass allow_dense=True to run it wholly in memory"
+            "it; pass allow_dense=True (--allow-dense) to run it wholly in memory"
         )
     return checkpoint
 

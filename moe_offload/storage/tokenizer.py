@@ -16,6 +16,7 @@ from moe_offload.errors import CheckpointError
 from moe_offload.storage.checkpoint import locate
 from moe_offload.storage.gguf import GgufHeader
 from moe_offload.storage.gguf_parts import read_gguf
+from moe_offload.storage.header_reader import read_json_object
 from moe_offload.storage.split_rules import SPLIT_RULES, WHOLE_PIECES_FIRST
 
 if TYPE_CHECKING:
@@ -59,11 +60,14 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: no tokenizer.json (nor {', '.join(_VOCABULARY_FILES[1:])}); "
             "fetch the model's tokenizer files"
         )
+    if (config := folder / "config.json").exists():
+        read_json_object(config)  # transformers reads it first and would say that the tokenizer is broken
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers raises on a bad or absent file
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({error}); fetch tokenizer.json and its config"
+            f"{folder}: the tokenizer cannot be loaded ({error}); fetch tokenizer.json, "
+            "tokenizer_config.json and config.json again"
         ) from error
     return tokenizer
 
