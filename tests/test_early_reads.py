@@ -90,15 +90,17 @@ def always_on(model: Any) -> Any:
     return prefetcher
 
 
-def test_native_look_aheads_change_neither_tokens_nor_residents_nor_any_sum(monkeypatch) -> None:
+@pytest.mark.parametrize("experts", [40, 96, 200])
+def test_native_look_aheads_change_neither_tokens_nor_residents_nor_any_sum(experts, monkeypatch) -> None:
     """Beside going layer by layer through Python, and not prefetching at all."""
     seen = {}
     for way in ("natively", "through Python", "not at all"):
-        model = load(prefetch=way != "not at all")
+        model = load(experts, prefetch=way != "not at all")
         loaded_bytes = model.offload.reader.counters()["bytes_read"]
         if way != "not at all":
             prefetcher = always_on(model)
             assert prefetcher.looks_natively
+            used = note_used(prefetcher)
         if way == "through Python":
             monkeypatch.setattr(model.offload.native_step, "_tables", lambda: None)
         tokens = generate(model)
@@ -113,9 +115,81 @@ def test_native_look_aheads_change_neither_tokens_nor_residents_nor_any_sum(monk
             left = sum(entry.num_bytes for pool in cache._pools for entry in pool.unclaimed())
             read = model.offload.reader.counters()["bytes_read"] - loaded_bytes
             assert early > 0, "nothing was read early"
+            assert used, "no run went on with what had arrived"
             assert read == stats.stream_bytes + stats.demand_bytes + early + left
         model.offload.close()
     assert seen["natively"] == seen["through Python"] == seen["not at all"]
+
+
+def note_used(prefetcher: Any) -> list[tuple[int, int]]:
+    """Return a list that gets what runs use of guesses that have arrived."""
+    used: list[tuple[int, int]] = []
+    end_run = prefetcher.end_run
+
+    def noting() -> list[tuple[int, int]]:
+        arrived: list[tuple[int, int]] = end_run()
+        used.extend(arrived)
+        return arrived
+
+    prefetcher.end_run = noting
+    return used
+
+
+def test_many_guesses_in_few_slots_change_no_token() -> None:
+    """Each gives way to others, in the run that it might have been used in, too."""
+    expected = None
+    for experts, threshold in ((30, 0.01), (60, 0.05), (120, 0.02), (240, 0.01)):
+        model = load(experts)
+        expected = expected or generate(model)
+        prefetcher = always_on(model)
+        prefetcher.threshold.value = threshold
+        used = note_used(prefetcher)
+        assert generate(model) == expected
+        assert used or experts < 200
+        model.offload.cache.finish_reads()
+        model.offload.cache.check()
+        model.offload.close()
+
+
+def test_a_guess_is_used_from_its_own_slot_and_not_once_it_has_none_or_another() -> None:
+    """Nobody knows what is in a slot that was given away."""
+    model = load()
+    early, cache = always_on(model)._early, model.offload.cache
+    generate(model)
+    (pool,) = cache._pools
+    early.native.set(0.1, 1, 1e12, 0.0, 0.0)
+
+    def lend() -> None:
+        early.native.lend(cache.lend_for_guesses(8, -1, 1))
+        early.has_lent = True
+
+    def used_at(key: ExpertKey) -> tuple[int, ...] | None:
+        lend()
+        addresses = early.native.has_arrived(key.layer_idx, [key.expert_id], 3)
+        assert early.end() == ([] if addresses is None else [tuple(key)])
+        return None if addresses is None else tuple(addresses)
+
+    for entry in pool.unclaimed():
+        pool.wait(entry)
+        pool.discard(entry)
+    lend()
+    beginning = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    early.native.begins(beginning.data_ptr())
+    assert early.end() == [], "nobody came to a layer"
+    guesses = pool.unclaimed()
+    assert guesses
+    for entry in guesses:
+        pool.wait(entry)
+        assert used_at(entry.key) == entry.addresses
+        pool.discard(entry)
+        assert used_at(entry.key) is None
+        pool.free.insert(0, pool.free.pop())
+        again = pool.read(entry.key, speculative=True)
+        pool.wait(again)
+        assert again.slot != entry.slot
+        assert used_at(entry.key) is None, "it was not begun natively"
+    cache.check()
+    model.offload.close()
 
 
 def test_an_interrupt_after_a_run_loses_no_slot(monkeypatch) -> None:

@@ -23,6 +23,7 @@ from moe_offload.storage.expert_format import ExpertKey
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 8, 2
 CODE = (
+    "cache_books.py",
     "early_reads.py",
     "expert_cache.py",
     "cache_hints.py",
@@ -64,6 +65,9 @@ class NativeRun:
 
     def events(self) -> list[tuple[Any, ...]]:
         return self.told
+
+    def used(self) -> list[tuple[int, int]]:
+        return []
 
     def clear_events(self) -> None:
         self.told = []
@@ -113,11 +117,24 @@ def run_token(cache: ExpertCache, disk: SimulatedDisk, token: int) -> None:
         cache.end(step)
 
 
+def use_guesses(cache: ExpertCache, disk: SimulatedDisk) -> None:
+    """Tell of a run that used guesses which had arrived, and after them residents that may have left."""
+    (pool,) = cache._pools
+    arrived = sorted(entry.key for entry in pool.unclaimed())[:TOP_K]
+    later = sorted(key.expert_id for key in pool.residents if key.layer_idx == 1)
+    steps = [(0, [key.expert_id for key in arrived], None), (1, later, None)]
+    cache.used_in_run(steps, [tuple(key) for key in arrived])
+    for key, entry in pool.residents.items():
+        assert disk.contents[entry.addresses[0]] == key
+
+
 def run_scenario(cache: ExpertCache, disk: SimulatedDisk, door: Door) -> None:
     for token in range(3):
         run_token(cache, disk, token)
         cache.finish_reads()
         door.run(-1)
+        cache.finish_reads()
+        use_guesses(cache, disk)
     for expert_id, addresses in cache.stream(0, list(range(NUM_EXPERTS))):
         assert disk.contents[addresses[0]] == (0, expert_id)
     run_token(cache, disk, 5)

@@ -684,6 +684,7 @@ def test_the_cache_of_another_model_is_not_written_to(tmp_path):
 
 
 def test_an_interrupt_in_the_middle_leaves_no_part_of_the_token_in_the_cache(demo, monkeypatch):
+    monkeypatch.setattr(demo.offload.prefetcher, "enabled", False)  # runs stop at whatever is not resident
     inputs = step_inputs(demo)
     expected = demo(**step_inputs(demo)).logits
     step = demo.offload.native_step

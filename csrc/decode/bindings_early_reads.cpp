@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "common/errors.h"
 #include "decode/early_reads.h"
 #include "planning/kept_lookahead.h"
@@ -35,11 +37,16 @@ std::vector<moe::Segment> segments_of(const SegmentArray& array) {
 }
 
 void add_layer(KeptEarlyReads& self, int64_t layer_idx, const std::vector<SegmentArray>& segments,
-               int64_t num_bytes, int64_t pool, int64_t history_row, const py::array& table) {
+               std::vector<std::vector<uint64_t>> first_bytes, int64_t num_bytes, int64_t pool,
+               int64_t history_row, const py::array& table) {
     const bool fits = py::isinstance<SlotTable>(table) && table.ndim() == 2 && table.writeable() &&
                       table.shape(0) == py::ssize_t(segments.size());
     moe::check(fits, kOp, "a table (E, n) of uint64 in rows, and segments of E experts");
-    EarlyReads::Layer layer{{}, num_bytes, pool, history_row, nullptr, table.shape(1)};
+    const auto has_all = [&](const auto& firsts) { return py::ssize_t(firsts.size()) == table.shape(1); };
+    moe::check(first_bytes.size() == segments.size() && std::ranges::all_of(first_bytes, has_all), kOp,
+               "the first bytes of all matrices of each expert");
+    EarlyReads::Layer layer{{},      std::move(first_bytes), num_bytes, pool, history_row,
+                            nullptr, table.shape(1),         {}};
     for (const SegmentArray& array : segments) layer.segments.push_back(segments_of(array));
     layer.table = static_cast<uint64_t*>(const_cast<void*>(table.data()));
     self.add_layer(layer_idx, std::move(layer));
@@ -65,11 +72,26 @@ void look_ahead(KeptEarlyReads& self, int64_t layer_idx, uintptr_t hidden,
     self.before_experts(layer_idx, self.choice, reinterpret_cast<const float*>(hidden));
 }
 
+// Of experts that are not resident; None where one is not there.
+py::object has_arrived(KeptEarlyReads& self, int64_t layer_idx, const std::vector<int32_t>& expert_ids,
+                       size_t num_matrices) {
+    std::vector<uint64_t> addresses(expert_ids.size() * num_matrices, 0);
+    const moe::Choice choice{expert_ids, std::vector<float>(expert_ids.size())};
+    if (!self.has_arrived(layer_idx, choice, addresses)) return py::none();
+    return py::cast(addresses);
+}
+
 py::list events(const KeptEarlyReads& self) {
     py::list out;
     for (const EarlyReads::Event& event : self.events())
         out.append(py::make_tuple(event.is_read, event.layer_idx, event.expert_id, event.slot_address,
                                   event.ticket));
+    return out;
+}
+
+py::list used(const KeptEarlyReads& self) {
+    py::list out;
+    for (const EarlyReads::Used& one : self.used()) out.append(py::make_tuple(one.layer_idx, one.expert_id));
     return out;
 }
 
@@ -82,9 +104,10 @@ void register_early_reads(py::module_& m) {
              }),
              py::arg("reader"), py::arg("lookahead"), py::arg("pace"), py::keep_alive<1, 2>(),
              py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
-        .def("add_layer", &add_layer, py::arg("layer_idx"), py::arg("segments"), py::arg("num_bytes"),
-             py::arg("pool"), py::arg("history_row"), py::arg("table"),
-             "Of each expert its segments, from the slot's start; history_row -1: none is kept.")
+        .def("add_layer", &add_layer, py::arg("layer_idx"), py::arg("segments"), py::arg("first_bytes"),
+             py::arg("num_bytes"), py::arg("pool"), py::arg("history_row"), py::arg("table"),
+             "Of each expert its segments and its matrices' first bytes, from the slot's start; history_row "
+             "-1: none is kept.")
         .def("set", &set, py::arg("threshold"), py::arg("depth"), py::arg("bytes_per_s"),
              py::arg("free_bytes"), py::arg("stall_s"), "What holds until the next call.")
         .def("set_stall_s", &EarlyReads::set_stall_s, py::arg("stall_s"), "Waited for experts, so far.")
@@ -94,11 +117,15 @@ void register_early_reads(py::module_& m) {
                 self.begins(reinterpret_cast<const float*>(residual));
             },
             py::arg("residual"), "Look ahead of the first layers, from a token's embedding by address.")
+        .def("has_arrived", &has_arrived, py::arg("layer_idx"), py::arg("expert_ids"),
+             py::arg("num_matrices"),
+             "Their matrices' addresses, and they are used; None: not all are there.")
         .def("lend", &lend, py::arg("slot_addresses"),
              "By pool, slots that reads may begin into, the last one first; those lent before are not any "
              "more.")
         .def("look_ahead", &look_ahead, py::arg("layer_idx"), py::arg("hidden"), py::arg("expert_ids"),
              py::arg("weights"), "After a layer that stopped a run: what it would have done there.")
         .def("events", &events, "(is_read, layer_idx, expert_id, slot address, ticket), or a read's end.")
+        .def("used", &used, "(layer_idx, expert_id) that had arrived and that a run used.")
         .def("clear_events", &EarlyReads::clear_events, "They are booked.");
 }

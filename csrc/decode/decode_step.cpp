@@ -218,7 +218,7 @@ int64_t DecodeStep::run(int64_t first, const std::vector<CachedTokens>& cached,
         if (!has_experts) continue;
         const int64_t num_missing = find_chosen(layer, tables[layer]);
         if (watch) watch->routed(layer, choice_, num_missing);
-        if (num_missing) return layer;
+        if (num_missing && !(watch && watch->has_arrived(layer, choice_, chosen_addresses_))) return layer;
         if (watch) watch->before_experts(layer, choice_, normed_.data());
         experts(layer, chosen_addresses_.data());
         choices_[layer] = choice_;

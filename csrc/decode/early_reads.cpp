@@ -9,6 +9,11 @@ namespace moe {
 
 namespace {
 
+// Slots that are lent and not read into: with fewer a run stops at what is missing even where that has
+// arrived. New ones are lent then; without, what the next layers need was read on demand (at 12% of the
+// experts: half as much again).
+constexpr size_t kSlotsToGoOn = 2;
+
 double now_s() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -18,6 +23,11 @@ bool has(const Choice& choice, int64_t expert_id) {
 }
 
 }  // namespace
+
+void EarlyReads::add_layer(int64_t layer_idx, Layer layer) {
+    layer.begun.assign(layer.segments.size(), {});
+    layers_[layer_idx] = std::move(layer);
+}
 
 void EarlyReads::routed(int64_t layer, const Choice& choice, int64_t num_missing) {
     beginning_.clear();
@@ -44,6 +54,36 @@ void EarlyReads::begins(const float* residual) {
     beginning_.clear();
     if (look(kFirst, {}, residual, queued_bytes(kFirst) - settings_.free_bytes))
         beginning_.assign(residual, end);
+}
+
+// All or nothing: a layer that somebody else serves is served there as a whole.
+bool EarlyReads::has_arrived(int64_t layer, const Choice& choice, std::vector<uint64_t>& addresses) {
+    const auto found = layers_.find(layer);
+    if (found == layers_.end()) return false;
+    const Layer& own = found->second;
+    std::vector<int64_t>& lent = lent_[own.pool];
+    if (lent.size() < kSlotsToGoOn) return false;
+    const auto is_missing = [&](size_t i) { return addresses[i * own.stride] <= kOnItsWay; };
+    for (size_t i = 0; i < choice.ids.size(); ++i)
+        if (is_missing(i) && !is_there(own, choice.ids[i])) return false;
+    for (size_t i = 0; i < choice.ids.size(); ++i) {
+        if (!is_missing(i)) continue;
+        const int32_t id = choice.ids[i];
+        const int64_t slot_address = own.begun[id].slot_address;
+        for (int64_t m = 0; m < own.stride; ++m)
+            addresses[i * own.stride + m] = own.first_bytes[id][m] + static_cast<uint64_t>(slot_address);
+        std::erase(lent, slot_address);  // it may be lent: from now on somebody needs it
+        used_.push_back({layer, id});
+    }
+    return true;
+}
+
+// Whether an expert without a resident's place was read here, well, and still has its slot.
+bool EarlyReads::is_there(const Layer& layer, int32_t expert_id) const {
+    const int64_t ticket = layer.begun[expert_id].ticket;
+    if (layer.stride < 2 || ticket == 0) return false;
+    const uint64_t* row = layer.table + expert_id * layer.stride;
+    return row[0] == kOnItsWay && row[1] == static_cast<uint64_t>(ticket) && reader_.is_read(ticket);
 }
 
 void EarlyReads::before_experts(int64_t layer, const Choice& choice, const float* hidden) {
@@ -109,7 +149,7 @@ bool EarlyReads::read(const std::vector<Guess>& plan) {
 
 // Into a lent slot; false where none is left.
 bool EarlyReads::begin(const Guess& guess) {
-    const Layer& layer = layers_.at(guess.layer_idx);
+    Layer& layer = layers_.at(guess.layer_idx);
     const auto lent = lent_.find(layer.pool);
     if (lent == lent_.end() || lent->second.empty()) return false;
     const int64_t slot_address = lent->second.back();
@@ -117,7 +157,16 @@ bool EarlyReads::begin(const Guess& guess) {
     for (Segment& segment : segments_) segment.region += slot_address;
     const int64_t ticket = reader_.submit(segments_, true);
     lent->second.pop_back();
-    layer.table[guess.expert_id * layer.stride] = kOnItsWay;
+    const auto [before, is_first] = last_in_.try_emplace(slot_address, guess.layer_idx, guess.expert_id);
+    if (!is_first) {  // a finished guess gives way
+        Begun& gone = layers_.at(before->second.first).begun[before->second.second];
+        if (gone.slot_address == slot_address) gone = {};
+        before->second = {guess.layer_idx, guess.expert_id};
+    }
+    uint64_t* row = layer.table + guess.expert_id * layer.stride;
+    row[0] = kOnItsWay;
+    if (layer.stride > 1) row[1] = static_cast<uint64_t>(ticket);
+    layer.begun[guess.expert_id] = {ticket, slot_address};
     events_.push_back({true, guess.layer_idx, guess.expert_id, slot_address, ticket});
     under_way_.push_back({guess.layer_idx, guess.expert_id, ticket, guess.num_bytes, layer.pool});
     return true;

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <map>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "decode/layer_watch.h"
@@ -20,13 +22,20 @@ namespace moe {
 
 class EarlyReads : public LayerWatch {
   public:
+    // The last read of an expert that was begun here. It is still the expert's, in that slot, where the
+    // second number of its row in the table is the ticket: whoever gives the slot away clears the row.
+    struct Begun {
+        int64_t ticket = 0, slot_address = 0;
+    };
     struct Layer {
-        std::vector<std::vector<Segment>> segments;  // by expert; regions count from the slot's start
-        int64_t num_bytes;                           // of an expert in the file
+        std::vector<std::vector<Segment>> segments;      // by expert; regions count from the slot's start
+        std::vector<std::vector<uint64_t>> first_bytes;  // by expert, of its matrices from the slot's start
+        int64_t num_bytes;                               // of an expert in the file
         int64_t pool;
         int64_t history_row;  // of the look-ahead; -1: it keeps no history
         uint64_t* table;      // (num_experts, stride): resident_table.h
         int64_t stride;
+        std::vector<Begun> begun;  // by expert
     };
     struct Settings {
         double threshold = 1.0;
@@ -43,10 +52,14 @@ class EarlyReads : public LayerWatch {
         int64_t ticket;
     };
 
+    struct Used {
+        int64_t layer_idx, expert_id;
+    };
+
     EarlyReads(DirectReader& reader, Lookahead& lookahead, LayerPace& pace)
         : reader_(reader), lookahead_(lookahead), pace_(pace) {}
 
-    void add_layer(int64_t layer_idx, Layer layer) { layers_[layer_idx] = std::move(layer); }
+    void add_layer(int64_t layer_idx, Layer layer);
     void set(const Settings& settings) { settings_ = settings; }
 
     // Slots of a pool that reads may begin into, the last one first, instead of those lent before.
@@ -59,11 +72,16 @@ class EarlyReads : public LayerWatch {
     // left to read.
     void begins(const float* residual) override;
     void routed(int64_t layer, const Choice& choice, int64_t num_missing) override;
+    bool has_arrived(int64_t layer, const Choice& choice, std::vector<uint64_t>& addresses) override;
     void before_experts(int64_t layer, const Choice& choice, const float* hidden) override;
 
-    // What happened since the events were last cleared, in order.
+    // What happened since the events were last cleared, in order; and what of it arrived and was used.
     const std::vector<Event>& events() const { return events_; }
-    void clear_events() { events_.clear(); }
+    const std::vector<Used>& used() const { return used_; }
+    void clear_events() {
+        events_.clear();
+        used_.clear();
+    }
 
   private:
     struct Read {
@@ -77,6 +95,7 @@ class EarlyReads : public LayerWatch {
     double queued_bytes(int64_t layer);
     std::vector<Guess> guesses(int64_t layer, const Choice& choice, const float* hidden);
     bool begin(const Guess& guess);
+    bool is_there(const Layer& layer, int32_t expert_id) const;
 
     DirectReader& reader_;
     Lookahead& lookahead_;
@@ -86,6 +105,8 @@ class EarlyReads : public LayerWatch {
     std::map<int64_t, std::vector<int64_t>> lent_;
     std::vector<Read> under_way_;
     std::vector<Event> events_;
+    std::vector<Used> used_;
+    std::unordered_map<int64_t, std::pair<int64_t, int64_t>> last_in_;  // by slot: layer and expert
     std::vector<Segment> segments_;
     std::vector<float> beginning_;  // that was looked at, until a router speaks
     bool rests_ = false;

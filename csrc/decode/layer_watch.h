@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "decode/token_parts.h"
 
@@ -17,7 +18,11 @@ class LayerWatch {
     // A layer's router has chosen, of which ``num_missing`` experts are not resident.
     virtual void routed(int64_t layer, const Choice& choice, int64_t num_missing) = 0;
 
-    // All that it chose is resident and about to be computed; hidden: what its router saw.
+    // Whether what is missing has arrived all the same; then it is used, and ``addresses``, of the chosen
+    // experts' matrices one after the other, says where it is.
+    virtual bool has_arrived(int64_t layer, const Choice& choice, std::vector<uint64_t>& addresses) = 0;
+
+    // All that it chose is at hand and about to be computed; hidden: what its router saw.
     virtual void before_experts(int64_t layer, const Choice& choice, const float* hidden) = 0;
 };
 

@@ -185,6 +185,14 @@ bool DirectReader::is_over(Ticket ticket) const {
     return found == state_->requests.end() || found->second->is_finished();
 }
 
+bool DirectReader::is_read(Ticket ticket) const {
+    check_usable();
+    std::lock_guard lock(state_->mutex);
+    take_finished(*state_, End::kLater);
+    const auto found = state_->requests.find(ticket);
+    return found == state_->requests.end() || found->second->state == TicketState::kDone;
+}
+
 bool DirectReader::wait(Ticket ticket, double timeout_s, const CheckInterrupt& check_interrupt) const {
     check_usable();
     std::unique_lock lock(state_->mutex);

@@ -83,6 +83,8 @@ class DirectReader {
     TicketState state(Ticket ticket) const;
     // Whether the read is finished or its record was dropped.
     bool is_over(Ticket ticket) const;
+    // Whether it was read without an error, or its record was dropped.
+    bool is_read(Ticket ticket) const;
     // Waits until done, failed or cancelled; false after timeout_s.
     bool wait(Ticket ticket, double timeout_s, const CheckInterrupt& check_interrupt) const;
     std::optional<ReadError> error(Ticket ticket) const;

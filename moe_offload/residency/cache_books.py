@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_offload.residency.cache_pools import CachePools
+from moe_offload.residency.slot_entry import Entry
 from moe_offload.residency.slot_pool import RoutedStep, SlotPool
 
 
@@ -31,17 +32,60 @@ class CacheBooks(CachePools):
         self._stats.hits += len(expert_ids) if num_hits is None else num_hits
         pool.routed(layer_idx, expert_ids, weights)
 
-    def used_in_run(self, steps: list[RoutedStep]) -> None:
-        """``used_residents`` of steps that ran one after the other: nobody came or left between them.
+    def used_in_run(self, steps: list[RoutedStep], arrived: Sequence[tuple[int, int]] = ()) -> None:
+        """Count steps that ran one after the other, as if each had been told alone.
 
-        The books are as if each had been told alone. A token's steps told alone cost as much as a layer does.
+        A token's steps told alone cost as much as a layer does.
+
+        Args:
+            arrived: (layer_idx, expert_id) of guesses that were used where they had been read to. Each
+                becomes a resident at its layer, and somebody leaves for it. Where a later layer has used
+                that one, its bytes are still in its slot: it comes back without being read.
         """
+        came: dict[int, list[int]] = {}
+        for layer_idx, expert_id in arrived:
+            came.setdefault(layer_idx, []).append(expert_id)
+        gone: list[Entry] = []
+        first = 0
+        for i, (layer_idx, expert_ids, _) in enumerate(steps) if came else ():
+            back = [e for e in gone if e.key.layer_idx == layer_idx and e.key.expert_id in expert_ids]
+            if layer_idx in came or back:
+                self._used_at_once(steps[first:i])
+                gone += self._used_newcomers(steps[i], came.get(layer_idx, []), back)
+                first = i + 1
+        self._used_at_once(steps[first:])
+
+    def _used_newcomers(self, step: RoutedStep, came: list[int], back: list[Entry]) -> list[Entry]:
+        """Count a step that used guesses which had arrived; return who left for them."""
+        layer_idx, expert_ids, weights = step
+        pool = self._pool_of[layer_idx]
+        if self._keeps_log_of(pool):
+            self.log.add(layer_idx, expert_ids, None, ())
+        self._stats.prefetch_hits += len(came) + len(back)
+        self._stats.hits += len(expert_ids) - len(came) - len(back)
+        for expert_id in came:
+            found = pool.table[layer_idx][expert_id]
+            entry = None if found is None else pool.settle(found)
+            assert entry is not None, f"layer {layer_idx} expert {expert_id} was used and is not there"
+            pool.claim(entry)
+            pool.admit(entry)
+        for entry in back:
+            pool.adopt(entry.key, pool.slot_address(entry.slot))
+        pool.routed(layer_idx, expert_ids, weights)
+        return self._evict_excess(pool)
+
+    def _evict_excess(self, pool: SlotPool) -> list[Entry]:
+        excess = len(pool.residents) - pool.capacity
+        return pool.evict(excess, pool.residents.keys()) if excess > 0 else []
+
+    def _used_at_once(self, steps: list[RoutedStep]) -> None:
+        """``used_residents`` of steps that nobody came or left between."""
         if not self.booked_in_one(steps):
             for step in steps:
                 self.used_residents(*step)
 
     def booked_in_one(self, steps: list[RoutedStep], above: Sequence[Sequence[int]] = ()) -> bool:
-        """``used_in_run`` in one go; False: nothing was booked, since each step has to be told alone.
+        """``_used_at_once`` in one go; False: nothing was booked, since each step has to be told alone.
 
         Args:
             above: by step, which experts the tier above served; nothing: it served none.

@@ -36,8 +36,9 @@ class EarlyReads:
             segments = store.segments(layer_idx)
             assert segments is not None, "who puts blocks together reads through Python"
             table, row = cache.resident_table(layer_idx), one_token.history_row(layer_idx)
+            firsts = [store.addresses(ExpertKey(layer_idx, i), 0) for i in range(len(segments))]
             num_bytes = cache.expert_bytes(layer_idx)
-            self.native.add_layer(layer_idx, segments, num_bytes, pool, row, table)
+            self.native.add_layer(layer_idx, segments, firsts, num_bytes, pool, row, table)
 
     @staticmethod
     def serves(cache: ExpertCache, one_token: Any) -> ExpertStore | None:
@@ -69,12 +70,17 @@ class EarlyReads:
         self.native.set_stall_s(self._cache.stats.stall_s)
         return self.native
 
-    def end(self) -> None:
-        """Book what was read and cancelled, and take the other slots back."""
+    def end(self) -> list[tuple[int, int]]:
+        """Book what was read and cancelled, and take the other slots back.
+
+        Returns:
+            (layer_idx, expert_id) of guesses that had arrived when a run came to their layer, and that it
+            used, in that order; ``cache.used_in_run`` has to hear of them.
+        """
         if not self.has_lent:
-            return
+            return []
         self.native.lend([])
-        events = self.native.events()
+        events, used = self.native.events(), self.native.used()
         for is_read, layer_idx, expert_id, address, ticket in events:
             key = ExpertKey(layer_idx, expert_id)
             if is_read:
@@ -82,7 +88,8 @@ class EarlyReads:
                 self._cache.book_guess(key, address, ticket)
             else:
                 self._cache.book_cancelled(key, ticket)
-        if events:
+        if events or used:
             self.native.clear_events()
         self._cache.take_back()
         self.has_lent = False
+        return used

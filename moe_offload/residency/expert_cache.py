@@ -123,11 +123,6 @@ class ExpertCache(CacheHints, CacheUpkeep, CacheBooks):
         pool.routed(step.layer_idx, *(step.routed or (step.expert_ids, step.weights)))
         self._evict_excess(pool)
 
-    def _evict_excess(self, pool: SlotPool) -> None:
-        excess = len(pool.residents) - pool.capacity
-        if excess > 0:
-            pool.evict(excess, pool.residents.keys())
-
     def free_slots(self, most: int) -> list[list[int]]:
         """Return, for each of ``plans``, addresses of free slots, at most so many."""
         return [[pool.slot_address(slot) for slot in pool.free[-most:]] for pool in self._pools]

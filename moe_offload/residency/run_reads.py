@@ -56,10 +56,13 @@ class RunReads(GuessedReads):
         value = self.threshold.value
         return self._early.begin(value, depth, PARALLEL_BYTES, after_layer)
 
-    def end_run(self) -> None:
-        """Book what was read in a run; also after an interrupt, wherever it came."""
-        if self._early is not None:
-            self._early.end()
+    def end_run(self) -> list[tuple[int, int]]:
+        """Book what was read in a run; also after an interrupt, wherever it came.
+
+        Returns:
+            Guesses that had arrived and that the run used; see ``EarlyReads.end``.
+        """
+        return [] if self._early is None else self._early.end()
 
     def look_at_next_token(self, expect: Callable[[LayerWatch | None], int]) -> None:
         """Begin to read for the first layers of the next token, before who samples it has chosen it.

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from moe_offload.storage.expert_format import ExpertKey
 
+ON_ITS_WAY = 1  # in place of an address (csrc/decode/resident_table.h)
+
 
 class ExpertSource(Protocol):
     """What the cache asks of storage/expert_store.py; tests put a simulated disk here.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
-from moe_offload.residency.slot_reads import ON_ITS_WAY, SlotReads
+from moe_offload.residency.slot_entry import ON_ITS_WAY, Entry, ExpertSource, SlotState
+from moe_offload.residency.slot_reads import SlotReads
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
 
@@ -56,12 +56,12 @@ class SlotPool(SlotReads):
                 self.policy.on_route(*step)
 
     def tell_policy(self) -> None:
-        """Show the policy what was put off, the last ``UNTOLD_PASSES`` passes of it."""
+        """Show the policy what was put off."""
         while self._untold:
             self.policy.on_route(*self._untold.popleft())
 
-    def evict(self, count: int, candidates: Collection[ExpertKey]) -> None:
-        """Free the slots of ``count`` residents that the policy chooses among ``candidates``.
+    def evict(self, count: int, candidates: Collection[ExpertKey]) -> list[Entry]:
+        """Free the slots of ``count`` residents that the policy chooses among ``candidates``; return them.
 
         Where tiers are exclusive, what the one above has goes first: its bytes would be here twice.
         """
@@ -76,12 +76,13 @@ class SlotPool(SlotReads):
         else:
             victims = self.policy.victims(twice, count)
         assert len(set(victims)) == count, f"{self.policy.name} chose {victims}, wanted {count} residents"
-        for key in victims:
-            entry = self.residents[key]
-            assert not entry.pins, f"{self.policy.name} chose {key}, which is pinned"
-            self.policy.on_evict(key)
+        gone = [self.residents[key] for key in victims]
+        for entry in gone:
+            assert not entry.pins, f"{self.policy.name} chose {entry.key}, which is pinned"
+            self.policy.on_evict(entry.key)
             self._remove(entry)
         self.stats.evictions += count
+        return gone
 
     def _not_held(self, count: int, candidates: Collection[ExpertKey]) -> Collection[ExpertKey]:
         """Return the candidates from which nothing is being copied: all of them, where those are too few."""
@@ -255,11 +256,10 @@ class SlotPool(SlotReads):
         Finished residents stay; all else is given up. A slot that neither list nor entry accounts
         for may have a read under way that nobody knows: it is never used again.
         """
-        owners = [*self.residents.values(), *self.staged.values()]
-        owners += [entry for row in self.table.values() for entry in row if entry is not None]
+        in_table = (entry for row in self.table.values() for entry in row if entry is not None)
+        owners = [*self.residents.values(), *self.staged.values(), *in_table]
         entries = {entry.slot: entry for entry in owners}
-        self.residents, self.staged, self.warming, self.held = {}, {}, {}, {}
-        self.guesses = {}
+        self.residents, self.staged, self.guesses, self.warming, self.held = {}, {}, {}, {}, {}
         for layer_idx, row in self.table.items():
             row[:] = [None] * len(row)
             self.resident_table[layer_idx][:] = 0

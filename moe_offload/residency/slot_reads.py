@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from moe_offload.errors import CheckpointError, ConfigError, DeviceError
 from moe_offload.planning.eviction import EvictionPolicy
 from moe_offload.planning.plans import PoolPlan
-from moe_offload.residency.slot_entry import Entry, ExpertSource, SlotState
+from moe_offload.residency.slot_checks import check_slots
+from moe_offload.residency.slot_entry import ON_ITS_WAY, Entry, ExpertSource, SlotState
 from moe_offload.stats import OffloadStats
 from moe_offload.storage.expert_format import ExpertKey, ExpertLayout
-
-ON_ITS_WAY = 1  # in place of an address (csrc/decode/resident_table.h)
 
 
 class SlotReads:
@@ -246,26 +245,7 @@ class SlotReads:
 
     def check(self) -> None:
         """Assert what holds whenever no step or stream is open."""
-        assert len(self.residents) <= self.capacity, f"{len(self.residents)} residents of {self.capacity}"
-        entries = {**self.residents, **self.staged}
-        assert len(entries) == len(self.residents) + len(self.staged), "a key is resident and staged"
-        in_table = {entry.key: entry for row in self.table.values() for entry in row if entry is not None}
-        assert in_table == entries, "the table and the owners disagree"
-        slots = [*self.free, *(slot for _, slot in self.draining), *(e.slot for e in entries.values())]
-        assert len(slots) == len(set(slots)) == self.num_slots, f"slots {sorted(slots)} of {self.num_slots}"
-        under_way = {entry.key for entry in self.unclaimed() if entry.state is SlotState.IN_FLIGHT}
-        assert self.guesses.keys() == under_way, f"guesses {self.guesses.keys()}, under way {under_way}"
-        for entry in entries.values():
-            assert (entry.state is SlotState.RESIDENT) == (entry.key in self.residents), f"{entry}"
-            assert entry.pins == 0, f"{entry} is pinned by nobody"
-        for layer_idx, row in self.table.items():
-            for expert_id, found in enumerate(row):
-                numbers = tuple(self.resident_table[layer_idx][expert_id].tolist())
-                wanted: tuple[int, ...] = (0,) if found is None else (ON_ITS_WAY,)
-                is_there = found is not None and found.state is SlotState.RESIDENT
-                if found is not None and (is_there or (found.key in self.staged and numbers[0] > ON_ITS_WAY)):
-                    wanted = found.addresses
-                assert numbers[: len(wanted)] == wanted, f"layer {layer_idx} expert {expert_id}: {numbers}"
+        check_slots(self)
 
     def was_forgotten(self, ticket: int) -> bool:
         """Whether a ticket is unknown: then its read is over."""

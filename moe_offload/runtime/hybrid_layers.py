@@ -19,7 +19,7 @@ from moe_offload.residency.device_tier import DeviceTier
 from moe_offload.residency.expert_cache import ExpertCache
 from moe_offload.residency.guessed_reads import Likely
 from moe_offload.residency.prefetch import Prefetcher
-from moe_offload.residency.slot_reads import ON_ITS_WAY
+from moe_offload.residency.slot_entry import ON_ITS_WAY
 from moe_offload.stats import DeviceStats
 
 

@@ -173,9 +173,8 @@ class NativeStep:
                 first = layer_idx
                 watch = None if prefetcher is None else prefetcher.begin_run(first - 1)
                 layer_idx = self._step.run(first, cached, capacity, num_tokens, tables, watch)
-                if prefetcher is not None:
-                    prefetcher.end_run()
-                self._count_residents(first, layer_idx)
+                arrived = [] if prefetcher is None else prefetcher.end_run()
+                self._count_run(first, layer_idx, arrived)
                 if layer_idx < len(self._executors):
                     executor = self._executors[layer_idx]
                     assert executor is not None, "only a layer with experts stops the run"
@@ -210,14 +209,14 @@ class NativeStep:
                 if not self._hybrid_run.is_possible:
                     return self._run_layers(cached, capacity, num_tokens, layer_idx)
 
-    def _count_residents(self, first: int, end: int) -> None:
+    def _count_run(self, first: int, end: int, arrived: list[tuple[int, int]]) -> None:
         """Tell cache and handle of layers that were computed in one go."""
         if not self._moe_executors or first == end:
             return
         steps = self._step.choices(first, end)
         if steps:
             executor = self._moe_executors[0]
-            executor.cache.used_in_run(steps)
+            executor.cache.used_in_run(steps, arrived)
             executor.on_layer_done(steps[-1][0])
 
     def _run_layers(
