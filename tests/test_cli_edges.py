@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -55,14 +56,14 @@ def test_a_prompt_without_an_end_is_refused(tiny_moe, tmp_path, monkeypatch, cap
     assert MOST_PROMPT_BYTES >= 1 << 24
 
 
-def test_line_ends_of_a_pipe_are_those_of_a_file(tiny_moe, tmp_path, capsys) -> None:
-    path = tmp_path / "prompt.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    options = f"--model {tiny_moe} --raw --max-new-tokens 2 --json"
-    answers = [
-        json.loads(shell(f"moe-offload generate {options} {given}").stdout)
-        for given in (f"--prompt-file {path}", f"<{path}", "--prompt $'one\\ntwo'")
-    ]
+def test_line_ends_of_a_pipe_are_those_of_a_file(tiny_moe, tmp_path, monkeypatch, capsys) -> None:
+    content, path = b"\xef\xbb\xbfone\r\ntwo\r\n", tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    answers = []
+    for given in (["--prompt-file", str(path)], [], ["--prompt", "one\ntwo"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert generate(tiny_moe, "--raw", "--json", *given) == 0
+        answers.append(json.loads(capsys.readouterr().out))
     assert [answer["prompt_tokens"] for answer in answers] == [7, 7, 7]
     assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
 

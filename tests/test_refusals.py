@@ -129,14 +129,37 @@ def _generate_in_fork(model, queue):
         queue.put(str(error))
 
 
+def _load_in_fork(folder, queue):
+    try:
+        moe_offload.from_pretrained(folder, ram="8GiB", context=64)
+        queue.put("loaded")
+    except ConfigError as error:
+        queue.put(str(error))
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_use_after_fork_is_refused(model):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_generate_in_fork, args=(model, queue))
     child.start()
-    assert "load the model in the child" in queue.get(timeout=60)
+    assert "start the child with 'spawn'" in queue.get(timeout=60)
     child.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_of_a_process_that_has_loaded_a_model_cannot_load_one(model, folder):
+    """torch's own threads did not come along either, and its first parallel loop waited for them."""
+    model.generate(PROMPT, max_new_tokens=1)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_load_in_fork, args=(folder, queue))
+    child.start()
+    try:
+        assert "is its fork, without its threads: start it with 'spawn'" in queue.get(timeout=60)
+        child.join()
+    finally:
+        child.kill()
 
 
 def test_generation_config_with_compilation_is_refused(model):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import TYPE_CHECKING
 
+from moe_offload.errors import ConfigError
 from moe_offload.residency.memory import process_bytes
 from moe_offload.runtime.footprint import trim_heap
 
@@ -12,7 +14,25 @@ if TYPE_CHECKING:
     from moe_offload.runtime.offload import OffloadHandle
 
 _library_bytes = 0
+_loading_pid: int | None = None  # the process that first loaded a model
 live_handles: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
+
+
+def check_not_forked() -> None:
+    """Refuse to load in a fork of a process that has: neither torch's threads nor ours came along.
+
+    torch would wait for its own without end, holding the interpreter's lock.
+
+    Raises:
+        ConfigError: this is such a fork.
+    """
+    global _loading_pid
+    _loading_pid = os.getpid() if _loading_pid is None else _loading_pid
+    if os.getpid() != _loading_pid:
+        raise ConfigError(
+            f"process {_loading_pid} has loaded a model, and this one, {os.getpid()}, is its fork, without "
+            "its threads: start it with 'spawn', or load no model before forking"
+        )
 
 
 def base_bytes() -> int:

@@ -30,7 +30,7 @@ from moe_offload.runtime import machine_profile, quantized, skeleton
 from moe_offload.runtime.arguments import LoadArguments, loading_info, read_arguments
 from moe_offload.runtime.device_setup import plan_vram
 from moe_offload.runtime.executor import offloaded_experts_forward
-from moe_offload.runtime.loaded_models import base_bytes
+from moe_offload.runtime.loaded_models import base_bytes, check_not_forked
 from moe_offload.runtime.loading import Decided, load
 from moe_offload.runtime.predictor_choice import choose_predictor
 from moe_offload.runtime.torch_defaults import float32_on_cpu
@@ -130,6 +130,7 @@ def from_pretrained(
         scheduler="hybrid" if scheduler is None else scheduler,
     )
     profile = AUTO if profile is None else profile
+    check_not_forked()
     checkpoint = _open(arguments, config, quant)
     chosen = {
         "policy": None if policy == AUTO else policy,

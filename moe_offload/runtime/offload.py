@@ -192,7 +192,7 @@ class OffloadHandle:
         if os.getpid() != self._owner_pid:
             raise ConfigError(
                 f"this model was loaded in process {self._owner_pid} and is used in its fork {os.getpid()}; "
-                "its reader threads did not follow: load the model in the child, or start it with 'spawn'"
+                "its threads did not follow: start the child with 'spawn' and load the model there"
             )
 
     def check_files(self) -> None:
