@@ -6,9 +6,9 @@
 Builds for this machine's cards (and installs in place), checks bits, measures ceilings, kernels and link and
 runs ``pytest -m cuda`` (output beside the file, as .tests.log), then a model of random weights (where
 emulated: the bundled demo): decode (cold, warm, after a change of topic) and prefill with 25, 50, 12 and 100%
-of the experts' bytes in VRAM, for ours and the named baselines. The file is written after every row, so that
-a run that is cut off leaves what it had, and the same command with the same --out goes on from there (--anew:
-from the beginning); what was not reached reads "not run", with the reason.
+of the experts' bytes in VRAM, for ours and the named baselines, --rounds times in turn. The file is written
+after every row, so that a run that is cut off leaves what it had, and the same command with the same --out
+goes on from there (--anew: from the beginning); what was not reached reads "not run", with the reason.
 
 ``label`` says what a number is: "measured" on a card, "emulated" (order and concurrency, no GPU's speed), or
 "modelled" (gpu_modelled.py: the cost model on a profile). Neither of the latter is ever a GPU's.
@@ -17,6 +17,7 @@ from the beginning); what was not reached reads "not run", with the reason.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from typing import Any
 import gpu_machine
 from card import commit, cpu_name
 from gpu_machine import device_text
-from gpu_report import NotRun, Report, give_up, phases_of, summary
+from gpu_report import NotRun, Report, give_up, phases_of, summary, table
 
 ROOT = Path(__file__).parents[1]
 SHARES = (25, 50, 12, 100)  # of the experts' bytes; the one with a goal first, if time is short
@@ -91,6 +92,7 @@ def main() -> None:
     report.step("sanitizer", lambda: gpu_machine.sanitizer(args.device, report), needs_s=35, once=True)
     report.not_run("llama.cpp", "bench/peer_llama_cuda.py --source DIR builds and runs it")
     report.end()
+    print("\n".join(table(report.content)))
     print(json.dumps(summary(report.content)))
 
 
@@ -109,6 +111,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--shares", default=",".join(map(str, SHARES)))
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--rounds", type=int, default=1, help="of all runs; a file takes more of them later")
     parser.add_argument("--decode-tokens", type=int)
     parser.add_argument("--prefill-tokens", type=int)
     args = parser.parse_args()
@@ -160,9 +163,8 @@ def shape_of(path: Path, context: int) -> dict[str, int]:
 
 def runs(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Yield every method at every share of the experts' bytes, ours and the baselines in turn."""
-    for share in args.shares:
-        for method in args.methods:
-            yield run(args, report, "runs", method, {"vram_percent": share})
+    for number, share, method in itertools.product(range(args.rounds), args.shares, args.methods):
+        yield run(args, report, "runs", method, {"vram_percent": share, "round": number})
 
 
 def dense(args: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,14 +145,41 @@ def phases_of(output: str) -> dict[str, Any]:
     return found
 
 
+PHASES = ("cold", "warm", "topic_change")
+
+
+def medians(content: dict[str, Any]) -> dict[tuple[int, str], dict[str, float]]:
+    """Return tokens per second by share, method and phase: of rounds the median."""
+    found: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for row in content["steps"].get("runs", {}).get("rows", []):
+        of_all = found.setdefault((row["vram_percent"], row["method"]), {phase: [] for phase in PHASES})
+        for phase in PHASES:
+            of_all[phase] += [row[phase]["tokens_per_s"]] if phase in row else []
+    return {
+        key: {phase: statistics.median(values) for phase, values in phases.items() if values}
+        for key, phases in found.items()
+    }
+
+
+def table(content: dict[str, Any]) -> list[str]:
+    """Return lines of tokens per second, cold / warm / after a change of topic, and their label."""
+    found = medians(content)
+    if not found:
+        return []
+    rounds = max(row.get("round", 0) for row in content["steps"]["runs"]["rows"]) + 1
+    lines = [f"tok/s, cold / warm / after a change of topic, {content['label']}, medians of {rounds}:"]
+    for (share, method), phases in sorted(found.items()):
+        speeds = " / ".join(f"{phases[phase]:.4g}" if phase in phases else "not run" for phase in PHASES)
+        lines.append(f"  {share}% {method}: {speeds}")
+    return lines
+
+
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """Return the last line: what each step came to, and the speeds at 25%."""
     rows = content["steps"].get("runs", {}).get("rows", [])
-    at_25 = {
-        row["method"]: row.get("warm", {}).get("tokens_per_s", row["status"])
-        for row in rows
-        if row["vram_percent"] == 25
-    }
+    at_25 = {row["method"]: row["status"] for row in rows if row["vram_percent"] == 25}
+    for (share, method), phases in medians(content).items():
+        at_25 |= {method: phases["warm"]} if share == 25 and "warm" in phases else {}
     energies = [row["also"]["energy"] for row in rows if "energy" in row.get("also", {})]
     digests = {row[phase]["digest"] for row in rows for phase in ("cold",) if phase in row}
     statuses = {name: step["status"] for name, step in content["steps"].items()}

@@ -180,6 +180,42 @@ def test_a_source_that_lacks_a_setting_is_said_to(tmp_path: Path) -> None:
     assert by_name["--moe-cache-mib"]["status"] == "not run: this source has no llama-completion"
 
 
+def test_rounds_take_turns_and_their_medians_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([10.0, 100.0, 30.0, 300.0, 20.0, 500.0])
+    asked = []
+
+    def run(args: Any, report: Any, step: str, method: str, what: dict[str, Any]) -> dict[str, Any]:
+        asked.append((what["round"], method))
+        cold = {"tokens_per_s": 1.0 + what["round"], "digest": "x"}
+        return {
+            "method": method,
+            **what,
+            "status": "done",
+            "cold": cold,
+            "warm": {"tokens_per_s": next(speeds)},
+        }
+
+    monkeypatch.setattr(gpu, "run", run)
+    report = report_of(tmp_path)
+    report.content |= {"label": "emulated", "bench": "gpu", "device": "emulated", "commit": "abc"}
+    args = gpu.argparse.Namespace(rounds=3, shares=[25], methods=["ours", "static_split"])
+    report.step("runs", lambda: gpu.runs(args, report))
+    assert asked == [(i, method) for i in range(3) for method in ("ours", "static_split")]
+    assert gpu.table(report.content) == [
+        "tok/s, cold / warm / after a change of topic, emulated, medians of 3:",
+        "  25% ours: 2 / 20 / not run",
+        "  25% static_split: 2 / 300 / not run",
+    ]
+    shown = gpu.summary(report.content)
+    assert shown["warm_tokens_per_s_at_25_percent"] == {"ours": 20.0, "static_split": 300.0}
+    report.content["steps"]["runs"]["rows"] = [
+        {"method": "ours", "vram_percent": 25, "round": 0, "status": "cut off"}
+    ]
+    assert gpu.summary(report.content)["warm_tokens_per_s_at_25_percent"] == {"ours": "cut off"}
+
+
 def test_modelled_rows_are_labelled_and_a_cache_is_never_more_than_its_slots() -> None:
     import gpu_modelled
     import numpy as np
