@@ -91,8 +91,8 @@ def test_costs_of_all_sizes_and_the_prefetcher_share_what_was_measured() -> None
     for _ in range(200):
         small.saw_cpu(small.cpu_factor, 3.0)
         large.saw_copies(1.0, 1e6)
-    assert small.of_one_token() == pytest.approx((3e-3, 1e-4, 5e-4), rel=0.01)
-    assert large.of_one_token() == pytest.approx((1e-3, 1e-4, 5e-4 * MOST_CORRECTION), rel=0.01)
+    assert small.of_one_token() == pytest.approx((3e-3, 1e-4, 5e-4, 0.0), rel=0.01)
+    assert large.of_one_token() == pytest.approx((1e-3, 1e-4, 5e-4 * MOST_CORRECTION, 0.0), rel=0.01)
     shown = speeds.as_dict()
     assert shown["expert_cpu_s of 5 bytes"]["estimate"] == pytest.approx(3e-3, rel=0.01)
     assert shown["expert_cpu_s"] == {"expected": 1e-3, "estimate": 1e-3, "measurements": 0}
@@ -194,17 +194,42 @@ def test_where_nothing_may_stay_the_end_of_a_step_waits_for_its_copies() -> None
 @given(
     st.sampled_from(sorted(SCHEDULERS)),
     st.lists(st.booleans(), min_size=1, max_size=10),
-    st.tuples(*[st.floats(0.01, 5.0)] * 3),
+    st.tuples(*[st.floats(0.01, 5.0)] * 3, st.sampled_from([0.0, 0.1, 2.0])),
 )
 def test_moves_are_what_the_scheduler_chooses_for_one_token(name, on_gpu, costs) -> None:
     """Whichever experts are on the device, it chooses as many, and ends as early, as ``moves_of`` says."""
-    cpu_s, gpu_s, copy_s = costs
+    cpu_s, gpu_s, copy_s, start_s = costs
     there, n = np.array(on_gpu), len(on_gpu)
-    work = LayerWork(np.full(n, cpu_s), np.full(n, gpu_s), there, np.ones(n, np.bool_), copy_s)
-    moves = moves_of(SCHEDULERS[name], n, cpu_s, gpu_s, copy_s)[int(there.sum())]
+    times = np.full(n, cpu_s), np.full(n, gpu_s)
+    work = LayerWork(*times, there, np.ones(n, np.bool_), copy_s, gpu_start_s=start_s)
+    moves = moves_of(SCHEDULERS[name], n, *costs)[int(there.sum())]
     schedule = SCHEDULERS[name](work)
     assert moves == int((schedule.on_gpu & ~there).sum()) or -int((there & ~schedule.on_gpu).sum())
     assert moves == int(schedule.on_gpu.sum()) - int(there.sum())
+
+
+def test_a_launch_that_takes_longer_than_it_saves_is_not_begun() -> None:
+    """Four experts of 20 us on the CPU and 5 us on the device, whose launches take that much beside."""
+    quick = moves_of(SCHEDULERS["hybrid"], 4, 20e-6, 5e-6, 1.0)
+    assert quick == [0] * 5
+    assert moves_of(SCHEDULERS["hybrid"], 4, 20e-6, 5e-6, 1.0, 48e-6) == [0, 0, 0, -1, -2]
+    assert moves_of(SCHEDULERS["hybrid"], 4, 20e-6, 5e-6, 1.0, 90e-6) == [0, -1, -2, -3, -4]
+    assert savings_of(SCHEDULERS["hybrid"], 4, 20e-6, 5e-6, 1.0, 90e-6) == [0.0] * 4
+
+
+def test_what_a_launch_takes_follows_what_steps_show() -> None:
+    costs = RunningCosts(MeasuredCosts(((1, 1e-3),), ((1, 1e-4),), 5e-3, gpu_start_s=2e-5))
+    assert costs.of_one_token()[3] == 2e-5
+    before = TokenMoves(costs).of(SCHEDULERS["hybrid"], 2)
+    for _ in range(100):
+        costs.saw_start(3 * costs.gpu_start_s, 3 * 2e-4)
+    assert costs.gpu_start_s == pytest.approx(2e-4, rel=0.01)
+    work = costs.work(np.array([1, 1]), np.array([True, False]), np.array([True, True]))
+    assert work.gpu_start_s == costs.gpu_start_s
+    assert costs.speeds.as_dict()["device_start_s"]["expected"] == 2e-5
+    free = RunningCosts(MeasuredCosts(((1, 1e-3),), ((1, 1e-4),), 5e-3))
+    free.saw_start(0.0, 1e-3)
+    assert free.gpu_start_s == 0.0 and before == [0, 0, 0]
 
 
 def test_the_scheduler_is_asked_again_when_costs_have_changed() -> None:
@@ -272,12 +297,12 @@ def test_native_code_divides_a_tokens_experts_alike(data: st.DataObject) -> None
     assert len(division.copied) == max(0, moves[sum(there)])
 
 
-@given(st.integers(1, 10), *(st.floats(1e-6, 1e-2) for _ in range(3)))
+@given(st.integers(1, 10), *(st.floats(1e-6, 1e-2) for _ in range(4)))
 def test_a_tokens_moves_are_the_schedulers_in_one_call(
-    count: int, cpu_s: float, gpu_s: float, copy_s: float
+    count: int, cpu_s: float, gpu_s: float, copy_s: float, start_s: float
 ) -> None:
     asked = SCHEDULERS["hybrid"]
     one_by_one = lambda work: asked(work)  # noqa: E731 - the same answers by the general way
-    costs = count, cpu_s, gpu_s, copy_s
+    costs = count, cpu_s, gpu_s, copy_s, start_s
     assert moves_of(asked, *costs) == moves_of(one_by_one, *costs)
     assert savings_of(asked, *costs) == savings_of(one_by_one, *costs)

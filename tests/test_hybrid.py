@@ -52,7 +52,7 @@ COSTS = MeasuredCosts(((1, 2e-5), (64, 4e-4)), ((1, 2e-5), (64, 4e-4)), copy_s=3
 @pytest.fixture(autouse=True)
 def steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_setup, "measure_costs", lambda *_: COSTS)
-    for name in ("saw_cpu", "saw_gpu", "saw_copies"):
+    for name in ("saw_cpu", "saw_gpu", "saw_copies", "saw_start"):
         saw = getattr(RunningCosts, name)
         as_expected = lambda self, expected_s, seconds, saw=saw: saw(self, expected_s, expected_s)  # noqa: E731
         monkeypatch.setattr(RunningCosts, name, as_expected)
@@ -187,6 +187,7 @@ def test_costs_are_measured_at_load_and_corrected_by_steps(prompt_ids, monkeypat
         measured = costs.measured
         assert [tokens for tokens, _ in measured.cpu_curve] == [1, 4, 16, 64]
         assert min(seconds for _, seconds in (*measured.cpu_curve, *measured.gpu_curve)) > 0 < measured.copy_s
+        assert measured.gpu_start_s > 0
         generate(model, prompt_ids)
         assert costs.cpu_factor != 1.0 == costs.gpu_factor, "the device's is not listened to here"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -157,3 +158,28 @@ def ways_of_booking(run: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
 
 def policy_states(model: Any) -> list[dict[str, Any]]:
     return [*model.offload.cache.policy_states(), *model.offload.hybrid.tier.cache.policy_states()]
+
+
+def test_what_launches_take_beside_computing_is_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that the host waited for; none where the CPU computes alone, as once they are dear."""
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr(RunningCosts, "saw_start", lambda costs, *pair: seen.append(pair))
+    with loaded("64MiB", scheduler="hybrid", prefetch=False) as model:
+        fill_ram(model)
+        hybrid, kv = model.offload.hybrid, model.offload.new_cache()
+        hybrid.tier.hold_only([ExpertKey(i, expert_id) for i in range(12) for expert_id in range(32)])
+        (costs,) = set(hybrid.costs.values())
+        costs.measured = dataclasses.replace(costs.measured, gpu_start_s=1e-9)
+        model(PROMPT, past_key_values=kv)
+        num_tokens = kv.get_seq_length()
+        expected = one_token(model, kv)
+        native = model.offload.native_step._hybrid_run._native
+        assert 0 < native.num_starts <= 12 and native.start_s > 0
+        assert seen[-1] == (native.num_starts * costs.gpu_start_s, native.start_s)
+        costs.measured = dataclasses.replace(costs.measured, gpu_start_s=1.0)
+        on_device = []
+        for _ in range(2):
+            kv.crop_to(num_tokens)
+            on_device.append(hybrid.counters.device_experts)
+            assert torch.equal(one_token(model, kv), expected)
+        assert on_device[1] == hybrid.counters.device_experts and native.num_starts == 0

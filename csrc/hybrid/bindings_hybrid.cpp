@@ -78,6 +78,8 @@ void register_hybrid(py::module_& m) {
              "The same of all layers: [(layer, ids, weights)], ids on the device by layer (none where it had "
              "no share), how many those are, how many of them came home and were copied, CPU seconds")
         .def_property_readonly("wait_s", &TokenRun::wait_s)
+        .def_property_readonly("start_s", &TokenRun::start_s)
+        .def_property_readonly("num_starts", &TokenRun::num_starts)
         .def_property_readonly("device_s", &TokenRun::device_s)
         .def_property_readonly("link_s", &TokenRun::link_s)
         .def_property_readonly("lacks_slots", &TokenRun::lacks_slots)

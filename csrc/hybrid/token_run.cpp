@@ -11,6 +11,7 @@ namespace moe {
 namespace {
 
 constexpr const char* kOp = "TokenRun";
+constexpr double kWaitedSeconds = 5e-6;  // less says nothing: the device was done when it was asked
 constexpr double kWaitSeconds = 3600.0;  // at a time; interrupts are looked for meanwhile
 
 double seconds_since(int64_t begin_ns) {
@@ -112,7 +113,7 @@ int64_t TokenRun::run(int64_t first, const std::vector<CachedTokens>& cached,
     layers_.resize(size_t(step_.num_layers()));
     free_slots_ = std::move(free_slots);
     done_.clear();
-    wait_s_ = 0;
+    wait_s_ = 0, start_s_ = 0, num_starts_ = 0;
     failure_.reset();
     lacks_slots_ = false;
     const double device_s = engine_.launches().counters().busy_seconds;
@@ -233,6 +234,8 @@ RowsLaunch TokenRun::launch_of(int64_t layer, size_t first, const Copies& copies
 bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt) {
     const SharedLayer& shared = layers_[layer];
     DenseStep* away = step_.away();
+    const int64_t begin_ns = EventLog::now_ns();
+    const double busy_s = engine_.launches().counters().busy_seconds;
     Copies copies(engine_.copies());
     std::optional<Launch> under_way;
     std::vector<int32_t> waited_for;  // positions
@@ -260,7 +263,12 @@ bool TokenRun::compute_both(int64_t layer, const CheckInterrupt& check_interrupt
         const int64_t waited_ns = EventLog::now_ns();
         under_way->wait(check_interrupt);
         failure_ = under_way->collect(step_.expert_rows_data(), waited_for);
-        wait_s_ += seconds_since(waited_ns);
+        const double waited_s = seconds_since(waited_ns);
+        wait_s_ += waited_s;
+        if (!away && copied_.empty() && waited_s > kWaitedSeconds) {
+            const double computed_s = engine_.launches().counters().busy_seconds - busy_s;
+            start_s_ += std::max(0.0, seconds_since(begin_ns) - computed_s), ++num_starts_;
+        }
     }
     if (!failure_) return step_.add_expert_rows(layer), true;
     if (away) step_.bring_rows_home();

@@ -68,6 +68,10 @@ class TokenRun {
     // the device failed at the layer where the run stopped.
     const std::vector<SharedLayerDone>& done() const { return done_; }
     double wait_s() const { return wait_s_; }
+    // What layers took beside the device's computing, of those that the host waited for and nothing was
+    // copied for: inputs, launch, waking and waiting; and how many those were.
+    double start_s() const { return start_s_; }
+    int64_t num_starts() const { return num_starts_; }
     double device_s() const { return device_s_; }      // in which it computed rows that came home
     double link_s() const { return link_s_; }          // in which the link to it was busy
     bool lacks_slots() const { return lacks_slots_; }  // that is why it stopped
@@ -106,7 +110,8 @@ class TokenRun {
     std::vector<std::pair<int32_t, uint64_t>> copied_;  // of the layer under way: expert and slot
     bool lacks_slots_ = false;
     std::vector<SharedLayerDone> done_;
-    double wait_s_ = 0, cpu_s_ = 0, device_s_ = 0, link_s_ = 0;
+    double wait_s_ = 0, cpu_s_ = 0, device_s_ = 0, link_s_ = 0, start_s_ = 0;
+    int64_t num_starts_ = 0;
     std::optional<DeviceFailure> failure_;
 };
 

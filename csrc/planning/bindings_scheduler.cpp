@@ -45,7 +45,7 @@ py::tuple divide_token(const std::vector<uint8_t>& there, const std::vector<uint
 
 // schedule_layer of one token's `count` experts, in RAM all of them, where the device has 0 to count of them:
 // how many more it copies there, or below zero leaves to the CPU; and when the later side finishes.
-py::tuple schedule_token(int64_t count, double cpu_s, double gpu_s, double copy_s) {
+py::tuple schedule_token(int64_t count, double cpu_s, double gpu_s, double copy_s, double gpu_start_s) {
     std::vector<int32_t> moves;
     std::vector<double> finish_s;
     moe::LayerWork work{std::vector<double>(size_t(count), cpu_s),
@@ -54,7 +54,7 @@ py::tuple schedule_token(int64_t count, double cpu_s, double gpu_s, double copy_
                         std::vector<uint8_t>(size_t(count), 1),
                         copy_s,
                         0.0,
-                        0.0};
+                        gpu_start_s};
     for (int64_t residents = 0; residents <= count; ++residents) {
         if (residents) work.on_gpu[size_t(residents - 1)] = 1;
         const moe::Schedule schedule = moe::schedule_layer(work);
@@ -74,7 +74,8 @@ void register_scheduler(py::module_& m) {
           py::arg("in_ram"), py::arg("copy_s"), py::arg("cpu_start_s"), py::arg("gpu_start_s"),
           "Which experts run on the GPU, and when the later side finishes");
     m.def("schedule_token", schedule_token, py::arg("count"), py::arg("cpu_s"), py::arg("gpu_s"),
-          py::arg("copy_s"), "The same for one token, by how many of its experts the device has");
+          py::arg("copy_s"), py::arg("gpu_start_s") = 0.0,
+          "The same for one token, by how many of its experts the device has");
     m.def("divide_token", divide_token, py::arg("there"), py::arg("in_ram"), py::arg("moves"),
           "Which of one token's experts, by position, run on the device, are copied there, run on the CPU");
 }

@@ -19,19 +19,24 @@ Curve = Sequence[tuple[int, float]]  # (tokens, seconds of one expert), ascendin
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Of one size of experts, alone on an idle machine."""
+    """Of one size of experts, alone on an idle machine.
+
+    Attributes:
+        gpu_start_s: what a layer's launch takes beside computing: inputs, waking, waiting; 0: nothing.
+    """
 
     cpu_curve: Curve
     gpu_curve: Curve
     copy_s: float
+    gpu_start_s: float = 0.0
 
 
 class RunningCosts:
     """``measured``, times what steps have shown since: the other side takes its share of memory's speed.
 
     What they have shown is in ``speeds``, which the run shares: one token's expert on either side and on the
-    link, by the names "expert_cpu_s", "expert_device_s", "expert_copy_s", with the bytes of an expert behind
-    where a model has several sizes.
+    link, by the names "expert_cpu_s", "expert_device_s", "expert_copy_s", and a layer's launch by
+    "device_start_s", with the bytes of an expert behind where a model has several sizes.
     """
 
     def __init__(
@@ -42,9 +47,11 @@ class RunningCosts:
         self._one_cpu_s = float(times_of(measured.cpu_curve, one)[0])
         self._one_gpu_s = float(times_of(measured.gpu_curve, one)[0])
         self._cpu, self._gpu, self._copy = (f"expert_{what}_s{size}" for what in ("cpu", "device", "copy"))
+        self._start = f"device_start_s{size}"
         self.speeds.expect(self._cpu, self._one_cpu_s)
         self.speeds.expect(self._gpu, self._one_gpu_s)
         self.speeds.expect(self._copy, measured.copy_s)
+        self.speeds.expect(self._start, measured.gpu_start_s)
 
     @property
     def cpu_factor(self) -> float:
@@ -72,9 +79,15 @@ class RunningCosts:
         """An expert's time on the link."""
         return self.measured.copy_s * self.copy_factor
 
-    def of_one_token(self) -> tuple[float, float, float]:
-        """Return an expert's time on the CPU and on the device for one token, and on the link."""
-        return self._one_cpu_s * self.cpu_factor, self._one_gpu_s * self.gpu_factor, self.copy_s
+    @property
+    def gpu_start_s(self) -> float:
+        """What a layer's launch takes beside computing."""
+        return self.measured.gpu_start_s * self.speeds.factor(self._start)
+
+    def of_one_token(self) -> tuple[float, float, float, float]:
+        """Return an expert's time on CPU and device for one token, on the link, and a layer's launch."""
+        cpu_s, gpu_s = self._one_cpu_s * self.cpu_factor, self._one_gpu_s * self.gpu_factor
+        return cpu_s, gpu_s, self.copy_s, self.gpu_start_s
 
     def work(self, num_tokens: NDArray[np.int64], on_gpu: Choice, in_ram: Choice) -> LayerWork:
         """Return the layer as the schedulers see it; what is not on the device can run on the CPU.
@@ -88,6 +101,7 @@ class RunningCosts:
             on_gpu=on_gpu,
             in_ram=in_ram | ~on_gpu,
             copy_s=self.copy_s,
+            gpu_start_s=self.gpu_start_s,
         )
 
     def saw_cpu(self, expected_s: float, seconds: float) -> None:
@@ -101,3 +115,7 @@ class RunningCosts:
     def saw_copies(self, expected_s: float, seconds: float) -> None:
         """Take note of the link's busy time."""
         self.speeds.took(self._copy, expected_s, seconds)
+
+    def saw_start(self, expected_s: float, seconds: float) -> None:
+        """Take note of what launches took beside computing."""
+        self.speeds.took(self._start, expected_s, seconds)

@@ -21,18 +21,20 @@ CHANGE = 0.05  # of a cost, before the scheduler is asked again
 Scheduler = Callable[[LayerWork], Schedule]
 
 
-def moves_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[int]:
+def moves_of(
+    scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float, gpu_start_s: float = 0.0
+) -> list[int]:
     """Return, for 0 to ``count`` experts on the device, how many more are copied there.
 
     Below zero: so many of those on the device are left to the CPU.
     """
     if scheduler is hybrid:
-        return _native.schedule_token(count, cpu_s, gpu_s, copy_s)[0]
+        return _native.schedule_token(count, cpu_s, gpu_s, copy_s, gpu_start_s)[0]
     if scheduler is static_split:
         return [0] * (count + 1)
     moves = []
     for residents in range(count + 1):
-        choice = scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).on_gpu
+        choice = scheduler(_work(residents, count, cpu_s, gpu_s, copy_s, gpu_start_s)).on_gpu
         copied, left = int(choice[residents:].sum()), residents - int(choice[:residents].sum())
         moves.append(copied or -left)
     return moves
@@ -62,20 +64,27 @@ def divide(there: Sequence[bool], in_ram: Sequence[bool], moves: Sequence[int]) 
     return Division(on_device, copied, sorted([*left, *absent[len(copied) :]]))
 
 
-def savings_of(scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> list[float]:
+def savings_of(
+    scheduler: Scheduler, count: int, cpu_s: float, gpu_s: float, copy_s: float, gpu_start_s: float = 0.0
+) -> list[float]:
     """Return, for 0 to ``count`` - 1 of a token's experts on the device, the seconds that one more saves."""
     if scheduler is hybrid:
-        finish_s = _native.schedule_token(count, cpu_s, gpu_s, copy_s)[1]
+        finish_s = _native.schedule_token(count, cpu_s, gpu_s, copy_s, gpu_start_s)[1]
         return [max(0.0, before - after) for before, after in pairwise(finish_s)]
     finish_s = [
-        scheduler(_work(residents, count, cpu_s, gpu_s, copy_s)).finish_s for residents in range(count + 1)
+        scheduler(_work(residents, count, cpu_s, gpu_s, copy_s, gpu_start_s)).finish_s
+        for residents in range(count + 1)
     ]
     return [max(0.0, before - after) for before, after in pairwise(finish_s)]
 
 
-def _work(residents: int, count: int, cpu_s: float, gpu_s: float, copy_s: float) -> LayerWork:
+def _work(
+    residents: int, count: int, cpu_s: float, gpu_s: float, copy_s: float, gpu_start_s: float
+) -> LayerWork:
     on_gpu, in_ram = np.arange(count) < residents, np.ones(count, np.bool_)
-    return LayerWork(np.full(count, cpu_s), np.full(count, gpu_s), on_gpu, in_ram, copy_s)
+    return LayerWork(
+        np.full(count, cpu_s), np.full(count, gpu_s), on_gpu, in_ram, copy_s, gpu_start_s=gpu_start_s
+    )
 
 
 class TokenMoves:
@@ -83,7 +92,7 @@ class TokenMoves:
 
     def __init__(self, costs: RunningCosts) -> None:
         self.costs = costs
-        self._asked_at = (0.0, 0.0, 0.0)
+        self._asked_at = (0.0, 0.0, 0.0, 0.0)
         self._moves: dict[tuple[Scheduler, int], list[int]] = {}  # and the number of experts
         self._savings: dict[tuple[Scheduler, int], list[float]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,6 +127,8 @@ def _measured_costs(
         layer_idx = pool.layers[0]
         size = f" of {pool.slot_bytes} bytes" if len(plan.pools) > 1 else ""
         measured = measure_costs(device, served[layer_idx].kernel, kernels[layer_idx], slots[layer_idx])
+        if plan.dense is not None and not plan.dense.is_empty:  # rows stay there, and nobody waits for them
+            measured = replace(measured, gpu_start_s=0.0)
         costs |= dict.fromkeys(pool.layers, RunningCosts(measured, speeds, size))
     return costs
 

@@ -20,7 +20,7 @@ from moe_offload.runtime.executor import ExpertExecutor
 from moe_offload.runtime.hybrid import HybridLayer
 from moe_offload.storage.expert_format import ExpertKey
 
-CPU_TOKENS = 4  # after so many without the device costs are corrected, and the scheduler asked again
+CPU_TOKENS = 8  # after so many without the device costs are corrected, and the scheduler asked again
 MOST_COPIES = 64  # of a pool, between two looks at who has to leave for them
 
 # layer, ids, weights, ids on the device, (id, slot) of those copied there, CPU seconds, whether rows stayed
@@ -217,11 +217,12 @@ class HybridRun:
     def _see(self, part: _Sum) -> None:
         """Correct costs; what device and link did is not known apart by costs."""
         costs = part.costs
-        one_cpu_s, one_gpu_s, copy_s = costs.of_one_token()
+        one_cpu_s, one_gpu_s, copy_s, start_s = costs.of_one_token()
         costs.saw_cpu(one_cpu_s * part.seen_experts, part.seen_s)
         if part.on_device:
             costs.saw_gpu(one_gpu_s * part.at_home, self._native.device_s)
             costs.saw_copies(copy_s * part.copied, self._native.link_s)
+            costs.saw_start(start_s * self._native.num_starts, self._native.start_s)
         part.seen_experts, part.seen_s = 0, 0.0
 
 
