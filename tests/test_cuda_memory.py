@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_offload.config import parse_device
 from moe_offload.cuda_memory import ASSUMED_CONTEXT_BYTES, CardMemory, card_memory
-from moe_offload.errors import DeviceError
+from moe_offload.errors import ConfigError, DeviceError
+from moe_offload.residency import accelerator
 
 MIB, GIB = 1 << 20, 1 << 30
 # A card of 8 GiB; used grows by 300 MiB once there is a context. CUDA shows one card, which is NVML's second:
@@ -84,3 +86,20 @@ def test_without_management_the_context_is_assumed_and_a_display_too(tmp_path: P
 def test_a_card_that_does_not_answer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"GPU 3 does not say .*CUDA error 101"):
         card_memory(3, compiled(tmp_path, "cuda", CUDA, "-DBUS_ERROR=0"), "none.so")
+
+
+def test_auto_takes_what_is_free_less_the_reserve_and_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def card(index: int) -> CardMemory:
+        asked.append(index)
+        return CardMemory(8 * GIB, 7 * GIB, 300 * MIB, is_measured=True, has_display=True)
+
+    monkeypatch.setattr(accelerator, "card_memory", card)
+    automatic = accelerator.memory_of(parse_device("cuda:1", "auto"))
+    assert automatic == (6 * GIB + 300 * MIB, 300 * MIB) and asked == [1]
+    assert accelerator.memory_of(parse_device("cuda", "6GiB")) == (6 * GIB, 300 * MIB) and asked[-1] == 0
+    with pytest.raises(ConfigError, match=r'is more than cuda has: .* are free beside .* for vram="auto"'):
+        accelerator.memory_of(parse_device("cuda", "7.5GiB"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -90,6 +91,28 @@ def test_demand_overtakes_speculation_that_was_not_issued(device: _native.Emulat
     assert device.wait(demand, 10)
     assert [device.state(guess) for guess in guesses].count(DONE) <= 3  # two in hand, one just taken
     assert device.wait(guesses[-1], 10)
+
+
+def test_two_chunks_are_in_the_links_hands_never_three(device: _native.EmulatedDevice) -> None:
+    """Of an expert of several chunks, and of several experts; each direction has two of its own."""
+    device.record_events(1000)
+    large, small = source_of(4 * MIB), source_of(MIB // 2)
+    tickets = [device.submit(spans(device, large, 0), False)]
+    tickets += [device.submit(spans(device, small, (5 + i) * MIB), i % 2 == 0) for i in range(6)]
+    device.copy_to_host(spans(device, np.zeros(3 * MIB, np.uint8), 0))
+    assert all(device.wait(ticket, 10) for ticket in tickets)
+    events = device.take_events()
+    lanes = {lane for lane, *_ in events}
+    assert len(lanes) == 2
+    for lane in lanes:
+        marks = [
+            (at, step)
+            for of, _, _, begin, end in events
+            if of == lane
+            for at, step in ((begin, 1), (end, -1))
+        ]
+        at_once = list(itertools.accumulate(step for _, step in sorted(marks)))
+        assert max(at_once) == 2 and at_once[-1] == 0
 
 
 def test_only_what_is_not_issued_can_be_cancelled(device: _native.EmulatedDevice) -> None:

@@ -179,6 +179,22 @@ def test_with_everything_at_hand_a_token_is_one_native_call(
         model.offload.cache.check()
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["in one native call", "layer by layer"])
+@pytest.mark.parametrize("scheduler", ["on_demand", "static_split"])
+def test_the_host_waits_for_the_device_once_a_layer(scheduler, native, prompt_ids, expected) -> None:
+    """Also for a prompt of a few tokens, and where copies are waited for."""
+    with loaded(scheduler=scheduler, native=native, prefetch=False) as model:
+        fill_ram(model)
+        generate(model, prompt_ids)
+        device, counters = model.offload.hybrid.tier.device, model.offload.hybrid.counters
+        waits, copied = device.counters()["waits"], counters.copied_experts
+        assert_same(generate(model, prompt_ids), expected[native])
+        waits = device.counters()["waits"] - waits
+        assert 0 < waits <= 12 * NUM_TOKENS
+        if scheduler == "on_demand":
+            assert waits == 12 * NUM_TOKENS and counters.copied_experts > copied
+
+
 def test_costs_are_measured_at_load_and_corrected_by_steps(prompt_ids, monkeypatch) -> None:
     monkeypatch.setattr(device_setup, "measure_costs", MEASURE_COSTS)
     monkeypatch.setattr(RunningCosts, "saw_cpu", SAW_CPU)
