@@ -60,7 +60,7 @@ def main() -> None:
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "model": str(args.model or f"{args.like}, {args.layers} layers"),
+        "model": args.model.name if args.model else f"{args.like}, {args.layers} layers",
         "decode_tokens": args.decode_tokens,
         "prefill_tokens": args.prefill_tokens,
         "steps": {},
