@@ -167,6 +167,30 @@ def test_what_cannot_be_a_name_is_none(text: str) -> None:
     assert parse_repo_name(text) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://huggingface.co/org/tiny", ("org/tiny", "main", None)),
+        ("https:/huggingface.co/org/tiny/", ("org/tiny", "main", None)),  # as Path writes it
+        ("huggingface.co/org/tiny/tree/v1", ("org/tiny", "v1", None)),
+        ("https://hf.co/org/big/blob/main/sub/big-Q8_0.gguf", ("org/big", "main", "sub/big-Q8_0.gguf")),
+        ("https://huggingface.co/org/big/resolve/main/b.gguf?download=true", ("org/big", "main", "b.gguf")),
+        ("hf.co/org/big:Q4_K_M", ("org/big", "main", "Q4_K_M")),
+    ],
+)
+def test_the_address_of_a_models_page_is_its_name(text: str, expected: tuple[str, str, str | None]) -> None:
+    name = parse_repo_name(text)
+    assert name is not None
+    assert (name.repo, name.revision, name.part) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.com/org/tiny", "https://hf.co/org", "https://hf.co/org/a/b/c"]
+)
+def test_other_addresses_are_no_names(text: str) -> None:
+    assert parse_repo_name(text) is None
+
+
 class StandIn(ThreadingHTTPServer):
     """As much of the hub as a download needs; breaks off the first transfer of what ``breaks`` names."""
 

@@ -23,6 +23,13 @@ _REPO_NAME = re.compile(
 )
 
 
+# A page of the hub, as a browser or another tool names it; Path has made one slash of two.
+_PAGE = re.compile(
+    r"(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/:@?]+/[^/:@?]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?]+)(?P<file>/[^?:]+\.gguf)?)?/?(?:\?.*)?(?P<part>:[\w.-]+)?"
+)
+
+
 class RepoName:
     """A model's name on the Hugging Face hub.
 
@@ -37,7 +44,10 @@ class RepoName:
 
 
 def parse_repo_name(text: str) -> RepoName | None:
-    """Return the name that ``text`` is, None when it cannot be one."""
+    """Return the name that ``text`` is, or the address of its page; None when it cannot be one."""
+    if page := _PAGE.fullmatch(text):
+        revision = f"@{page['revision']}" if page["revision"] else ""
+        text = f"{page['repo']}{revision}{page['file'] or page['part'] or ''}"
     match = _REPO_NAME.fullmatch(text)
     if match is None or ".." in text:
         return None
