@@ -12,9 +12,11 @@ from test_hybrid import fill_ram, loaded
 from test_hybrid import steady_costs as steady_costs  # for every test here, too
 
 from moe_offload.planning.expert_costs import RunningCosts
+from moe_offload.planning.gain_switch import BLOCK_STEPS
 from moe_offload.planning.scheduler import SCHEDULERS, Schedule
 from moe_offload.residency.route_log import CHUNK_EVENTS
 from moe_offload.residency.slot_pool import SlotPool
+from moe_offload.runtime.hybrid_layers import SETTLED_STEPS
 from moe_offload.runtime.hybrid_run import CPU_TOKENS
 from moe_offload.storage.expert_format import ExpertKey
 
@@ -183,3 +185,20 @@ def test_what_launches_take_beside_computing_is_listened_to(monkeypatch: pytest.
             on_device.append(hybrid.counters.device_experts)
             assert torch.equal(one_token(model, kv), expected)
         assert on_device[1] == hybrid.counters.device_experts and native.num_starts == 0
+
+
+def test_a_device_with_room_that_nobody_asks_for_is_judged_like_a_full_one() -> None:
+    """A text does not use all experts, so a device with a slot for each of them is never full."""
+    with loaded("64MiB", scheduler="hybrid", prefetch=False, shares=False) as model:
+        fill_ram(model)
+        hybrid, kv, begun = model.offload.hybrid, model.offload.new_cache(), list[bool]()
+        model(PROMPT, past_key_values=kv)
+        num_tokens = kv.get_seq_length()
+        one_token(model, kv)
+        hybrid.tier.cache.finish_reads()  # what those tokens use is there: nothing comes any more
+        for _ in range(2 * SETTLED_STEPS + 2 * BLOCK_STEPS):
+            kv.crop_to(num_tokens)
+            one_token(model, kv)
+            begun.append(hybrid.switch.is_on)
+        assert not hybrid.tier.is_filled and hybrid.tier.is_on
+        assert not any(begun[:SETTLED_STEPS]) and any(begun), "sharing was not tried, or too early"

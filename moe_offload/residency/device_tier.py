@@ -90,6 +90,11 @@ class DeviceCache(ExpertCache):
         self.stats.hits += num_here
         self._pools[0].routed_steps(steps)
 
+    @property
+    def num_residents(self) -> int:
+        """How many experts are here, or about to be."""
+        return sum(len(pool.residents) + len(pool.warming) for pool in self._pools)
+
     def num_under_way(self, layer_idx: int) -> int:
         """Return how many copies are queued or under way, for the pool of a layer."""
         pool = self._pool_of[layer_idx]
@@ -151,6 +156,11 @@ class DeviceTier:
     def is_filled(self) -> bool:
         """Whether no slot is left for a miss, or every expert is there."""
         return not self.has_room or self.cache.has_every_expert
+
+    @property
+    def num_residents(self) -> int:
+        """How many experts the device has."""
+        return self.cache.num_residents
 
     def device_counters(self) -> dict[str, float]:
         """Return the native counters since the model was loaded: without what was measured before."""

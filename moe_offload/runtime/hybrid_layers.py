@@ -22,6 +22,8 @@ from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.residency.slot_entry import ON_ITS_WAY
 from moe_offload.stats import DeviceStats
 
+SETTLED_STEPS = 16  # in which the device got no expert, though it has room
+
 
 @dataclass
 class HybridCounters:
@@ -52,6 +54,7 @@ class HybridLayers:
         self._trials = DeviceTrials()
         self._ahead: Prefetcher | None = None
         self._may_gain = self._can_gain()
+        self._residents_seen, self._steps_alike, self._has_settled = 0, 0, False
         # What timeline.py watches: the CPU's spans (layer, experts, begin, end), and the launches' layers
         # and experts by ticket.
         self.span: Callable[[int, Sequence[int], float, float], None] | None = None
@@ -120,10 +123,11 @@ class HybridLayers:
     def step_done(self, seconds: float) -> None:
         """Take note of a decode step's time: what is slower than a static split is not done.
 
-        Only once the device is filled: before, a static split would be judged by what it lacks.
+        Only once the device is filled, or gets no more: before, a static split would be judged by what it
+        lacks.
         """
         needs = 0 if self._ahead is None else self._ahead.take_needs()
-        if not self.tier.is_on or not self.tier.is_filled:
+        if not self.tier.is_on or not self._may_be_judged():
             return
         ahead = None if self._ahead is None else self._ahead.switch
         if ahead is not None and (self.switch is None or self.switch.decision):  # else nobody asks
@@ -131,6 +135,16 @@ class HybridLayers:
         self._trials.record(self.switch, ahead, seconds, needs, self._may_gain)
         if self.switch is not None:
             self.tier.replaces = self.switch.is_on
+
+    def _may_be_judged(self) -> bool:
+        """Whether no slot is left for a miss, or has been taken for a while: a text never asks for some."""
+        if not self._has_settled and not self.tier.is_filled:
+            num_residents = self.tier.num_residents
+            self._steps_alike = self._steps_alike + 1 if num_residents == self._residents_seen else 0
+            self._residents_seen = num_residents
+            self._has_settled = self._steps_alike >= SETTLED_STEPS
+            return self._has_settled
+        return True
 
     def count_stayed(self, layer_idx: int, num_experts: int, seconds: float) -> None:
         """Take note of rows that stayed on the device, of experts like this layer's."""
