@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import run_sanitizers
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,3 +105,19 @@ def test_every_source_is_found_to_include_what_the_compiler_reads():
         read = {Path(word).resolve() for word in done.stdout.replace("\\\n", " ").split()[1:]}
         assert len(read) > 3
         assert read <= {path.resolve() for path in objects.included(source)}
+
+
+@pytest.mark.parametrize("name", run_sanitizers.SANITIZERS)
+def test_what_no_sanitizer_instruments_is_the_object_of_an_install(name, tmp_path, monkeypatch):
+    """Else the largest files were compiled once more; and nothing that runs may be left out."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(run_sanitizers.shutil, "which", lambda _: None)  # no ccache
+    runs = run_sanitizers.sanitized_isas(name)
+    wrapper = run_sanitizers.write_compiler(name, tmp_path)
+    for file in sorted((ROOT / "csrc").rglob("*.cpp")):
+        plain = objects.described(["g++"], ["-O3"], file)
+        wrapped = objects.described([str(wrapper)], ["-O3"], file)
+        isa = file.stem.rpartition("kernels_")[2] if "kernels_" in file.stem else None
+        assert (plain == wrapped) == (isa is not None and isa not in runs), file
+        assert ("-fsanitize" in wrapped) == (plain != wrapped), file
+    assert "-O0" in objects.described([str(wrapper)], ["-O3"], Path("csrc/cpu/bindings_ops.cpp"))
