@@ -1,6 +1,7 @@
 """Build the package and its native extension: a C++20 compiler, no torch; CUDA kernels where nvcc is."""
 
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
 import nvcc  # noqa: E402  csrc/cuda/nvcc.py
 import objects  # noqa: E402  csrc/objects.py
 
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+ALL_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+# Bindings of a folder are included by csrc/bindings*.cpp: pybind11 is compiled three times, not thirteen.
+SOURCES = [path for path in ALL_SOURCES if not re.fullmatch(r"csrc/.+/bindings_\w+\.cpp", path)]
 # -ffp-contract=off and no fast-math: every ISA and thread count must give the same bits.
 FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 HEADERS = sorted(
@@ -95,7 +98,7 @@ setup(
             cxx_std=20,
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
-            depends=[*HEADERS, "setup.py"],
+            depends=[*ALL_SOURCES, *HEADERS, "setup.py"],
         )
     ],
     cmdclass={"build_ext": BuildExt},

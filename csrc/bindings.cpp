@@ -1,5 +1,9 @@
 // Table of contents of moe_offload._native: each group registers the functions that Python sees.
 #include <pybind11/pybind11.h>
+// One translation unit, as bindings_planning.cpp.
+#include "common/bindings_registries.cpp"
+#include "cpu/bindings_ops.cpp"
+#include "io/bindings_io.cpp"
 
 void register_ops(pybind11::module_& m);           // csrc/cpu/bindings_ops.cpp: arithmetic v1, thread pool
 void register_io(pybind11::module_& m);            // csrc/io/bindings_io.cpp: arena, direct reader

@@ -11,7 +11,7 @@ using namespace moe;
 
 namespace {
 
-void check_signals() {
+void throw_if_interrupted() {
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw Interrupted{};
 }
@@ -25,15 +25,16 @@ void set_layer(TokenRun& run, int64_t layer, const ExpertKernel* of, const Devic
     run.set_layer(layer, std::move(shared));
 }
 
-int64_t run(TokenRun& run, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
-            int64_t num_tokens, std::vector<std::vector<uint64_t>> free_slots, bool is_attended) {
+int64_t run_layers(TokenRun& run, int64_t first, const KeyValueAddresses& keys_values, int64_t capacity,
+                   int64_t num_tokens, std::vector<std::vector<uint64_t>> free_slots, bool is_attended) {
     const std::vector<CachedTokens> cached = cached_tokens(keys_values, capacity, num_tokens);
     int64_t stopped = 0;
-    without_gil([&] { stopped = run.run(first, cached, std::move(free_slots), is_attended, check_signals); });
+    without_gil(
+        [&] { stopped = run.run(first, cached, std::move(free_slots), is_attended, throw_if_interrupted); });
     return stopped;
 }
 
-py::list done(const TokenRun& run) {
+py::list layers_done(const TokenRun& run) {
     py::list list;
     for (const SharedLayerDone& layer : run.done())
         list.append(py::make_tuple(layer.layer, layer.choice.ids, layer.choice.weights, layer.on_device,
@@ -67,10 +68,10 @@ void register_hybrid(py::module_& m) {
         .def("set_moves", &TokenRun::set_moves, py::arg("layer"), py::arg("moves"))
         .def("set_copies", &TokenRun::set_copies, py::arg("layer"), py::arg("pool"), py::arg("first_slot"),
              py::arg("slot_bytes"), py::arg("matrix_bytes"))
-        .def("run", run, py::arg("first"), py::arg("keys_values"), py::arg("capacity"), py::arg("num_tokens"),
-             py::arg("free_slots"), py::arg("is_attended"),
+        .def("run", run_layers, py::arg("first"), py::arg("keys_values"), py::arg("capacity"),
+             py::arg("num_tokens"), py::arg("free_slots"), py::arg("is_attended"),
              "The layers from one on, up to one where Python has to decide")
-        .def("done", done,
+        .def("done", layers_done,
              "Of the last run, by layer: (layer, ids, weights, ids on the device, (id, slot) copied there, "
              "CPU seconds, whether rows "
              "stayed there)")

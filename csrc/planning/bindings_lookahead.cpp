@@ -136,8 +136,8 @@ void register_layer_pace(py::module_& m) {
         .def("mean_needs", &LayerPace::mean_needs, "Of all layers, smoothed; None before any step.");
 }
 
-void observe(KeptLookahead& self, int64_t row, const std::vector<int64_t>& expert_ids,
-             const std::vector<float>& weights) {
+void observe_choice(KeptLookahead& self, int64_t row, const std::vector<int64_t>& expert_ids,
+                    const std::vector<float>& weights) {
     self.check_choice(expert_ids, weights);
     if (row < 0 || row >= self.lookahead.history().num_layers)
         throw py::value_error("Lookahead.observe: there is no row " + std::to_string(row));
@@ -191,6 +191,6 @@ void register_lookahead(py::module_& m) {
                 self.lookahead.chosen(layer_idx, expert_ids);
             },
             py::arg("layer_idx"), py::arg("expert_ids"), "Learn how often guesses of a layer come true.")
-        .def("observe", &observe, py::arg("row"), py::arg("expert_ids"), py::arg("weights"),
+        .def("observe", &observe_choice, py::arg("row"), py::arg("expert_ids"), py::arg("weights"),
              "Take in one token's choice.");
 }
