@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,7 +165,8 @@ def write_compiler(name: str, folder: Path) -> Path:
     times: they are not optimized at all.
     """
     path = folder / "c++"
-    plain, sanitizing = shlex.join(compiler()), shlex.join([*compiler(), *flags(name), "-g1"])
+    plain = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++"  # as setuptools has it
+    sanitizing = shlex.join([*compiler(), *flags(name), "-g1"])
     others = "|".join(f"*kernels_{isa}.cpp" for isa in KERNELS if isa not in sanitized_isas(name))
     path.write_text(
         f"""#!/usr/bin/env bash
