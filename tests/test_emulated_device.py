@@ -96,10 +96,10 @@ def test_demand_overtakes_speculation_that_was_not_issued(device: _native.Emulat
 def test_two_chunks_are_in_the_links_hands_never_three(device: _native.EmulatedDevice) -> None:
     """Of an expert of several chunks, and of several experts; each direction has two of its own."""
     device.record_events(1000)
-    large, small = source_of(4 * MIB), source_of(MIB // 2)
+    large, small, back = source_of(4 * MIB), source_of(MIB // 2), np.zeros(3 * MIB, np.uint8)
     tickets = [device.submit(spans(device, large, 0), False)]
     tickets += [device.submit(spans(device, small, (5 + i) * MIB), i % 2 == 0) for i in range(6)]
-    device.copy_to_host(spans(device, np.zeros(3 * MIB, np.uint8), 0))
+    device.copy_to_host(spans(device, back, 0))
     assert all(device.wait(ticket, 10) for ticket in tickets)
     events = device.take_events()
     lanes = {lane for lane, *_ in events}
