@@ -298,7 +298,7 @@ def test_a_whole_model_has_the_cpus_bits(
 ) -> None:
     """As device="cuda" loads it: dense layers, experts on both sides, a prompt's keys and values."""
     monkeypatch.setattr(cuda, "LIBRARY", Path(stand_in))
-    monkeypatch.setattr(cuda, "describe", lambda: {"reason": ""})
+    monkeypatch.setattr(cuda, "describe", lambda: {"reason": "", "devices": [{"unusable": ""}]})
     memory = CardMemory(1 << 30, 1 << 30, 0, is_measured=True, has_display=False)
     monkeypatch.setattr(accelerator, "card_memory", lambda index: memory)
     path, ids = save_toy_model("qwen3_moe", tmp_path, torch.bfloat16), ids_of(12)
