@@ -63,12 +63,8 @@ class CacheBooks(CachePools):
             self.log.add(layer_idx, expert_ids, None, ())
         self._stats.prefetch_hits += len(came) + len(back)
         self._stats.hits += len(expert_ids) - len(came) - len(back)
-        for expert_id in came:
-            found = pool.table[layer_idx][expert_id]
-            entry = None if found is None else pool.settle(found)
-            assert entry is not None, f"layer {layer_idx} expert {expert_id} was used and is not there"
-            pool.claim(entry)
-            pool.admit(entry)
+        assert all(self.has_bytes(layer_idx, came)), f"layer {layer_idx}: of {came}, used, some are not there"
+        pool.admit_arrived(layer_idx, came)
         for entry in back:
             pool.adopt(entry.key, pool.slot_address(entry.slot))
         pool.routed(layer_idx, expert_ids, weights)

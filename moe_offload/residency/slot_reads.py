@@ -56,7 +56,8 @@ class SlotReads:
             assert layouts[layer_idx].slot_bytes <= plan.slot_bytes, f"layer {layer_idx} needs a larger slot"
             self.table[layer_idx] = [None] * layouts[layer_idx].num_experts
         # For native code, layer_idx -> (num_experts, number of matrices): the addresses of residents, and of
-        # staged ones that are shown; first ON_ITS_WAY for others that have a slot; 0 for all others.
+        # staged ones that are shown; first ON_ITS_WAY for others that have a slot; 0 for all others. Whoever
+        # takes a slot away clears the whole row: native code keeps tickets in it (resident_table.h).
         self.resident_table: dict[int, NDArray[np.uint64]] = {
             i: np.zeros((len(row), len(layouts[i].matrices)), np.uint64) for i, row in self.table.items()
         }
