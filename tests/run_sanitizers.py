@@ -40,7 +40,8 @@ SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # the interpreter frees little at its end
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "exitcode=66",
+    # At once: what a worker of pytest's exits with at its end nobody asks, only whether it died in a test.
+    "TSAN_OPTIONS": "halt_on_error=1",
 }
 STRESS = {
     "stress_thread_pool": (["cpu/thread_pool.cpp", "cpu/usable_cores.cpp"], ["40"]),
@@ -129,8 +130,10 @@ def run_tests(name: str, folder: Path) -> int:
     environment = {**os.environ, "CC": wrapped, "CXX": wrapped, "MOE_OFFLOAD_CUDA": "off"}
     subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment, check=True)
     (library,) = folder.glob("lib*/moe_offload/_native*.so")
+    reports = folder / "report"  # what a worker of pytest's wrote to stderr dies with it
     environment = {
-        **os.environ, **OPTIONS, "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
+        **os.environ, **{key: f"{value}:log_path={reports}" for key, value in OPTIONS.items()},
+        "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
         # The package in the working directory, which was not built for this, stays out of the way.
         "PYTHONSAFEPATH": "1",
         **({"MOE_OFFLOAD_ISA": "baseline"} if name == "thread" else {}),
@@ -141,7 +144,7 @@ def run_tests(name: str, folder: Path) -> int:
         print(f"{library} was built, but {loaded.stdout.strip() or loaded.stderr} is what is loaded")
         return 1
     tests = [str(ROOT / "tests" / test) for test in TESTS[name]]
-    workers = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile"]
+    workers = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile", "--max-worker-restart=0"]
     pytest = [
         sys.executable,
         "-m",
@@ -154,7 +157,11 @@ def run_tests(name: str, folder: Path) -> int:
         "-m",
         "not slow",
     ]
-    return subprocess.run([*pytest, *tests], cwd=ROOT, env=environment).returncode
+    returncode = subprocess.run([*pytest, *tests], cwd=ROOT, env=environment).returncode
+    for report in folder.glob(f"{reports.name}.*"):
+        print(report.read_text())
+        report.unlink()
+    return returncode
 
 
 def write_compiler(name: str, folder: Path) -> Path:
