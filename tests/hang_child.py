@@ -53,6 +53,9 @@ def blocking_call(scenario: str, path: Path, reader: DirectReader, arena: Arena)
 
 
 def interrupt(scenario: str, path: Path) -> None:
+    first = threading.Thread(target=int)  # with a process's first thread ThreadSanitizer starts its own
+    first.start()
+    first.join()
     tasks, files = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
     reader, arena = DirectReader(2, "direct"), Arena(1 << 20)
     reader.inject("hang")

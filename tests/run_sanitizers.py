@@ -5,8 +5,8 @@
 - AddressSanitizer and UBSan: the extension is built with both, and the tests of ops, of the header
   parsers and of the reader run on that build, in this interpreter with the libraries preloaded.
 - ThreadSanitizer: programs that hammer the thread pool, the reader and a device, and the tests of the cache,
-  of the reader, of eviction and of a device's copies on a build of the extension: all that needs no torch,
-  whose threads it does not know.
+  of the reader, of eviction, of prefetching and of a device's copies and launches on a build of the
+  extension; torch, whose threads it does not know, gets none of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ TESTS = {
     ),
     "thread": (
         "test_expert_cache.py", "test_direct_read.py", "test_expert_store.py", "test_eviction.py",
-        "test_emulated_device.py",
+        "test_emulated_device.py", "test_device_launches.py", "test_prefetch.py", "test_early_routers.py",
+        "test_early_reads.py::test_native_look_aheads_change_neither_tokens_nor_residents_nor_any_sum[96]",
     ),
 }  # fmt: skip
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
@@ -136,7 +137,7 @@ def run_tests(name: str, folder: Path) -> int:
         "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
         # The package in the working directory, which was not built for this, stays out of the way.
         "PYTHONSAFEPATH": "1",
-        **({"MOE_OFFLOAD_ISA": "baseline"} if name == "thread" else {}),
+        **({"MOE_OFFLOAD_ISA": "baseline", "OMP_NUM_THREADS": "1"} if name == "thread" else {}),
     }  # fmt: skip
     asked = [sys.executable, "-c", "import moe_offload._native as native; print(native.__file__)"]
     loaded = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
