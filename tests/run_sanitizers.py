@@ -44,6 +44,8 @@ OPTIONS = {
     # At once: what a worker of pytest's exits with at its end nobody asks, only whether it died in a test.
     "TSAN_OPTIONS": "halt_on_error=1",
 }
+# Models read with the reader's threads, not with the ring, which has none to race with.
+IN_THREADS = {"MOE_OFFLOAD_ISA": "baseline", "MOE_OFFLOAD_IO": "threads", "OMP_NUM_THREADS": "1"}
 STRESS = {
     "stress_thread_pool": (["cpu/thread_pool.cpp", "cpu/usable_cores.cpp"], ["40"]),
     "stress_direct_read": (["io/*.cpp"], ["{folder}/data.bin", "100"]),
@@ -137,7 +139,7 @@ def run_tests(name: str, folder: Path) -> int:
         "LD_PRELOAD": preloads(name), "PYTHONPATH": str(library.parents[1]),
         # The package in the working directory, which was not built for this, stays out of the way.
         "PYTHONSAFEPATH": "1",
-        **({"MOE_OFFLOAD_ISA": "baseline", "OMP_NUM_THREADS": "1"} if name == "thread" else {}),
+        **(IN_THREADS if name == "thread" else {}),
     }  # fmt: skip
     asked = [sys.executable, "-c", "import moe_offload._native as native; print(native.__file__)"]
     loaded = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
