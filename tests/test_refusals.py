@@ -117,8 +117,10 @@ def test_a_closed_model_says_so(folder):
     model = moe_offload.from_pretrained(folder, ram="8GiB", context=64)
     model.offload.close()
     model.offload.close()
-    with pytest.raises(ConfigError, match=r"closed by offload\.close"):
-        model(PROMPT)
+    parts = [model, model.model, model.model.embed_tokens, model.model.layers[0].self_attn.q_proj]
+    for part in parts:
+        with pytest.raises(ConfigError, match=r"closed by offload\.close"):
+            part(PROMPT)
 
 
 def _generate_in_fork(model, queue):

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from moe_offload.errors import ConfigError
+
+CLOSED = "this model was closed by offload.close(); load it again with from_pretrained"
 EXECUTOR = "moe_offload_executor"  # of an experts module; holds the cache, and that the slots
 
 
@@ -41,7 +44,10 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Replace every tensor by one without memory; a reference that somebody kept stays good."""
+    """Replace every tensor by one without memory; a reference that somebody kept stays good.
+
+    Whoever calls a part of the model then is told so, not of tensors without data.
+    """
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -51,6 +57,11 @@ def release_weights(model: nn.Module) -> None:
                 module._buffers[name] = _empty(buffer)
         if hasattr(module, EXECUTOR):
             delattr(module, EXECUTOR)
+        module.register_forward_pre_hook(_refuse)
+
+
+def _refuse(*_: object) -> None:
+    raise ConfigError(CLOSED)
 
 
 def _empty(tensor: Tensor) -> Tensor:

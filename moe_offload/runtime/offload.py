@@ -25,7 +25,7 @@ from moe_offload.residency.memory import MemoryGuard, peak_bytes
 from moe_offload.residency.prefetch import Prefetcher
 from moe_offload.runtime.belady_window import find_distances
 from moe_offload.runtime.context_room import ContextRoom
-from moe_offload.runtime.footprint import cache_bytes
+from moe_offload.runtime.footprint import CLOSED, cache_bytes
 from moe_offload.runtime.hybrid_layers import HybridLayers
 from moe_offload.runtime.kv_cache import KVCache
 from moe_offload.runtime.loaded_models import live_handles
@@ -188,7 +188,7 @@ class OffloadHandle:
     def check_usable(self) -> None:
         """Raise ConfigError when the model was closed, or crossed a fork (its threads did not)."""
         if self._closed:
-            raise ConfigError("this model was closed by offload.close(); load it again with from_pretrained")
+            raise ConfigError(CLOSED)
         if os.getpid() != self._owner_pid:
             raise ConfigError(
                 f"this model was loaded in process {self._owner_pid} and is used in its fork {os.getpid()}; "
