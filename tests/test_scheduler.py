@@ -105,6 +105,27 @@ def test_it_is_never_worse_than_a_baseline_by_more_than_the_grid(work: LayerWork
             assert ours.finish_s <= baseline.finish_s * 1.02 + 1e-12, name
 
 
+@pytest.mark.parametrize("num_experts", [17, 48, 128, 256])
+@pytest.mark.parametrize("resident", [0.0, 0.25, 1.0])
+def test_a_prompts_experts_are_scheduled_near_the_best(num_experts: int, resident: float) -> None:
+    """Above 16 experts states are thinned out, and no brute force ends: a good choice is hidden instead.
+
+    By it both sides take a second; elsewhere each expert takes up to twice as long as where it was put.
+    """
+    rng = np.random.default_rng(num_experts)
+    for _ in range(5):
+        hidden, on_gpu = rng.random(num_experts) < 0.5, rng.random(num_experts) < resident
+        cpu_s, gpu_s = rng.exponential(1.0, (2, num_experts)) + 0.05
+        cpu_s /= cpu_s[~hidden].sum()
+        gpu_s /= gpu_s[hidden].sum()
+        cpu_s[hidden] = gpu_s[hidden] * rng.uniform(1.0, 2.0, hidden.sum())
+        gpu_s[~hidden] = cpu_s[~hidden] * rng.uniform(1.0, 2.0, (~hidden).sum())
+        work = work_of(cpu_s.tolist(), gpu_s.tolist(), on_gpu.tolist(), copy=0.3 / num_experts)
+        schedule = hybrid(work)
+        assert schedule.finish_s == pytest.approx(finish_s(work, schedule.on_gpu), rel=1e-9)
+        assert schedule.finish_s <= 1.035 * finish_s(work, hidden)
+
+
 def test_finishing_time_by_hand() -> None:
     # Two residents (0.2 each), two copies that arrive at 1 and 2: 0.4, then 1 + 0.3, then 2 + 0.1.
     work = work_of([5, 5, 5, 5, 5], [0.2, 0.2, 0.1, 0.3, 9], [True, True, False, False, False])

@@ -4,11 +4,15 @@
 #include <cstdlib>
 #include <functional>
 #include <numeric>
+#include <tuple>
 
 namespace moe {
 namespace {
 
 constexpr double kGridStep = 1.0 / 1024;  // of the upper bound: GPU times nearer than this count as equal
+// Up to so many experts are scheduled on that grid. With more its states would take tens of milliseconds (128
+// experts of a prompt: 2 to 230), so two of each of kMostCells ranges of GPU time go on (0.2 to 0.5).
+constexpr size_t kMostExact = 16, kMostCells = 128;
 
 // A partial choice: what both sides have to do so far.
 struct State {
@@ -145,6 +149,30 @@ void keep_best(std::vector<State>& states, double cell_s) {
     states.resize(kept);
 }
 
+// Keeps of each range of GPU time the state with the least CPU time, and that with the fewest copies.
+void thin(std::vector<State>& states, double most_gpu_s) {
+    if (states.size() <= kMostCells) return;
+    constexpr int32_t kNone = -1;
+    std::vector<int32_t> quickest(kMostCells, kNone), lightest(kMostCells, kNone);
+    for (size_t i = 0; i < states.size(); ++i) {
+        const State& state = states[i];
+        const auto cell = static_cast<size_t>(state.gpu_s / most_gpu_s * kMostCells);
+        int32_t& quick = quickest[std::min(cell, kMostCells - 1)];
+        int32_t& light = lightest[std::min(cell, kMostCells - 1)];
+        if (quick == kNone || state.cpu_s < states[quick].cpu_s) quick = static_cast<int32_t>(i);
+        if (light == kNone ||
+            std::tie(state.copies, state.cpu_s) < std::tie(states[light].copies, states[light].cpu_s))
+            light = static_cast<int32_t>(i);
+    }
+    std::vector<State> kept;
+    for (size_t cell = 0; cell < kMostCells; ++cell) {
+        if (quickest[cell] == kNone) continue;
+        kept.push_back(states[quickest[cell]]);
+        if (lightest[cell] != quickest[cell]) kept.push_back(states[lightest[cell]]);
+    }
+    states = std::move(kept);
+}
+
 // Walks the chain of choices back from the last state.
 std::vector<uint8_t> choices(const std::vector<std::vector<State>>& levels, int32_t last,
                              const std::vector<int>& order) {
@@ -182,7 +210,10 @@ Schedule schedule_layer(const LayerWork& work) {
                 if (std::max(finish_s(work, placed), least_s) < best.finish_s) next.push_back(placed);
             }
         }
-        keep_best(next, best.finish_s * kGridStep);
+        if (order.size() > kMostExact)
+            thin(next, best.finish_s);
+        else
+            keep_best(next, best.finish_s * kGridStep);
         if (next.empty()) return best;  // nothing beats the threshold
         levels.push_back(std::move(next));
     }

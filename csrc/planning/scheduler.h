@@ -27,7 +27,8 @@ struct Schedule {
     double finish_s = 0;
 };
 
-// Exact for equal loads. Otherwise within kGridStep of the best per expert: 1.4% for 14 experts at worst.
+// Exact for equal loads. Otherwise within kGridStep of the best per expert: 1.4% for 14 experts at worst;
+// above 16 experts within 1.4% (128) to 3% (256) of that grid's in 240 layers of prompts.
 Schedule schedule_layer(const LayerWork& work);
 
 // The finishing time of a choice, copies in the best order.
