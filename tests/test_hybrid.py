@@ -687,6 +687,41 @@ def test_a_device_begins_as_a_static_split(prompt_ids, expected) -> None:
         assert_same(generate(model, prompt_ids), expected[True])
 
 
+def test_a_prompt_is_shared_while_the_device_is_still_empty(long_prompt, expected_of_long) -> None:
+    """A static split would leave all of it to the CPU; when layers have shown it to be faster, it does."""
+    with loaded(VRAM, experts="all", shares=False, context=600) as model, torch.no_grad():
+        hybrid = model.offload.hybrid
+        assert hybrid.is_frozen and hybrid.tier.num_residents == 0
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert hybrid.counters.copied_experts > 0 and hybrid.is_frozen
+        hybrid.use("hybrid", GainSwitch(begins_on=False))  # what real layers have shown
+        while "off" not in hybrid.prompts.describe():  # told that sharing takes half as long again
+            hybrid.prompts.record(1.5 if hybrid.prompts.is_on else 1.0, 1.0)
+        copied, on_device = hybrid.counters.copied_experts, hybrid.counters.device_experts
+        assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert hybrid.counters.copied_experts == copied
+        assert hybrid.counters.device_experts > on_device, "residents stay the device's"
+        assert "prompts off: it costs" in model.offload.stats().device.device_state
+
+
+def test_layers_of_a_prompt_are_timed_beside_what_a_static_split_would_take(
+    long_prompt, expected_of_long, monkeypatch
+) -> None:
+    """For real, where the cost model believes in a CPU that takes no time: sharing is in doubt, and tried."""
+    costs = dataclasses.replace(
+        COSTS, cpu_curve=((1, 1e-8), (64, 1e-8)), gpu_curve=((1, 0.0), (64, 0.0)), copy_s=0.0
+    )
+    monkeypatch.setattr(device_setup, "measure_costs", lambda *_: costs)
+    with loaded(VRAM, experts="all", context=600) as model, torch.no_grad():
+        prompts, seen = model.offload.hybrid.prompts, set[bool]()
+        monkeypatch.setattr(
+            prompts, "record", lambda *times, record=prompts.record: (seen.add(prompts.is_on), record(*times))
+        )
+        for _ in range(4):
+            assert torch.equal(model(long_prompt).logits, expected_of_long)
+        assert seen == {False, True}
+
+
 def test_hybrid_falls_back_to_a_static_split_where_that_is_faster(prompt_ids, expected) -> None:
     """Its switch is told that steps with copies take twice the time."""
     with loaded(VRAM, experts="25%") as model:

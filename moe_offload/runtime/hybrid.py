@@ -19,7 +19,7 @@ import numpy as np
 from moe_offload._native import DecodeStep, DeviceInputs, DeviceKernel
 from moe_offload.errors import DeviceError
 from moe_offload.expert_ops import ExpertKernel
-from moe_offload.planning.scheduler import Choice
+from moe_offload.planning.scheduler import Choice, LayerWork
 from moe_offload.planning.token_moves import divide
 from moe_offload.residency.accelerator import wait_launch
 from moe_offload.runtime.hybrid_layers import HybridLayers
@@ -75,13 +75,15 @@ class HybridLayer:
         if rows.num_tokens == 1:
             resident, to_copy = self._choose_for_one(rows.expert_ids, there)
             return resident[:room], to_copy
-        num_tokens = np.diff(np.array(rows.pair_offsets))
+        choice = self.layers.scheduler(self.work(rows, there)).on_gpu
+        return divided(rows.expert_ids, there, choice, room)
+
+    def work(self, rows: StepRows, there: Sequence[bool]) -> LayerWork:
+        """Return a step of several tokens as schedulers see it."""
         on_gpu: Choice = np.array(there, np.bool_)
         in_ram: Choice = np.array(self.layers.ram.are_resident(self.layer_idx, rows.expert_ids), np.bool_)
-        work = self.layers.costs[self.layer_idx].work(num_tokens, on_gpu, in_ram)
-        choice = self.layers.scheduler(work).on_gpu
-        chosen = [(i, is_there) for i, is_there, on in zip(rows.expert_ids, there, choice, strict=True) if on]
-        return [i for i, is_there in chosen if is_there][:room], [i for i, is_there in chosen if not is_there]
+        num_tokens = np.diff(np.array(rows.pair_offsets))
+        return self.layers.costs[self.layer_idx].work(num_tokens, on_gpu, in_ram)
 
     def _choose_for_one(self, ids: Sequence[int], there: Sequence[bool]) -> tuple[list[int], list[int]]:
         """The same from the scheduler's answers for one token (csrc/hybrid: TokenRun::divide)."""
@@ -164,6 +166,14 @@ class HybridLayer:
         note = self.layers.tier.failed(error)
         if note:
             print(f"moe-offload: note: {note}", file=sys.stderr)
+
+
+def divided(
+    expert_ids: Sequence[int], there: Sequence[bool], choice: Choice, room: int
+) -> tuple[list[int], list[int]]:
+    """Return whom a choice puts on the device at once, at most ``room``, and whom after a copy."""
+    chosen = [(i, is_there) for i, is_there, on in zip(expert_ids, there, choice, strict=True) if on]
+    return [i for i, is_there in chosen if is_there][:room], [i for i, is_there in chosen if not is_there]
 
 
 def pairs_of(rows: StepRows, expert_id: int) -> slice:

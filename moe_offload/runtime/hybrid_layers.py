@@ -13,6 +13,7 @@ from moe_offload.planning.expert_costs import RunningCosts
 from moe_offload.planning.gain_switch import GainSwitch
 from moe_offload.planning.impact import by_impact
 from moe_offload.planning.prefetch_plan import Guess
+from moe_offload.planning.prompt_trials import PromptTrials
 from moe_offload.planning.scheduler import SCHEDULERS
 from moe_offload.planning.token_moves import Scheduler, TokenMoves
 from moe_offload.residency.device_tier import DeviceTier
@@ -51,6 +52,7 @@ class HybridLayers:
         self.left_to_cpu = ""  # which layers the device has no kernel for
         self.describe_dense: Callable[[], str] | None = None  # of dense layers that run there, too
         self.switch = GainSwitch(begins_on=False) if scheduler == "hybrid" else None
+        self.prompts = PromptTrials() if scheduler == "hybrid" else None
         self._trials = DeviceTrials()
         self._ahead: Prefetcher | None = None
         self._may_gain = self._can_gain()
@@ -69,6 +71,12 @@ class HybridLayers:
     @property
     def scheduler(self) -> Scheduler:
         return SCHEDULERS["static_split" if self.is_frozen else self.scheduler_name]
+
+    @property
+    def prompt_scheduler(self) -> Scheduler:
+        """Who divides what streams past the device's residents (prompt_trials.py)."""
+        is_static = self.prompts is not None and not self.prompts.is_on
+        return SCHEDULERS["static_split" if is_static else self.scheduler_name]
 
     def moves(self, layer_idx: int, count: int) -> list[int]:
         """Return what the scheduler does with ``count`` experts of one token (token_moves.py)."""
@@ -118,6 +126,7 @@ class HybridLayers:
         """Go on with another scheduler, between steps; ``switch``: for "hybrid", what it has learned."""
         self.scheduler_name = scheduler
         self.switch = switch if scheduler == "hybrid" else None
+        self.prompts = PromptTrials() if scheduler == "hybrid" else None
         self.tier.replaces = scheduler != "static_split" and not self.is_frozen
 
     def step_done(self, seconds: float) -> None:
@@ -188,4 +197,6 @@ class HybridLayers:
             state += f": off: {self.tier.off_reason}"
         elif self.switch is not None:
             state += f" {self.switch.describe('a static split')}"
+            prompts = self.prompts.describe() if self.prompts is not None else ""
+            state += f", {prompts}" if prompts else ""
         return f"{state}; {self.left_to_cpu}" if self.left_to_cpu else state

@@ -7,6 +7,7 @@ the CPU goes on. Copies, device and CPU overlap; a lent slot is used again when 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,8 +18,9 @@ import numpy as np
 
 from moe_offload._native import DeviceInputs
 from moe_offload.errors import ConfigError, DeviceError
+from moe_offload.planning.scheduler import static_split
 from moe_offload.residency.accelerator import wait_copy
-from moe_offload.runtime.hybrid import HybridLayer, StepRows
+from moe_offload.runtime.hybrid import HybridLayer, StepRows, divided
 from moe_offload.storage.expert_format import ExpertKey
 
 MOST_LENT = 4  # slots: two being copied, one computed, one just free
@@ -28,6 +30,7 @@ DONE = 2  # csrc/io/direct_read.h: TicketState
 def stream_layer(layer: HybridLayer, rows: StepRows) -> None:
     """Compute all rows of a step of many tokens."""
     layer.layers.tier.absorb()
+    started = time.perf_counter()
     with layer.layers.tier.cache.lend(layer.layer_idx, MOST_LENT) as slots:
         stream = _Stream(layer, rows, deque(slots))
         try:
@@ -35,6 +38,8 @@ def stream_layer(layer: HybridLayer, rows: StepRows) -> None:
         except BaseException:
             stream.abort()
             raise
+    if layer.layers.prompts is not None and stream.failure is None and stream.static_s > 0.0:
+        layer.layers.prompts.record(time.perf_counter() - started, stream.static_s)
     stream.end()
 
 
@@ -50,6 +55,7 @@ class _Stream:
     copies: dict[int, int] = field(default_factory=dict)  # by expert: its ticket
     failed: list[int] = field(default_factory=list)
     failure: DeviceError | None = None
+    static_s: float = 0.0  # what a static split is expected to take
 
     def __post_init__(self) -> None:
         self.tier, self.ram = self.layer.layers.tier, self.layer.layers.ram
@@ -60,7 +66,10 @@ class _Stream:
     def run(self) -> None:
         layer_idx, ids = self.layer.layer_idx, self.rows.expert_ids
         there = self.tier.cache.are_resident(layer_idx, ids)
-        resident, to_copy = self.layer.choose(self.rows, there, len(ids))
+        work = self.layer.work(self.rows, there)
+        choice = self.layer.layers.prompt_scheduler(work).on_gpu
+        resident, to_copy = divided(ids, there, choice, len(ids))
+        self.static_s = static_split(work).finish_s
         if not self.free:
             to_copy = []
         on_cpu = [i for i in ids if i not in {*resident, *to_copy}]
