@@ -74,9 +74,10 @@ class HybridLayer:
         """Return who runs on the device at once, at most ``room``, and who after a copy."""
         if rows.num_tokens == 1:
             resident, to_copy = self._choose_for_one(rows.expert_ids, there)
-            return resident[:room], to_copy
-        choice = self.layers.scheduler(self.work(rows, there)).on_gpu
-        return divided(rows.expert_ids, there, choice, room)
+        else:
+            choice = self.layers.scheduler(self.work(rows, there)).on_gpu
+            resident, to_copy = divided(rows.expert_ids, there, choice)
+        return resident[:room], to_copy
 
     def work(self, rows: StepRows, there: Sequence[bool]) -> LayerWork:
         """Return a step of several tokens as schedulers see it."""
@@ -168,12 +169,10 @@ class HybridLayer:
             print(f"moe-offload: note: {note}", file=sys.stderr)
 
 
-def divided(
-    expert_ids: Sequence[int], there: Sequence[bool], choice: Choice, room: int
-) -> tuple[list[int], list[int]]:
-    """Return whom a choice puts on the device at once, at most ``room``, and whom after a copy."""
+def divided(expert_ids: Sequence[int], there: Sequence[bool], choice: Choice) -> tuple[list[int], list[int]]:
+    """Return whom a choice puts on the device at once, and whom after a copy."""
     chosen = [(i, is_there) for i, is_there, on in zip(expert_ids, there, choice, strict=True) if on]
-    return [i for i, is_there in chosen if is_there][:room], [i for i, is_there in chosen if not is_there]
+    return [i for i, is_there in chosen if is_there], [i for i, is_there in chosen if not is_there]
 
 
 def pairs_of(rows: StepRows, expert_id: int) -> slice:

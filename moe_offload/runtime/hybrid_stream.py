@@ -68,7 +68,7 @@ class _Stream:
         there = self.tier.cache.are_resident(layer_idx, ids)
         work = self.layer.work(self.rows, there)
         choice = self.layer.layers.prompt_scheduler(work).on_gpu
-        resident, to_copy = divided(ids, there, choice, len(ids))
+        resident, to_copy = divided(ids, there, choice)
         self.static_s = static_split(work).finish_s
         if not self.free:
             to_copy = []
